@@ -1,0 +1,218 @@
+"""The command line, run as a user would."""
+
+import json
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from conftest import MINI, ROOT, TINY_GLM, log_softmax
+from test_generation import repeats_ngram
+
+import finetune_generation
+from utils import compute_metrics
+
+README_FLAGS = """--num_train_epochs 4 --learning_rate 3e-5 --warmup_ratio 0.06 --weight_decay 0.1 --label_smoothing 0.1
+--save_steps 10000 --logging_steps 1 --eval_steps 4 --src_length 608 --tgt_length 160 --min_tgt_length 55
+--length_penalty 0.7 --no_repeat_ngram_size 3 --num_beams 5 --select_topk True --per_device_eval_batch_size 2
+--per_device_train_batch_size 2 --max_grad_norm 1.0 --lr_scheduler_type linear --fp16 --recompute --do_train
+--do_eval""".split()
+
+
+def small_data(folder, train=12, dev=5, test=3):
+    for split, size in (("train", train), ("dev", dev), ("test", test)):
+        lines = (MINI / f"{split}.json").read_text(encoding="utf-8").splitlines(keepends=True)[:size]
+        (folder / f"{split}.json").write_text("".join(lines), encoding="utf-8")
+    return str(folder)
+
+
+def run(*args, check=True):
+    command = [sys.executable, "finetune_generation.py", *map(str, args)]
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
+    assert not check or result.returncode == 0, result.stderr[-3000:]
+    return result
+
+
+def read_jsonl(path):
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+FAST = ["--src_length", 160, "--tgt_length", 24, "--min_tgt_length", 0, "--num_beams", 3, "--learning_rate", 1e-3,
+        "--per_device_train_batch_size", 4, "--per_device_eval_batch_size", 2, "--length_penalty", 1.0]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def finished_run(tmp_path_factory):
+    """Six steps with an evaluation and a checkpoint every two, the best model kept; then evaluation and prediction."""
+    folder = tmp_path_factory.mktemp("run")
+    (folder / "data").mkdir()
+    data = small_data(folder / "data")
+    test_file = folder / "data/test.json"
+    rows = read_jsonl(test_file)
+    del rows[1]["question"]
+    test_file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    result = run("--model_name_or_path", TINY_GLM, "--task_name", data, "--output_dir", folder / "out", *FAST,
+                 "--do_train", "--do_eval", "--do_predict", "--max_steps", 6, "--logging_steps", 1,
+                 "--evaluation_strategy", "steps", "--eval_steps", 2, "--save_steps", 2, "--load_best_model_at_end",
+                 "--metric_for_best_model", "rougel", "--bf16")  # fmt: skip
+    return folder, result
+
+
+def test_what_a_run_leaves_behind(finished_run):
+    folder, result = finished_run
+    out = folder / "out"
+    metrics = json.loads((out / "eval_results.json").read_text())
+    for name in ("rouge1", "rouge2", "rougel", "bleu4", "loss", "samples", "runtime", "tokens_per_second"):
+        assert f"eval_{name}" in metrics
+    everything = json.loads((out / "all_results.json").read_text())
+    assert {"train_loss", "eval_rougel", "test_rougel"} <= set(everything)
+    assert (out / "model_state.pdparams").exists() and (out / "checkpoint-6/optimizer.pdopt").exists()
+    assert "bf16 needs a GPU: running in float32" in result.stdout + result.stderr
+    state = json.loads((out / "trainer_state.json").read_text())
+    history = [row["eval_rougel"] for row in state["log_history"] if "eval_rougel" in row]
+    assert len(history) >= 3 and state["best_metric"] == max(history[:3])
+    assert metrics["eval_rougel"] == pytest.approx(state["best_metric"], abs=1e-6)  # the best model was loaded again
+
+    rows = read_jsonl(out / "eval_predictions.jsonl")
+    records = read_jsonl(folder / "data/dev.json")
+    assert [(r["id"], r["context"], r["answer"]) for r in rows] == [
+        (r["id"], r["context"], r["answer"]) for r in records
+    ]
+    assert [r["reference"] for r in rows] == [r["question"] for r in records]
+    scores = compute_metrics([r["prediction"] for r in rows], [r["reference"] for r in rows])
+    assert all(metrics[f"eval_{name}"] == pytest.approx(value) for name, value in scores.items())
+    assert metrics["eval_samples"] == 5
+    tests = read_jsonl(out / "test_predictions.jsonl")
+    assert len(tests) == 3 and tests[1]["reference"] is None and tests[1]["token_ids"]
+
+
+def test_scores_are_those_of_the_plain_forward_in_float64(finished_run):
+    import paddle
+    from paddlenlp.transformers import AutoModelForConditionalGeneration, AutoTokenizer
+
+    from data import DataCollator, build_features, encode_source
+
+    out = finished_run[0] / "out"
+    tokenizer = AutoTokenizer.from_pretrained(str(out))
+    paddle.set_default_dtype("float64")
+    try:
+        model = AutoModelForConditionalGeneration.from_pretrained(str(out)).to(dtype="float64")
+        model.eval()
+        for row in read_jsonl(out / "eval_predictions.jsonl"):
+            labels = [*row["token_ids"], tokenizer.eop_token_id]
+            source_ids = encode_source(tokenizer, {**row, "where": ""}, 160)
+            batch = DataCollator(0)([{**build_features(tokenizer, source_ids, labels), "index": 0}])
+            logits = model(
+                input_ids=paddle.to_tensor(batch["input_ids"]),
+                position_ids=paddle.to_tensor(batch["position_ids"]),
+                attention_mask=paddle.to_tensor(batch["attention_mask"].astype("float64")),
+                return_dict=True,
+            ).logits
+            assert logits.dtype == paddle.float64
+            log_p = log_softmax(logits.numpy()[0, batch["target_positions"]])[np.arange(len(labels)), labels]
+            ended = len(row["token_ids"]) < 24  # at tgt_length a beam ends without its end token
+            total = log_p.sum() if ended else log_p[:-1].sum()
+            assert row["score"] == pytest.approx(total / len(row["token_ids"]), abs=1e-3)
+    finally:
+        paddle.set_default_dtype("float32")
+
+
+def test_resuming_equals_an_unbroken_run(finished_run, tmp_path):
+    folder, _ = finished_run
+    common = ["--model_name_or_path", TINY_GLM, "--task_name", folder / "data", "--do_train", "--logging_steps", 1,
+              *FAST, "--save_steps", 3]  # fmt: skip
+    run(*common, "--output_dir", tmp_path, "--max_steps", 6)
+    losses = json.loads((tmp_path / "trainer_state.json").read_text())["log_history"]
+    for name in ("model_state.pdparams", "trainer_state.json"):
+        (tmp_path / name).unlink()
+    subprocess.run(["rm", "-r", str(tmp_path / "checkpoint-6")], check=True)
+    result = run(*common, "--output_dir", tmp_path, "--max_steps", 6)
+    assert "resuming from" in result.stdout + result.stderr
+    resumed = json.loads((tmp_path / "trainer_state.json").read_text())["log_history"]
+    for before, after in zip(losses, resumed):
+        assert before["step"] == after["step"]
+        if "loss" in before:
+            assert after["loss"] == pytest.approx(before["loss"], abs=1e-5)
+    assert len(losses) == len(resumed)
+
+
+def test_the_single_card_command(tmp_path):
+    """README's command to the letter, but for the model, the data and the output folder."""
+    data = small_data(tmp_path, train=4, dev=3)
+    run("--model_name_or_path", TINY_GLM, "--task_name", data, "--output_dir", tmp_path / "out", *README_FLAGS)
+    state = json.loads((tmp_path / "out/trainer_state.json").read_text())
+    assert state["max_steps"] == 8
+    rates = [row["learning_rate"] for row in state["log_history"] if "learning_rate" in row]
+    assert rates[-1] == pytest.approx(3e-6)  # lr_decay_ratio of the peak
+    rows = read_jsonl(tmp_path / "out/eval_predictions.jsonl")
+    assert len(rows) == 3
+    for row in rows:
+        assert 55 <= len(row["token_ids"]) <= 160 and not repeats_ngram(row["token_ids"], 3)
+
+
+def test_predict_alone_from_a_fine_tuned_folder(finished_run, tmp_path):
+    folder, _ = finished_run
+    out = tmp_path / "predicted"
+    config = {"model_name_or_path": str(folder / "out"), "task_name": str(folder / "data"), "output_dir": str(out),
+              "do_predict": True, **{str(k)[2:]: v for k, v in zip(FAST[::2], FAST[1::2])}}  # fmt: skip
+    (tmp_path / "predict.json").write_text(json.dumps(config))
+    run(tmp_path / "predict.json", "--num_beams", 3)
+    assert read_jsonl(out / "test_predictions.jsonl") == read_jsonl(folder / "out/test_predictions.jsonl")
+
+
+def test_packages_import_after_paddle():
+    """libpaddle's zlib symbols break packages imported after it, unless they are the pinned ones."""
+    code = "import paddle, scipy.stats, sklearn.metrics, pandas, datasets, aiohttp, yarl, paddlenlp"
+    subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, timeout=120)
+
+
+def test_defaults():
+    sys_argv, sys.argv = sys.argv, ["finetune_generation.py", "--output_dir", "unused"]
+    try:
+        model_args, data_args, generation, training_args = finetune_generation.parse_arguments()
+    finally:
+        sys.argv = sys_argv
+    assert model_args.model_name_or_path == "THUDM/glm-large-chinese" and data_args.src_length == 608
+    assert (generation.tgt_length, generation.min_tgt_length, generation.num_beams) == (160, 55, 5)
+    assert (generation.length_penalty, generation.select_topk) == (0.7, True)
+    assert (model_args.label_smoothing, model_args.lr_decay_ratio) == (0.1, 0.1)
+    assert training_args.device == "cpu" or training_args.device.startswith("gpu")
+
+
+def bad_line(name, line):
+    def write(folder):
+        (folder / f"{name}.json").write_text(line, encoding="utf-8")
+
+    return write
+
+
+@pytest.mark.parametrize(
+    "damage, flags, message",
+    [
+        (lambda folder: (folder / "dev.json").unlink(), [], "dev.json: No such file or directory"),
+        (bad_line("train", '{"context": "c"'), [], "train.json:1: not JSON"),
+        (bad_line("train", '{"context": "c", "question": "q"}'), [], "train.json:1: the field 'answer' is missing"),
+        (None, ["--src_length", 900], "--src_length 900 + --tgt_length 160 is over the 1024 positions"),
+        (None, ["--min_tgt_length", 200], "--min_tgt_length 200 is over --tgt_length 160"),
+        (None, ["--num_beems", 5], "--num_beems"),
+        (None, ["--label_smoothing", 1.5], "--label_smoothing is 1.5"),
+    ],
+)
+def test_mistakes_end_with_one_line(tmp_path, damage, flags, message):
+    data = small_data(tmp_path)
+    if damage:
+        damage(tmp_path)
+    result = run("--model_name_or_path", TINY_GLM, "--task_name", data, "--output_dir", tmp_path / "out", "--do_train",
+                 "--do_eval", *flags, check=False)  # fmt: skip
+    last = result.stderr.strip().splitlines()[-1]
+    assert result.returncode == 2
+    assert last.startswith("finetune_generation.py: error: ") and message in last
+    assert "Traceback" not in result.stderr and not (tmp_path / "out").exists()
+
+
+def test_a_finished_run_is_not_written_over(finished_run, tmp_path):
+    (tmp_path / "model_state.pdparams").write_text("mine")
+    result = run("--model_name_or_path", TINY_GLM, "--task_name", finished_run[0] / "data", "--output_dir", tmp_path,
+                 "--do_train", check=False)  # fmt: skip
+    assert result.returncode == 2 and "--overwrite_output_dir" in result.stderr.splitlines()[-1]
+    assert (tmp_path / "model_state.pdparams").read_text() == "mine"

@@ -1,0 +1,248 @@
+import importlib.util
+import json
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+from conftest import MINI
+from paddlenlp.transformers import AutoTokenizer
+
+from data import (
+    SOURCE_OPENING,
+    TARGET_OPENING,
+    DataCollator,
+    GroupedBatchSampler,
+    InputError,
+    build_attention_mask,
+    build_dataset,
+    build_features,
+    decode_target,
+    encode_source,
+    encode_target,
+    encode_text,
+    read_records,
+)
+
+RECORD = {"context": "白云山海拔1200米。", "answer": "1200米", "question": "白云山海拔多少米？", "where": "here:1"}
+
+
+def peer_features(tokenizer, record, tgt_length):
+    """The same record as PaddleNLP's own tokenizer builds it, of one row, unpadded."""
+    text = SOURCE_OPENING.format(answer=record["answer"]) + record["context"]
+    source = tokenizer(text)["input_ids"]
+    source = np.array([[*source[:-1], tokenizer.gmask_token_id, source[-1]]], dtype="int64")
+
+    class Source:
+        input_ids, attention_mask = source, np.ones_like(source)
+
+    return tokenizer.build_inputs_for_generation(
+        Source, max_gen_length=tgt_length, targets=[TARGET_OPENING + record["question"]], padding=False
+    )
+
+
+def check_against_peer(tokenizer, records):
+    for record in records:
+        source_ids = encode_source(tokenizer, record, 1000)
+        features = build_features(tokenizer, source_ids, encode_target(tokenizer, record["question"], 200))
+        peer = peer_features(tokenizer, record, 200)
+        np.testing.assert_array_equal(features["input_ids"], peer["input_ids"][0])
+        np.testing.assert_array_equal(features["position_ids"], peer["position_ids"][0])
+        np.testing.assert_array_equal(features["labels"], peer["label_ids"][0, len(source_ids) :])
+        length = len(features["input_ids"])
+        mask = build_attention_mask([len(source_ids)], [length], length)
+        np.testing.assert_array_equal(mask, peer["attention_mask"].astype(bool))
+
+
+def test_features_equal_paddlenlp(tokenizer):
+    check_against_peer(tokenizer, read_records(str(MINI), "dev"))
+
+
+def test_features_equal_paddlenlp_with_the_real_tokenizer(tmp_path):
+    """The published sentencepiece model: in the environment's GLM_CHINESE_TOKENIZER, or in an installed sat package."""
+    path = os.environ.get("GLM_CHINESE_TOKENIZER")
+    spec = importlib.util.find_spec("sat")
+    if not path and spec is not None:
+        path = Path(spec.origin).parent / "tokenization/embed_assets/chinese_sentencepiece/cog-pretrain.model"
+    if not path or not Path(path).is_file():
+        pytest.skip("no cog-pretrain.model: set GLM_CHINESE_TOKENIZER to it, or pip install SwissArmyTransformer")
+    (tmp_path / "cog-pretrain.model").write_bytes(Path(path).read_bytes())
+    (tmp_path / "tokenizer_config.json").write_text('{"tokenizer_class": "GLMChineseTokenizer"}')
+    tokenizer = AutoTokenizer.from_pretrained(str(tmp_path))
+    assert (tokenizer.sop_token_id, tokenizer.eop_token_id, tokenizer.gmask_token_id) == (50006, 50007, 50009)
+    check_against_peer(tokenizer, read_records(str(MINI), "dev"))
+    labels = encode_target(tokenizer, "谁写了Hello World 2020？", 160)
+    assert decode_target(tokenizer, labels[:-1]) == "谁写了Hello World 2020?"
+    # 608 ids of a long passage: cut at the end of the context, answer and [gMASK] kept
+    record = {**RECORD, "context": "中国人民在今天的天气里。" * 400}
+    source_ids = encode_source(tokenizer, record, 608)
+    whole = encode_source(tokenizer, record, 10**6)
+    assert len(source_ids) == 608 and source_ids[:606] == whole[:606] and source_ids[606:] == [50009, 50000]
+
+
+def test_truncation_keeps_answer_mask_and_end(tokenizer):
+    record = {**RECORD, "context": RECORD["context"] * 30}
+    whole, cut = encode_source(tokenizer, record, 10**6), encode_source(tokenizer, record, 40)
+    assert len(cut) == 40 and cut[:38] == whole[:38]
+    assert cut[38:] == [tokenizer.gmask_token_id, tokenizer.eos_token_id]
+    assert record["answer"] in tokenizer.convert_tokens_to_string(tokenizer.convert_ids_to_tokens(cut[1:38]))
+    labels = encode_target(tokenizer, "很长的问题" * 20, 12)
+    assert len(labels) == 12 and labels[-1] == tokenizer.eop_token_id
+    with pytest.raises(InputError, match="here:1.*src_length 20"):
+        encode_source(tokenizer, {**RECORD, "answer": "答" * 30}, 20)
+
+
+def test_special_tokens_in_text_stay_text(tokenizer):
+    special = set(tokenizer.all_special_ids) - {tokenizer.unk_token_id}
+    text = "".join(tokenizer.all_special_tokens)
+    assert not special & set(encode_text(tokenizer, text))
+    source_ids = encode_source(tokenizer, {**RECORD, "context": text, "answer": text}, 500)
+    assert [i for i in source_ids if i in special] == [
+        tokenizer.cls_token_id,
+        tokenizer.gmask_token_id,
+        tokenizer.eos_token_id,
+    ]
+
+
+def test_decode_target_takes_the_opening_off(tokenizer):
+    labels = encode_target(tokenizer, RECORD["question"], 160)
+    assert decode_target(tokenizer, labels[:-1]) == "白云山海拔多少米?"  # sentencepiece writes ？ as ?
+    assert decode_target(tokenizer, []) == ""
+    beyond = [len(tokenizer), len(tokenizer) + 3]  # ids of the model's padded vocabulary
+    assert decode_target(tokenizer, [tokenizer.pad_token_id, *labels, *beyond]) == "白云山海拔多少米?"
+
+
+def test_positions_by_hand(tokenizer):
+    features = build_features(tokenizer, [9, 8, 7, 6], [5, 4, 3])
+    sop = tokenizer.sop_token_id
+    assert features["input_ids"].tolist() == [9, 8, 7, 6, sop, 5, 4]
+    assert features["position_ids"].tolist() == [[0, 1, 2, 3, 2, 2, 2], [0, 0, 0, 0, 1, 2, 3]]
+    assert features["labels"].tolist() == [5, 4, 3]
+    unanswered = build_features(tokenizer, [9, 8, 7, 6], [])
+    assert unanswered["input_ids"].tolist() == [9, 8, 7, 6] and unanswered["position_ids"].shape == (2, 4)
+
+
+def test_mask_by_hand():
+    mask = build_attention_mask([2], [4], 5)[0, 0].astype(int)
+    assert mask[:4].tolist() == [[1, 1, 0, 0, 0], [1, 1, 0, 0, 0], [1, 1, 1, 0, 0], [1, 1, 1, 1, 0]]
+    assert mask[:, 4].sum() == 0  # nobody sees the padding
+
+
+def test_collator_pads_to_a_multiple_of_8_and_marks_the_targets(tokenizer):
+    features = [
+        {**build_features(tokenizer, list(range(10, 16)), [5, 4, 3]), "index": 7},
+        {**build_features(tokenizer, list(range(20, 23)), [6, 5]), "index": 2},
+    ]
+    batch = DataCollator(pad_token_id=99)(features)
+    assert batch["input_ids"].shape == (2, 16) and batch["position_ids"].shape == (2, 2, 16)
+    assert batch["attention_mask"].shape == (2, 1, 16, 16)
+    assert (batch["input_ids"][0, 9:] == 99).all() and (batch["input_ids"][1, 5:] == 99).all()
+    assert batch["labels"].tolist() == [5, 4, 3, 6, 5]
+    assert batch["target_positions"].tolist() == [6, 7, 8, 16 + 3, 16 + 4]
+    assert batch["source_length"].tolist() == [6, 3] and batch["index"].tolist() == [7, 2]
+    sop = tokenizer.sop_token_id
+    assert batch["input_ids"].reshape(-1)[batch["target_positions"]].tolist() == [sop, 5, 4, sop, 6]
+
+
+def test_both_published_forms_of_a_record(tmp_path):
+    rows = [
+        {"context": "c", "answer": "a", "question": "q", "id": "x7"},
+        {"source": "c", "title": "a", "target": "q"},
+    ]
+    (tmp_path / "train.json").write_text("\n".join(map(json.dumps, rows)) + "\n\n", encoding="utf-8")
+    records = read_records(str(tmp_path), "train")
+    assert [r["id"] for r in records] == ["x7", 1]
+    assert all((r["context"], r["answer"], r["question"]) == ("c", "a", "q") for r in records)
+    (tmp_path / "test.json").write_text('\ufeff{"context": "c", "answer": "a"}', encoding="utf-8")
+    assert read_records(str(tmp_path), "test", require_question=False)[0]["question"] is None
+
+
+@pytest.mark.parametrize(
+    "content, message",
+    [
+        (b"", "no records"),
+        (b'{"context": "c", "answer": "a", "question": "q"}\n{"context": ', r"train.json:2: not JSON"),
+        (b'{"context": "c", "answer": "a", "question": "q"}\n\xff\xfe', r"train.json:2: byte 1 is not UTF-8"),
+        (b'["context"]', r"train.json:1: a list"),
+        (b'{"context": "c", "question": "q"}', r"train.json:1: the field 'answer' is missing"),
+        (b'{"context": "c", "answer": "a"}', r"train.json:1: the field 'question' is missing"),
+        (b'{"context": "c", "answer": 7, "question": "q"}', r"train.json:1: the field 'answer' is a int"),
+        (b'{"context": "c", "answer": "a", "question": " "}', r"train.json:1: the field 'question' is empty"),
+        (b'{"context": "c", "answer": "a", "question": "q", "id": []}', r"train.json:1: 'id' is a list"),
+    ],
+)
+def test_bad_files_name_file_and_line(tmp_path, content, message):
+    (tmp_path / "train.json").write_bytes(content)
+    with pytest.raises(InputError, match=message):
+        read_records(str(tmp_path), "train")
+
+
+def test_missing_files():
+    with pytest.raises(InputError, match="nowhere is neither dureader_qg nor a folder"):
+        read_records("nowhere", "train")
+    with pytest.raises(InputError, match="dureader_qg has no test split"):
+        read_records("dureader_qg", "test")
+
+
+def test_fixture_records(tokenizer):
+    """The shipped data is what its README line says: sizes, no leaks, mostly unseen names, at least 12 relations."""
+    splits = {split: read_records(str(MINI), split) for split in ("train", "dev", "test")}
+    assert [len(records) for records in splits.values()] == [2000, 60, 20]
+    train = {record["context"] for record in splits["train"]}
+    assert not train & {record["context"] for split in ("dev", "test") for record in splits[split]}
+    assert all(r["context"].count(r["answer"]) == 1 for records in splits.values() for r in records)
+    trained = {record["question"] for record in splits["train"]}
+    assert sum(record["question"] not in trained for record in splits["dev"]) >= 50
+    dataset = build_dataset(tokenizer, splits["dev"], 160, 48)
+    assert [feature["index"] for feature in dataset] == list(range(60))
+    assert all(tokenizer.unk_token_id not in feature["input_ids"] for feature in dataset)
+
+
+def make_sampler(lengths, batch_size, num_replicas=1, rank=0, **changes):
+    dataset = [{"input_ids": np.zeros(length)} for length in lengths]
+    options = {"global_batch_size": 8, "shuffle": True, "group_by_length": True, "seed": 5, **changes}
+    return GroupedBatchSampler(dataset, batch_size, num_replicas, rank, **options)
+
+
+@pytest.mark.parametrize("group_by_length", [True, False])
+def test_one_order_of_batches_on_any_layout(group_by_length):
+    lengths = np.random.default_rng(0).integers(10, 600, 901)
+    steps = {}
+    for batch_size, num_replicas in ((8, 1), (4, 2), (2, 4), (2, 2), (1, 2)):  # the last two accumulate
+        samplers = [
+            make_sampler(lengths, batch_size, num_replicas, rank, group_by_length=group_by_length)
+            for rank in range(num_replicas)
+        ]
+        for sampler in samplers:
+            sampler.set_epoch(3)
+        batches = [list(sampler) for sampler in samplers]
+        assert all(len(b) == len(s) for b, s in zip(batches, samplers))
+        passes = 8 // (batch_size * num_replicas)
+        steps[batch_size, num_replicas] = [
+            [sorted(sum((batch for rank in batches for batch in rank[step * passes : (step + 1) * passes]), []))]
+            for step in range(113)
+        ]
+    assert all(value == steps[8, 1] for value in steps.values())
+    seen = np.concatenate([step[0] for step in steps[8, 1]])
+    assert len(seen) == 904 and set(seen) == set(range(901))  # three records fill up the last batch
+
+
+def test_batches_are_alike_in_length_and_new_each_epoch():
+    lengths = np.random.default_rng(0).integers(10, 600, 2000)
+    padding = {}
+    for group_by_length in (True, False):
+        batches = make_sampler(lengths, 8, group_by_length=group_by_length).global_batches()
+        padding[group_by_length] = (lengths[batches].max(1, keepdims=True) - lengths[batches]).sum()
+    assert padding[True] < 0.1 * padding[False]
+    sampler = make_sampler(lengths, 8)
+    first = list(sampler)
+    assert list(sampler) == first
+    sampler.set_epoch(1)
+    assert sorted(map(sorted, sampler)) != sorted(map(sorted, first))
+    longest = lengths[np.concatenate(first)].reshape([-1, 8]).max(1)
+    assert (np.diff(longest) > 0).sum() > 50  # neither sorted nor nearly so
+
+
+def test_evaluation_order_is_from_long_to_short():
+    batches = list(make_sampler([5, 9, 7, 1, 3], 2, shuffle=False, global_batch_size=2))
+    assert batches == [[1, 2], [0, 4], [3, 1]]

@@ -1,0 +1,241 @@
+"""Cached decoding against the model's plain forward, beam search against exhaustive search and plain loops."""
+
+import itertools
+from math import inf
+
+import numpy as np
+import paddle
+import pytest
+import scipy.stats
+from conftest import generation_arguments, log_softmax, plain_log_probabilities, random_glm
+
+from utils import Beams, beam_search, decode_one_token, next_token_candidates, prefill
+
+START, END = 1, 2
+
+
+def make_sources(lengths=(9, 5, 12), vocab_size=24, seed=0):
+    rng = np.random.default_rng(seed)
+    sources = [rng.integers(3, vocab_size, [length]).tolist() for length in lengths]
+    input_ids = np.zeros([len(sources), max(lengths)], dtype="int64")
+    for row, source in enumerate(sources):
+        input_ids[row, : len(source)] = source
+    return sources, paddle.to_tensor(input_ids), np.array(lengths)
+
+
+@paddle.no_grad()
+def test_cached_decoding_equals_the_plain_forward_at_every_step():
+    """Three beams on different paths that branch on the way, padded sources, six steps."""
+    model, num_beams, steps = random_glm(), 3, 6
+    sources, input_ids, lengths = make_sources()
+    rng = np.random.default_rng(1)
+    cache = prefill(model, input_ids, lengths, steps * num_beams)
+    beams = Beams(3, generation_arguments(tgt_length=steps, num_beams=num_beams), END)
+    source_visible = np.repeat((np.arange(12) < lengths[:, None])[:, None], num_beams, axis=1)
+    paths = [[[] for _ in range(num_beams)] for _ in sources]
+    fed = np.full([3, num_beams], START)
+    for step in range(steps):
+        visible = np.concatenate([source_visible, beams.open_slots()], axis=-1)
+        logits = decode_one_token(model, cache, paddle.to_tensor(fed), paddle.to_tensor(lengths - 2), step, visible)
+        for row, beam in itertools.product(range(3), range(num_beams)):
+            expected = plain_log_probabilities(model, sources[row], paths[row][beam])
+            np.testing.assert_allclose(log_softmax(logits.numpy()[row, beam]), expected, atol=1e-4)
+        parents = rng.integers(0, num_beams, [3, num_beams])
+        fed = rng.integers(3, 24, [3, num_beams])
+        beams.visible = beams.visible[np.arange(3)[:, None], parents]
+        beams.step += 1
+        paths = [[[*paths[r][parents[r, k]], int(fed[r, k])] for k in range(num_beams)] for r in range(3)]
+
+
+def test_the_source_is_stored_once_per_example():
+    model = random_glm()
+    _, input_ids, lengths = make_sources()
+    for num_beams in (1, 7):
+        cache = prefill(model, input_ids, lengths, 5 * num_beams)
+        assert all(part.shape == [3, 4, 12, 8] for layer in cache.source for part in layer)
+        assert all(part.shape == [3, 4, 5 * num_beams, 8] for layer in cache.generated for part in layer)
+
+
+def repeats_ngram(tokens, n):
+    ngrams = [tuple(tokens[i : i + n]) for i in range(len(tokens) - n + 1)] if n else []
+    return len(ngrams) != len(set(ngrams))
+
+
+def exhaustive_best(model, source, vocab_size, generation):
+    """The best of all hypotheses there are, scored by DESIGN's rules from plain forwards."""
+    best = (-inf, None)
+    frontier = [((), 0.0)]
+    for length in range(generation.tgt_length + 1):
+        extended = []
+        for tokens, total in frontier:
+            if length == generation.tgt_length:
+                best = max(best, (total / length**generation.length_penalty, tokens))
+                continue
+            log_p = plain_log_probabilities(model, source, tokens)
+            for token in range(vocab_size):
+                if token == END:
+                    if length >= generation.min_tgt_length:
+                        score = (total + log_p[END]) / max(length, 1) ** generation.length_penalty
+                        best = max(best, (score, tokens))
+                elif not repeats_ngram((*tokens, token), generation.no_repeat_ngram_size):
+                    extended.append(((*tokens, token), total + log_p[token]))
+        frontier = extended
+    return best
+
+
+@pytest.mark.parametrize(
+    "length_penalty, no_repeat_ngram_size, min_tgt_length",
+    [(0.7, 0, 0), (0.0, 0, 0), (2.0, 0, 1), (0.7, 2, 0), (1.0, 1, 2), (0.7, 3, 4), (-1.0, 2, 3)],
+)
+def test_wide_beams_find_what_exhaustive_search_finds(length_penalty, no_repeat_ngram_size, min_tgt_length):
+    sources, input_ids, lengths = make_sources((4, 6), vocab_size=5)
+    generation = generation_arguments(
+        tgt_length=4,
+        num_beams=350,  # more than there are hypotheses, 4 ** 4 + 4 ** 3 + ...: nothing is ever dropped
+        length_penalty=length_penalty,
+        no_repeat_ngram_size=no_repeat_ngram_size,
+        min_tgt_length=min_tgt_length,
+    )
+    for seed in (0, 1):
+        model = random_glm(seed, vocab_size=5, num_layers=1, hidden_size=16, heads=2, spread=0.5)
+        results = beam_search(model, input_ids, lengths, generation, START, END)
+        for source, (tokens, score) in zip(sources, results):
+            best_score, best_tokens = exhaustive_best(model, source, 5, generation)
+            assert tokens == list(best_tokens)
+            assert score == pytest.approx(best_score, abs=1e-4)
+
+
+def loop_beam_search(model, source, generation):
+    """One example, one beam at a time, from lists and plain forwards: DESIGN's rules, as they are told there."""
+    num_beams, penalty = generation.num_beams, generation.length_penalty
+    running, finished = [(0.0, ())], []
+    for step in range(generation.tgt_length):
+        continuations = []
+        for total, tokens in running:
+            log_p = plain_log_probabilities(model, source, tokens)
+            for token, value in enumerate(log_p):
+                banned = step < generation.min_tgt_length if token == END else False
+                if not banned and (
+                    token == END or not repeats_ngram((*tokens, token), generation.no_repeat_ngram_size)
+                ):
+                    continuations.append((total + value, tokens, token))
+        continuations = sorted(continuations, key=lambda c: -c[0])[: 2 * num_beams]
+        running = []
+        for rank, (total, tokens, token) in enumerate(continuations):
+            if token != END:
+                running.append((total, (*tokens, token)))
+            elif rank < num_beams:
+                finished.append((total / max(step, 1) ** penalty, tokens))
+        running = running[:num_beams]
+        finished = sorted(finished, key=lambda f: -f[0])[:num_beams]
+        if len(finished) == num_beams and finished[-1][0] >= continuations[0][0] / max(step, 1) ** penalty:
+            break
+    else:
+        finished += [(total / generation.tgt_length**penalty, tokens) for total, tokens in running]
+    return max(finished, key=lambda f: f[0])
+
+
+@pytest.mark.parametrize("num_beams", [1, 2, 4])
+@pytest.mark.parametrize("no_repeat_ngram_size, min_tgt_length", [(0, 0), (2, 3), (3, 10)])
+def test_narrow_beams_equal_plain_loops(num_beams, no_repeat_ngram_size, min_tgt_length):
+    generation = generation_arguments(
+        tgt_length=10,
+        num_beams=num_beams,
+        no_repeat_ngram_size=no_repeat_ngram_size,
+        min_tgt_length=min_tgt_length,
+    )
+    sources, input_ids, lengths = make_sources((9, 5, 12, 7))
+    for seed in range(3):
+        model = random_glm(seed, num_layers=1)
+        # A likelier end token, so that hypotheses finish at different steps
+        weight = model.glm.word_embeddings.weight
+        louder = weight.numpy()
+        louder[END] *= 2
+        weight.set_value(louder)
+        results = beam_search(model, input_ids, lengths, generation, START, END)
+        for source, (tokens, score) in zip(sources, results):
+            expected_score, expected_tokens = loop_beam_search(model, source, generation)
+            assert tokens == list(expected_tokens)
+            assert score == pytest.approx(expected_score, abs=1e-4)
+
+
+def test_one_beam_is_greedy_search():
+    sources, input_ids, lengths = make_sources()
+    model = random_glm(5)
+    results = beam_search(model, input_ids, lengths, generation_arguments(tgt_length=12, num_beams=1), START, END)
+    for source, (tokens, _) in zip(sources, results):
+        greedy = []
+        while len(greedy) < 12:
+            token = int(plain_log_probabilities(model, source, greedy).argmax())
+            if token == END:
+                break
+            greedy.append(token)
+        assert tokens == greedy
+
+
+def test_when_everything_is_banned_what_there_is_comes_out():
+    sources, input_ids, lengths = make_sources((4, 6), vocab_size=4)
+    model = random_glm(0, vocab_size=4, num_layers=1, hidden_size=16, heads=2)
+    generation = generation_arguments(tgt_length=9, min_tgt_length=9, no_repeat_ngram_size=1, num_beams=2)
+    for tokens, score in beam_search(model, input_ids, lengths, generation, START, END):
+        assert sorted(tokens) == [0, 1, 3] and np.isfinite(score)
+
+
+def draws(log_p, count, select=2, **filters):
+    """``count`` draws of ``select`` tokens without replacement, int [count, select], in the order drawn."""
+    logits = paddle.to_tensor(np.tile(np.asarray(log_p, dtype="float32") + 3, [count, 1, 1]))
+    keys, log_probabilities, token_ids = next_token_candidates(logits, [], select, select_topk=False, **filters)
+    expected = np.take_along_axis(np.tile(log_softmax(log_p), [count, 1, 1]), token_ids.astype(int), -1)
+    finite = np.isfinite(keys)
+    np.testing.assert_allclose(log_probabilities[finite], expected[finite], atol=1e-5)
+    assert (np.diff(np.where(finite, keys, -1e9), axis=-1) <= 0).all()
+    return np.where(finite, token_ids, -1)[:, 0].astype(int)
+
+
+def test_drawing_without_replacement_has_the_right_distribution():
+    paddle.seed(7)
+    p = np.array([0.4, 0.3, 0.15, 0.1, 0.05])
+    pairs = draws(np.log(p), 20000)
+    assert (pairs[:, 0] != pairs[:, 1]).all()
+    observed = np.zeros([5, 5])
+    np.add.at(observed, (pairs[:, 0], pairs[:, 1]), 1)
+    expected = p[:, None] * p[None, :] / (1 - p[:, None])  # the first, then the second of what is left
+    off = ~np.eye(5, dtype=bool)
+    assert scipy.stats.chisquare(observed[off], expected[off] * 20000).pvalue > 0.001
+    # The same test tells this distribution from a slightly flatter one.
+    flat = p**0.9 / (p**0.9).sum()
+    wrong = flat[:, None] * flat[None, :] / (1 - flat[:, None])
+    assert scipy.stats.chisquare(observed[off], wrong[off] * 20000).pvalue < 1e-6
+
+
+def test_top_k_and_top_p_filter_the_draw():
+    paddle.seed(8)
+    log_p = np.log([0.4, 0.3, 0.15, 0.1, 0.05])
+    for filters, allowed in (
+        ({"top_k": 3}, [0, 1, 2]),
+        ({"top_p": 0.6}, [0, 1]),  # 0.4 is not enough, 0.7 is
+        ({"top_p": 0.4 - 1e-3}, [0]),
+        ({"top_k": 2, "top_p": 0.99}, [0, 1]),
+        ({"top_k": 9, "top_p": 1.0}, [0, 1, 2, 3, 4]),
+    ):
+        first = draws(log_p, 5000, **filters)[:, 0]
+        share = np.exp(log_p[allowed]) / np.exp(log_p[allowed]).sum()
+        counts = np.bincount(first, minlength=5)
+        assert counts.sum() == counts[allowed].sum()
+        if len(allowed) > 1:
+            assert scipy.stats.chisquare(counts[allowed], share * 5000).pvalue > 0.001
+
+
+def test_drawn_beams_keep_the_rules_and_repeat_with_the_seed():
+    _, input_ids, lengths = make_sources()
+    model = random_glm(2)
+    generation = generation_arguments(
+        tgt_length=12, min_tgt_length=5, no_repeat_ngram_size=2, select_topk=False, top_k=8, top_p=0.9
+    )
+    results = []
+    for seed in (3, 3, 4):
+        paddle.seed(seed)
+        results.append(beam_search(model, input_ids, lengths, generation, START, END))
+    assert results[0] == results[1] != results[2]
+    for tokens, _ in results[0] + results[2]:
+        assert 5 <= len(tokens) <= 12 and END not in tokens and not repeats_ngram(tokens, 2)

@@ -1,0 +1,612 @@
+"""What the run calls: the loss, cached decoding, beam search, the metrics and GLMTrainer."""
+
+import zlib  # noqa: F401  isort:skip  Before anything can load libpaddle, whose zlib symbols would shadow the system's.
+
+import json
+import os
+import random
+import sys
+import time
+import unicodedata
+from collections import defaultdict
+from typing import NamedTuple
+
+import numpy as np
+
+
+def use_the_whole_cpu():
+    """Let Paddle's matrix products use every core, and AMD processors MKL's fast path. Must run before paddle loads.
+
+    Paddle starts with one thread, and its MKL takes a slow path on processors that are not Intel's. A thread count
+    that the user set stays; processes of one launch share the cores.
+    """
+    os.environ.setdefault("MKL_DEBUG_CPU_TYPE", "5")
+    if "OMP_NUM_THREADS" in os.environ:
+        return
+    import paddle
+
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    # By this call, not by OMP_NUM_THREADS, whose use makes paddle print a warning at import.
+    paddle.base.core.set_num_threads(max(1, cores // int(os.environ.get("PADDLE_LOCAL_SIZE", 1))))
+
+
+use_the_whole_cpu()
+
+import paddle  # noqa: E402
+import paddle.nn.functional as F  # noqa: E402
+from paddle.autograd import PyLayer  # noqa: E402
+from paddle.distributed.fleet.meta_parallel import get_rng_state_tracker  # noqa: E402
+from paddlenlp.metrics import BLEU  # noqa: E402
+from paddlenlp.trainer import Trainer  # noqa: E402
+from paddlenlp.trainer.trainer_callback import ProgressCallback  # noqa: E402
+from paddlenlp.trainer.trainer_utils import SchedulerType  # noqa: E402
+from paddlenlp.utils.log import logger  # noqa: E402
+from rouge import Rouge  # noqa: E402
+
+from data import GroupedBatchSampler, decode_target  # noqa: E402
+
+MASKED = -65504.0  # what is added to the attention score of a hidden position: float16's lowest
+
+
+# ------------------------------------------------------------------------------------------------------------ loss
+
+
+class LabelSmoothedLoss(PyLayer):
+    """Head and label-smoothed cross entropy in one, so that only one [N, V] table ever exists.
+
+    Per target: (1 - e) * (-log p[label]) + e * mean over the vocabulary of (-log p), after Szegedy et al.
+    (arXiv 1512.00567), in float32. Its gradient by the logits is p - (1 - e) * onehot(label) - e / V.
+    """
+
+    @staticmethod
+    def forward(ctx, hidden_states, weight, labels, label_smoothing):
+        """Args: hidden_states [N, C], weight [V, C], labels int64 [N]. Returns the losses, float32 [N]."""
+        logits = paddle.matmul(hidden_states, weight, transpose_y=True)  # [N, V]
+        ctx.dtype, ctx.label_smoothing = logits.dtype, label_smoothing
+        logits = logits.astype("float32")
+        label_index = paddle.arange(labels.shape[0]) * logits.shape[1] + labels  # of the label in the flat table
+        label_logits = logits.reshape([-1]).gather(label_index)
+        mean, largest = logits.mean(-1), logits.max(-1)
+        probabilities = F.softmax_(logits)
+        # log-sum-exp from what is at hand: the likeliest token's log p is its logit less the log-sum-exp, and its p
+        # is at least 1 / V, so that nothing underflows.
+        log_sum_exp = largest - paddle.log(probabilities.max(-1))
+        ctx.save_for_backward(hidden_states, weight, probabilities, label_index)
+        return log_sum_exp - (1 - label_smoothing) * label_logits - label_smoothing * mean
+
+    @staticmethod
+    def backward(ctx, grad):
+        hidden_states, weight, table, label_index = ctx.saved_tensor()
+        table.subtract_(paddle.full([1], ctx.label_smoothing / table.shape[1]))
+        flat = table.reshape([-1])
+        flat.scatter_(label_index, flat.gather(label_index) - (1 - ctx.label_smoothing))
+        table = flat.reshape(table.shape).multiply_(grad.unsqueeze(-1)).astype(ctx.dtype)
+        grad_hidden_states = paddle.matmul(table, weight.astype(ctx.dtype))
+        grad_weight = paddle.matmul(table, hidden_states.astype(ctx.dtype), transpose_x=True)
+        return grad_hidden_states.astype(hidden_states.dtype), grad_weight.astype(weight.dtype)
+
+
+# ------------------------------------------------------------------------------------------------- cached decoding
+
+
+class Cache(NamedTuple):
+    """Keys and values of each layer, float [B, H, length, D].
+
+    The source's are stored once per example. The generated part has a slot for every step of every beam, written once
+    and never moved: when beams branch, only the mask changes that says which slots a beam descends from.
+    """
+
+    source: list  # [(keys, values)] of length S
+    generated: list  # [(keys, values)] of length steps * K; slot = step * K + beam
+
+    def select(self, rows):
+        """Keep the examples ``rows``, int64 [B']."""
+        return Cache(*([(k.index_select(rows), v.index_select(rows)) for k, v in part] for part in self))
+
+
+def _attend(query, keys, values, mask):
+    """Scaled dot-product attention over several segments at once.
+
+    Args:
+        query [B, H, Q, D]; keys, values: lists of [B, H, segment, D]; mask [B, H, Q, all segments], 0 or MASKED.
+    """
+    query = query * query.shape[-1] ** -0.5
+    scores = paddle.concat([paddle.matmul(query, key, transpose_y=True) for key in keys], axis=-1)
+    weights = F.softmax(scores + mask.astype(scores.dtype), axis=-1)
+    parts = paddle.split(weights, [key.shape[2] for key in keys], axis=-1)
+    return sum(paddle.matmul(part, value) for part, value in zip(parts, values))  # [B, H, Q, D]
+
+
+def _forward(model, input_ids, position_ids, attend):
+    """GLM's layers with their attention given: ``attend(layer number, query, key, value)``, all [B, H, Q, D].
+
+    PaddleNLP's own forward caches hidden states and projects the whole prefix to keys and values at every step.
+
+    Args:
+        input_ids int64 [B, Q], position_ids int64 [B, 2, Q].
+
+    Returns:
+        hidden states after the last layer norm, [B, Q, C].
+    """
+    glm, stack = model.glm, model.glm.transformer
+    split_heads = model.config.tensor_parallel_degree > 1
+    hidden_states = (
+        glm.word_embeddings(input_ids)
+        + stack.position_embeddings(position_ids[:, 0])
+        + stack.block_position_embeddings(position_ids[:, 1])
+    )  # [B, Q, C]
+    batch_size, length = input_ids.shape
+    for number, layer in enumerate(stack.layers):
+        attention = layer.attention
+        heads, head_size = attention.num_attention_heads, attention.attention_head_size
+        projected = attention.query_key_value(layer.input_layernorm(hidden_states))  # [B, Q, 3 * H * D]
+        if split_heads:  # laid out head by head, [q k v] [q k v] ...
+            projected = projected.reshape([batch_size, length, heads, 3, head_size]).transpose([3, 0, 2, 1, 4])
+        else:  # [all q | all k | all v]
+            projected = projected.reshape([batch_size, length, 3, heads, head_size]).transpose([2, 0, 3, 1, 4])
+        context = attend(number, *paddle.unbind(projected))  # [B, H, Q, D]
+        context = context.transpose([0, 2, 1, 3]).reshape([batch_size, length, heads * head_size])
+        hidden_states = hidden_states + attention.dense(context)
+        hidden_states = hidden_states + layer.mlp(layer.post_attention_layernorm(hidden_states))
+    return stack.final_layernorm(hidden_states)
+
+
+def _additive_mask(visible, heads):
+    """bool numpy [B, Q, length] to 0 where visible, else MASKED: a tensor [B, heads, Q, length].
+
+    Given to all heads here, once, for Paddle is slow at broadcasting it in every layer.
+    """
+    mask = paddle.to_tensor(np.where(visible, 0.0, MASKED).astype("float32"))
+    return mask.unsqueeze(1).tile([1, heads, 1, 1])
+
+
+def prefill(model, input_ids, source_length, num_slots):
+    """Run the sources once and keep their keys and values.
+
+    Args:
+        input_ids: int64 [B, S], sources padded on the right. source_length: numpy int64 [B].
+        num_slots (int): room for generated tokens, tgt_length * num_beams.
+
+    Returns:
+        Cache.
+    """
+    batch_size, length = input_ids.shape
+    position_ids = paddle.stack([paddle.arange(length), paddle.zeros([length], "int64")]).unsqueeze(0)
+    heads = model.glm.transformer.layers[0].attention.num_attention_heads
+    visible = np.arange(length) < source_length[:, None, None]  # [B, 1, S]
+    mask = _additive_mask(visible, heads)
+    source = []
+
+    def attend(number, query, key, value):
+        source.append((key, value))
+        return _attend(query, [key], [value], mask)
+
+    _forward(model, input_ids, position_ids.tile([batch_size, 1, 1]), attend)
+    shape = [batch_size, heads, num_slots, source[0][0].shape[-1]]
+    generated = [(paddle.zeros(shape, key.dtype), paddle.zeros(shape, value.dtype)) for key, value in source]
+    return Cache(source, generated)
+
+
+def decode_one_token(model, cache, token_ids, gmask_position, step, visible):
+    """Feed one token to every beam: its keys and values enter the cache, its logits come out.
+
+    The beams of an example are so many queries on one shared cache, which is why the source is stored once.
+
+    Args:
+        token_ids: int64 [B, K], the beams' last tokens. gmask_position: int64 [B].
+        step (int): tokens already fed; the beams write slots step * K to step * K + K - 1.
+        visible: numpy bool [B, K, S + slots], what each beam sees.
+
+    Returns:
+        logits of the next token, [B, K, V].
+    """
+    num_beams = token_ids.shape[1]
+    position_ids = paddle.stack([gmask_position, paddle.full_like(gmask_position, step + 1)], axis=1)  # [B, 2]
+    mask = _additive_mask(visible, model.glm.transformer.layers[0].attention.num_attention_heads)
+    slots = slice(step * num_beams, (step + 1) * num_beams)
+
+    def attend(number, query, key, value):
+        (source_keys, source_values), (keys, values) = cache.source[number], cache.generated[number]
+        keys[:, :, slots], values[:, :, slots] = key, value
+        return _attend(query, [source_keys, keys], [source_values, values], mask)
+
+    hidden_states = _forward(model, token_ids, position_ids.unsqueeze(-1).tile([1, 1, num_beams]), attend)
+    return paddle.matmul(hidden_states, model.glm.word_embeddings.weight, transpose_y=True)
+
+
+# ----------------------------------------------------------------------------------------------------- beam search
+
+
+def next_token_candidates(logits, banned, count, select_topk=True, top_k=0, top_p=0.0):
+    """The ``count`` best, or drawn, next tokens of every beam.
+
+    Args:
+        logits: [B, K, V]. banned: list of (example, beam, token) that are impossible; probabilities are not
+            normalised again without them.
+        select_topk, top_k, top_p: see finetune_generation.GenerationArguments.
+
+    Returns:
+        numpy float64 [3, B, K, min(count, V)]: sort keys (the largest are chosen), log-probabilities, token ids. The
+        keys are the log-probabilities; for a draw, those plus Gumbel noise, since the n largest of the sums are a
+        draw of n without replacement in proportion to the probabilities (arXiv 1903.06059).
+    """
+    logits = logits.astype("float32")
+    vocab_size = logits.shape[-1]
+    minus_infinity = paddle.full([1], -float("inf"))
+    log_sum_exp = logits.max(-1) - paddle.log(F.softmax(logits).max(-1))  # as in LabelSmoothedLoss; [B, K]
+    if banned:
+        logits[tuple(paddle.to_tensor(index) for index in np.array(banned, dtype="int64").T)] = -float("inf")
+    if select_topk:
+        keys, token_ids = paddle.topk(logits, min(count, vocab_size))
+        chosen = keys
+    else:
+        gumbel = -paddle.log(-paddle.log(paddle.uniform(logits.shape, min=1e-20, max=1.0)))
+        noisy = paddle.where(logits >= _lowest_logit_to_draw(logits, top_k, top_p), logits + gumbel, minus_infinity)
+        keys, token_ids = paddle.topk(noisy, min(count, vocab_size))
+        chosen = paddle.take_along_axis(logits, token_ids, axis=-1)
+    log_sum_exp = log_sum_exp.unsqueeze(-1)
+    # One copy from the device a step, of this small table.
+    table = [keys - log_sum_exp, chosen - log_sum_exp, token_ids]
+    return paddle.stack([column.astype("float64") for column in table]).numpy()
+
+
+def _lowest_logit_to_draw(logits, top_k, top_p):
+    """The least logit that top_k and top_p leave in each row, [B, K, 1]; ties with it stay in."""
+    lowest = paddle.full([*logits.shape[:-1], 1], -float("inf"))
+    if 0 < top_k < logits.shape[-1]:
+        lowest = paddle.topk(logits, top_k)[0][..., -1:]
+    if 0 < top_p < 1:
+        ordered = paddle.where(logits >= lowest, logits, paddle.full([1], -float("inf")))
+        ordered = paddle.sort(ordered, descending=True)
+        probabilities = F.softmax(ordered)
+        before = paddle.cumsum(probabilities, axis=-1) - probabilities  # held by likelier tokens
+        lowest = paddle.where(before < top_p, ordered, paddle.full([1], float("inf"))).min(-1, keepdim=True)
+    return lowest
+
+
+class Beams:
+    """Running and finished hypotheses of a batch, in numpy on the host, by the rules of THUDM/GLM's beam search.
+
+    A: examples not done yet; K: beams; T: tgt_length.
+    """
+
+    def __init__(self, batch_size, generation, end_token_id):
+        self.generation, self.end_token_id = generation, end_token_id
+        num_beams, length = generation.num_beams, generation.tgt_length
+        self.step = 0  # tokens generated so far
+        self.example = np.arange(batch_size)  # [A], which of the batch each row is
+        self.tokens = np.zeros([batch_size, num_beams, length], dtype="int64")
+        self.sums = np.full([batch_size, num_beams], -np.inf)  # of log-probabilities
+        self.sums[:, 0] = 0  # all beams start alike: only the first may branch
+        self.visible = np.zeros([batch_size, num_beams, length * num_beams], dtype=bool)  # slots a beam descends from
+        self.finished_tokens = np.zeros_like(self.tokens)
+        self.finished_lengths = np.zeros([batch_size, num_beams], dtype="int64")
+        self.finished_scores = np.full([batch_size, num_beams], -np.inf)
+        # For each example: the last n - 1 tokens -> slots in which such a sequence ended, in whatever beam.
+        self.seen = [defaultdict(list) for _ in range(batch_size)]
+        self.results = [None] * batch_size
+
+    def open_slots(self):
+        """Let each beam see the slot that its last token is about to be written to. Returns ``visible``."""
+        beam = np.arange(self.sums.shape[1])
+        self.visible[:, beam, self.step * len(beam) + beam] = True
+        return self.visible
+
+    def banned(self):
+        """The impossible next tokens, list of (row, beam, token): the end before min_tgt_length, repeated n-grams.
+
+        The time is proportional to the bans and to what other beams of the example have said alike.
+        """
+        bans, n, step = [], self.generation.no_repeat_ngram_size, self.step
+        num_rows, num_beams = self.sums.shape
+        if step < self.generation.min_tgt_length:
+            bans += [(row, beam, self.end_token_id) for row in range(num_rows) for beam in range(num_beams)]
+        if not 0 < n <= step + 1:
+            return bans
+        for row, beam in zip(*np.nonzero(self.sums > -np.inf)):
+            tokens = self.tokens[row, beam]
+            slots = self.seen[self.example[row]][tuple(tokens[step - n + 1 : step])]
+            # A slot of step s holds token s - 1, so what followed it is token s.
+            bans += [(row, beam, tokens[slot // num_beams]) for slot in slots if self.visible[row, beam, slot]]
+            slots.append(step * num_beams + beam)
+        return bans
+
+    def _finish(self, tokens, lengths, scores):
+        """Add hypotheses [A, M, T], [A, M], [A, M] to the finished ones, and keep the num_beams best."""
+        scores = np.concatenate([self.finished_scores, scores], axis=1)
+        best = np.argsort(-scores, axis=1, kind="stable")[:, : self.sums.shape[1]]
+        row = np.arange(len(scores))[:, None]
+        self.finished_scores = scores[row, best]
+        self.finished_lengths = np.concatenate([self.finished_lengths, lengths], axis=1)[row, best]
+        self.finished_tokens = np.concatenate([self.finished_tokens, tokens], axis=1)[row, best]
+
+    def advance(self, candidates):
+        """Take one step with the ``candidates`` of ``next_token_candidates``, [3, A, K, M].
+
+        Returns:
+            numpy int64 [A'], the rows still running; the others' results are ready.
+        """
+        num_rows, num_beams, count = candidates.shape[1:]
+        step, penalty = self.step, self.generation.length_penalty
+        keys, log_probabilities, token_ids = candidates.reshape([3, num_rows, -1])
+        sums = np.repeat(self.sums, count, axis=1)
+        keys, sums = keys + sums, log_probabilities + sums
+        row = np.arange(num_rows)[:, None]
+        # The 2 * num_beams to go on with, best first: by their key if drawn, then by their sum.
+        drawn = np.argsort(-keys, axis=1, kind="stable")[:, : 2 * num_beams]
+        drawn = drawn[row, np.argsort(-sums[row, drawn], axis=1, kind="stable")]
+        sums, token_ids, parents = sums[row, drawn], token_ids[row, drawn].astype("int64"), drawn // count
+        ends = token_ids == self.end_token_id
+        # An end token among the first num_beams finishes its hypothesis; a later one is dropped.
+        scores = np.where(ends, sums, -np.inf)[:, :num_beams] / max(step, 1) ** penalty
+        self._finish(self.tokens[row, parents[:, :num_beams]], np.full_like(scores, step, dtype="int64"), scores)
+        # "Worst no worse than the best running sum": of all candidates and over the length before this step, as THUDM
+        # has it, so that one beam is greedy search.
+        worst = self.finished_scores[:, -1]
+        done = (worst > -np.inf) & (worst >= sums[:, 0] / max(step, 1) ** penalty)
+
+        sums = np.where(ends, -np.inf, sums)
+        live = np.argsort(ends, axis=1, kind="stable")[:, :num_beams]  # the first that are no end tokens
+        sums, token_ids, parents = sums[row, live], token_ids[row, live], parents[row, live]
+        if sums.shape[1] < num_beams:  # a vocabulary smaller than the beam
+            pad = [(0, 0), (0, num_beams - sums.shape[1])]
+            sums = np.pad(sums, pad, constant_values=-np.inf)
+            token_ids, parents = np.pad(token_ids, pad), np.pad(parents, pad)
+        stuck = (sums == -np.inf).all(axis=1)  # every continuation is banned
+        if stuck.any():  # where nothing has finished either, what there is must do
+            self._finish(*self._running(stuck & (self.finished_scores == -np.inf).all(axis=1)))
+        done |= stuck
+
+        self.sums, self.tokens, self.visible = sums, self.tokens[row, parents], self.visible[row, parents]
+        self.tokens[:, :, step] = token_ids
+        self.step += 1
+        if self.step == self.generation.tgt_length:
+            self._finish(*self._running(~done))
+            done[:] = True
+        return self._drop(done)
+
+    def _running(self, rows):
+        """The running beams of ``rows`` (bool [A]) as hypotheses with their own scores."""
+        scores = np.where(rows[:, None], self.sums, -np.inf) / max(self.step, 1) ** self.generation.length_penalty
+        return self.tokens, np.full(scores.shape, self.step), scores
+
+    def _drop(self, done):
+        for row in np.nonzero(done)[0]:
+            length = self.finished_lengths[row, 0]
+            tokens = self.finished_tokens[row, 0, :length].tolist()
+            self.results[self.example[row]] = (tokens, float(self.finished_scores[row, 0]))
+        rows = np.nonzero(~done)[0]
+        if done.any():
+            for name in ("example", "tokens", "sums", "visible"):
+                setattr(self, name, getattr(self, name)[rows])
+            for name in ("finished_tokens", "finished_lengths", "finished_scores"):
+                setattr(self, name, getattr(self, name)[rows])
+        return rows
+
+
+@paddle.no_grad()
+def beam_search(model, input_ids, source_length, generation, start_token_id, end_token_id):
+    """Generate one target per source, by the rules of THUDM/GLM.
+
+    Args:
+        model: GLMForConditionalGeneration in eval mode.
+        input_ids: int64 [B, S], sources as ``data.encode_source`` gives them, padded on the right.
+        source_length: numpy int64 [B]. generation: GenerationArguments.
+
+    Returns:
+        list of (token ids without start and end token, score), one per source; the score is the sum of the natural
+        logarithms of the probabilities, the end token's included, over length ** length_penalty.
+    """
+    num_beams = generation.num_beams
+    cache = prefill(model, input_ids, source_length, generation.tgt_length * num_beams)
+    beams = Beams(len(source_length), generation, end_token_id)
+    source_visible = np.arange(input_ids.shape[1]) < source_length[:, None, None]  # [B, 1, S]
+    source_visible = np.repeat(source_visible, num_beams, axis=1)
+    gmask_position = paddle.to_tensor(source_length - 2)
+    token_ids = paddle.full([len(source_length), num_beams], start_token_id, dtype="int64")
+    while len(beams.example):
+        visible = np.concatenate([source_visible[beams.example], beams.open_slots()], axis=-1)
+        logits = decode_one_token(model, cache, token_ids, gmask_position, beams.step, visible)
+        candidates = next_token_candidates(
+            logits, beams.banned(), 2 * num_beams, generation.select_topk, generation.top_k, generation.top_p
+        )
+        num_rows = len(beams.example)
+        rows = beams.advance(candidates)
+        if 0 < len(rows) < num_rows:  # finished examples leave the batch
+            rows = paddle.to_tensor(rows)
+            cache, gmask_position = cache.select(rows), gmask_position.index_select(rows)
+        if len(beams.example):
+            token_ids = paddle.to_tensor(beams.tokens[:, :, beams.step - 1])
+    return beams.results
+
+
+# --------------------------------------------------------------------------------------------------------- metrics
+
+
+def _characters(text):
+    """The characters that count: none of the white space, and width and form as the tokenizer's NFKC leaves them."""
+    return [character for character in unicodedata.normalize("NFKC", text) if not character.isspace()]
+
+
+def compute_metrics(predictions, references):
+    """ROUGE-1, ROUGE-2, ROUGE-L (F1, mean over the records) and corpus BLEU-4, over characters, each 0..1.
+
+    Args: two lists of str of the same length. An empty prediction or reference scores 0.
+    """
+    rouge, bleu = Rouge(exclusive=False), BLEU(n_size=4)
+    totals = {"rouge1": 0.0, "rouge2": 0.0, "rougel": 0.0}
+    for prediction, reference in zip(predictions, references):
+        prediction, reference = _characters(prediction), _characters(reference)
+        bleu.add_inst(prediction, [reference])
+        if prediction and reference:
+            # The package finds the common subsequence by recursion, one level a character.
+            sys.setrecursionlimit(max(sys.getrecursionlimit(), len(prediction) + len(reference) + 1000))
+            # It splits sentences at "." and words at spaces: numbers in place of characters have neither.
+            texts = (" ".join(str(ord(character)) for character in text) for text in (prediction, reference))
+            scores = rouge.get_scores(*texts)[0]
+            for name, key in (("rouge1", "rouge-1"), ("rouge2", "rouge-2"), ("rougel", "rouge-l")):
+                totals[name] += scores[key]["f"]
+    metrics = {name: total / len(predictions) for name, total in totals.items()}
+    # Without a single generated character BLEU's brevity penalty has no value, and its limit is 0.
+    metrics["bleu4"] = bleu.score() if bleu.bp_c else 0.0
+    return metrics
+
+
+# --------------------------------------------------------------------------------------------------------- trainer
+
+
+class GenerationProgressCallback(ProgressCallback):
+    """PaddleNLP's bars, the evaluation's with generated tokens/s."""
+
+    def start_prediction(self):
+        self.generated_tokens, self.start = 0, time.time()
+
+    def tokens_per_second(self):
+        return self.generated_tokens / (time.time() - self.start)
+
+    def on_prediction_step(self, args, state, control, **kwargs):
+        super().on_prediction_step(args, state, control, **kwargs)
+        if self.prediction_bar is not None:
+            self.prediction_bar.set_postfix_str(f"{self.tokens_per_second():.1f} tokens/s")
+
+
+class GLMTrainer(Trainer):
+    """PaddleNLP's Trainer with the label-smoothed loss, the decaying schedule and evaluation by beam search.
+
+    Args (beside the Trainer's):
+        generation (GenerationArguments): how evaluation generates.
+        label_smoothing (float): e of LabelSmoothedLoss.
+        lr_decay_ratio (float): the share of the peak rate that a linear schedule ends at.
+    """
+
+    def __init__(self, *args, generation, label_smoothing, lr_decay_ratio, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.generation, self.label_smoothing, self.lr_decay_ratio = generation, label_smoothing, lr_decay_ratio
+        # Through any wrapper, the model then returns hidden states; the head is applied to target positions alone.
+        self.model.glm.output_predict = False
+        self.progress = GenerationProgressCallback()
+        if self.pop_callback(ProgressCallback) is not None:
+            self.add_callback(self.progress)
+
+    # training
+
+    def _target_losses(self, model, inputs):
+        """Label-smoothed losses of the batch's N targets, float32 [N]."""
+        hidden_states = model(
+            input_ids=inputs["input_ids"],
+            position_ids=inputs["position_ids"],
+            attention_mask=inputs["attention_mask"].astype("float32"),
+        )[0]  # [B, L, C]
+        hidden_states = hidden_states.reshape([-1, hidden_states.shape[-1]]).gather(inputs["target_positions"])
+        weight = self.model.glm.word_embeddings.weight
+        return LabelSmoothedLoss.apply(hidden_states, weight, inputs["labels"], self.label_smoothing)
+
+    def compute_loss(self, model, inputs, return_outputs=False):
+        """The mean over the batch's target tokens, the end token included."""
+        losses = self._target_losses(model, inputs)
+        return (losses.mean(), losses) if return_outputs else losses.mean()
+
+    def create_scheduler(self, num_training_steps):
+        """linear: from 0 up to learning_rate, then straight down to lr_decay_ratio of it at the last step."""
+        if self.args.lr_scheduler_type != SchedulerType.LINEAR or self.lr_scheduler is not None:
+            return super().create_scheduler(num_training_steps)
+        warmup = self.args.warmup_steps or int(self.args.warmup_ratio * num_training_steps)
+        decay = max(num_training_steps - 1 - warmup, 1)  # steps from the peak to the last one
+
+        def factor(step):
+            if step < warmup:
+                return step / warmup
+            return 1 - (1 - self.lr_decay_ratio) * min((step - warmup) / decay, 1)
+
+        self.lr_scheduler = paddle.optimizer.lr.LambdaDecay(self.args.learning_rate, factor)
+        return self.lr_scheduler
+
+    def _get_train_sampler(self):
+        args = self.args
+        replicas, accumulation = args.dataset_world_size, args.gradient_accumulation_steps
+        batch_size = args.per_device_train_batch_size
+        return GroupedBatchSampler(
+            self.train_dataset, batch_size, replicas, args.dataset_rank, batch_size * replicas * accumulation,
+            shuffle=True, group_by_length=args.group_by_length, seed=args.seed,
+        )  # fmt: skip
+
+    def _load_optimizer_and_scheduler(self, checkpoint):
+        super()._load_optimizer_and_scheduler(checkpoint)
+        # The Trainer restores random states only after it has skipped batches, which it does not do between epochs.
+        self._load_rng_state(checkpoint)
+
+    def _load_rng_state(self, checkpoint):
+        """The Trainer's own fails where the GPU build runs on a CPU: it looks for as many GPU states as there are GPUs."""
+        if checkpoint is None or self.args.device != "cpu":
+            return super()._load_rng_state(checkpoint)
+        world_size = self.args.world_size
+        path = os.path.join(checkpoint, f"rng_state_{world_size}.pth" if world_size > 1 else "rng_state.pth")
+        if not os.path.isfile(path):
+            return logger.warning(f"{path} is missing: dropout goes on with other random numbers than it would have")
+        states = paddle.load(path, return_numpy=True)
+        states = states[self.args.process_index] if world_size > 1 else states
+        random.setstate(states["python"])
+        np.random.set_state(states["numpy"])
+        paddle.framework.core.default_cpu_generator().set_state(states["cpu"])
+        if "hybrid_parallel_rng_state_tracker" in states:
+            get_rng_state_tracker().set_states_tracker(states["hybrid_parallel_rng_state_tracker"])
+
+    # evaluation
+
+    def _get_eval_sampler(self, eval_dataset):
+        """From long to short, so that a batch has little padding."""
+        args, batch_size = self.args, self.args.per_device_eval_batch_size
+        return GroupedBatchSampler(
+            eval_dataset, batch_size, args.dataset_world_size, args.dataset_rank, batch_size * args.dataset_world_size,
+            shuffle=False, group_by_length=True, seed=args.seed,
+        )  # fmt: skip
+
+    def prediction_step(self, model, inputs, prediction_loss_only=None, ignore_keys=None):
+        """Beam search and loss of one batch; ``evaluation_loop`` takes them from ``self.outputs``."""
+        inputs = self._prepare_inputs(inputs)
+        source_length = inputs["source_length"].numpy()
+        input_ids = inputs["input_ids"][:, : source_length.max()]
+        start_token_id, end_token_id = self.tokenizer.sop_token_id, self.tokenizer.eop_token_id
+        with paddle.no_grad(), self.autocast_smart_context_manager():
+            hypotheses = beam_search(model, input_ids, source_length, self.generation, start_token_id, end_token_id)
+            losses = self._target_losses(model, inputs).numpy() if len(inputs["labels"]) else np.zeros(0)
+        # The targets of a record stand side by side in the flattened batch, records in order.
+        rows = inputs["target_positions"].numpy() // inputs["input_ids"].shape[1]
+        for row, (index, (token_ids, score)) in enumerate(zip(inputs["index"].tolist(), hypotheses)):
+            self.outputs[index] = {"token_ids": token_ids, "score": score, "losses": losses[rows == row]}
+        self.progress.generated_tokens += sum(len(token_ids) for token_ids, _ in hypotheses)
+        return None, None, None
+
+    def evaluation_loop(self, dataloader, description, *args, metric_key_prefix="eval", **kwargs):
+        """The Trainer's loop, then the metrics and ``{eval,test}_predictions.jsonl``, in the input's order."""
+        self.outputs = {}  # by the record's number: batches may repeat a record
+        self.progress.start_prediction()
+        output = super().evaluation_loop(dataloader, description, *args, metric_key_prefix=metric_key_prefix, **kwargs)
+        tokens_per_second = self.progress.tokens_per_second()
+        if self.progress.prediction_bar is not None:  # the Trainer leaves it open after predict()
+            self.progress.prediction_bar.close()
+            self.progress.prediction_bar = None
+
+        rows = []
+        for index, result in sorted(self.outputs.items()):
+            record = dataloader.dataset[index]["record"]
+            rows.append({
+                "id": record["id"], "context": record["context"], "answer": record["answer"],
+                "reference": record["question"], "prediction": decode_target(self.tokenizer, result["token_ids"]),
+                "score": result["score"], "token_ids": result["token_ids"],
+            })  # fmt: skip
+        metrics = {"samples": len(rows), "tokens_per_second": round(tokens_per_second, 2)}
+        scored = [row for row in rows if row["reference"] is not None]
+        if scored:
+            metrics["loss"] = float(np.concatenate([result["losses"] for result in self.outputs.values()]).mean())
+            metrics.update(compute_metrics(*([row[key] for row in scored] for key in ("prediction", "reference"))))
+        output.metrics.update({f"{metric_key_prefix}_{name}": value for name, value in metrics.items()})
+        if self.args.should_save:
+            self._write_predictions(rows, os.path.join(self.args.output_dir, f"{metric_key_prefix}_predictions.jsonl"))
+        return output
+
+    def _write_predictions(self, rows, path):
+        os.makedirs(self.args.output_dir, exist_ok=True)
+        with open(path + ".tmp", "w", encoding="utf-8") as file:
+            file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+        os.replace(path + ".tmp", path)  # whole or not at all
