@@ -536,7 +536,7 @@ class GLMTrainer(Trainer):
         self._load_rng_state(checkpoint)
 
     def _load_rng_state(self, checkpoint):
-        """The Trainer's own fails where the GPU build runs on a CPU: it looks for as many GPU states as there are GPUs."""
+        """The Trainer's own fails where the GPU build runs on a CPU: it wants as many GPU states as there are GPUs."""
         if checkpoint is None or self.args.device != "cpu":
             return super()._load_rng_state(checkpoint)
         world_size = self.args.world_size
