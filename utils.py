@@ -2,6 +2,7 @@
 
 import zlib  # noqa: F401  isort:skip  Before anything can load libpaddle, whose zlib symbols would shadow the system's.
 
+import ctypes
 import json
 import os
 import random
@@ -9,18 +10,22 @@ import sys
 import time
 import unicodedata
 from collections import defaultdict
-from typing import NamedTuple
 
 import numpy as np
 
 
 def use_the_whole_cpu():
-    """Let Paddle's matrix products use every core, and AMD processors MKL's fast path. Must run before paddle loads.
+    """Let Paddle use the whole of a CPU. Must run before paddle loads.
 
-    Paddle starts with one thread, and its MKL takes a slow path on processors that are not Intel's. A thread count
-    that the user set stays; processes of one launch share the cores.
+    Paddle starts with one thread, its MKL takes a slow path on processors that are not Intel's, and glibc returns each
+    large tensor to the system, so that the next one costs page faults again: more than many an operator itself. A
+    thread count that the user set stays; processes of one launch share the cores.
     """
     os.environ.setdefault("MKL_DEBUG_CPU_TYPE", "5")
+    libc = ctypes.CDLL(None)
+    if hasattr(libc, "mallopt"):  # glibc
+        libc.mallopt(-4, 0)  # M_MMAP_MAX: large blocks come from the heap
+        libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: which gives back to the system what is over 2 GiB
     if "OMP_NUM_THREADS" in os.environ:
         return
     import paddle
@@ -89,32 +94,16 @@ class LabelSmoothedLoss(PyLayer):
 # ------------------------------------------------------------------------------------------------- cached decoding
 
 
-class Cache(NamedTuple):
-    """Keys and values of each layer, float [B, H, length, D].
-
-    The source's are stored once per example. The generated part has a slot for every step of every beam, written once
-    and never moved: when beams branch, only the mask changes that says which slots a beam descends from.
-    """
-
-    source: list  # [(keys, values)] of length S
-    generated: list  # [(keys, values)] of length steps * K; slot = step * K + beam
-
-    def select(self, rows):
-        """Keep the examples ``rows``, int64 [B']."""
-        return Cache(*([(k.index_select(rows), v.index_select(rows)) for k, v in part] for part in self))
-
-
 def _attend(query, keys, values, mask):
-    """Scaled dot-product attention over several segments at once.
+    """Scaled dot-product attention, all [B, H, length, D].
 
     Args:
-        query [B, H, Q, D]; keys, values: lists of [B, H, segment, D]; mask [B, H, Q, all segments], 0 or MASKED.
+        mask: [B, H, queries, keys], 0 or MASKED, or None where every key is visible.
     """
-    query = query * query.shape[-1] ** -0.5
-    scores = paddle.concat([paddle.matmul(query, key, transpose_y=True) for key in keys], axis=-1)
-    weights = F.softmax(scores + mask.astype(scores.dtype), axis=-1)
-    parts = paddle.split(weights, [key.shape[2] for key in keys], axis=-1)
-    return sum(paddle.matmul(part, value) for part, value in zip(parts, values))  # [B, H, Q, D]
+    scores = paddle.matmul(query * query.shape[-1] ** -0.5, keys, transpose_y=True)
+    if mask is not None:
+        scores = scores + mask
+    return paddle.matmul(F.softmax(scores), values)
 
 
 def _forward(model, input_ids, position_ids, attend):
@@ -151,13 +140,15 @@ def _forward(model, input_ids, position_ids, attend):
     return stack.final_layernorm(hidden_states)
 
 
-def _additive_mask(visible, heads):
-    """bool numpy [B, Q, length] to 0 where visible, else MASKED: a tensor [B, heads, Q, length].
+def _additive_mask(model, visible, num_queries):
+    """bool numpy [B, 1 or queries, keys] to a tensor [B, H, queries, keys]: 0 where visible, else MASKED.
 
-    Given to all heads here, once, for Paddle is slow at broadcasting it in every layer.
+    Whole, and once for all layers, for Paddle is slow at broadcasting on a CPU.
     """
-    mask = paddle.to_tensor(np.where(visible, 0.0, MASKED).astype("float32"))
-    return mask.unsqueeze(1).tile([1, heads, 1, 1])
+    dtype = model.glm.word_embeddings.weight.dtype
+    mask = paddle.to_tensor(np.where(visible, 0.0, MASKED), dtype=dtype).unsqueeze(1)
+    heads = model.glm.transformer.layers[0].attention.num_attention_heads
+    return mask.tile([1, heads, num_queries // mask.shape[2], 1])
 
 
 def prefill(model, input_ids, source_length, num_slots):
@@ -168,47 +159,46 @@ def prefill(model, input_ids, source_length, num_slots):
         num_slots (int): room for generated tokens, tgt_length * num_beams.
 
     Returns:
-        Cache.
+        list: the cache, of each layer keys and values, [B, H, S + num_slots, D], allocated here once. The source's part
+        is stored once per example, for all its beams. Behind it every beam has a slot for every step, written once and
+        never moved: when beams branch, only the mask changes that says what a beam descends from.
     """
     batch_size, length = input_ids.shape
     position_ids = paddle.stack([paddle.arange(length), paddle.zeros([length], "int64")]).unsqueeze(0)
-    heads = model.glm.transformer.layers[0].attention.num_attention_heads
     visible = np.arange(length) < source_length[:, None, None]  # [B, 1, S]
-    mask = _additive_mask(visible, heads)
-    source = []
+    mask = None if visible.all() else _additive_mask(model, visible, length)
+    cache = []
 
-    def attend(number, query, key, value):
-        source.append((key, value))
-        return _attend(query, [key], [value], mask)
+    def attend(_, query, key, value):
+        shape = [batch_size, key.shape[1], length + num_slots, key.shape[3]]
+        cache.append((paddle.zeros(shape, key.dtype), paddle.zeros(shape, key.dtype)))
+        cache[-1][0][:, :, :length], cache[-1][1][:, :, :length] = key, value
+        return _attend(query, key, value, mask)
 
     _forward(model, input_ids, position_ids.tile([batch_size, 1, 1]), attend)
-    shape = [batch_size, heads, num_slots, source[0][0].shape[-1]]
-    generated = [(paddle.zeros(shape, key.dtype), paddle.zeros(shape, value.dtype)) for key, value in source]
-    return Cache(source, generated)
+    return cache
 
 
-def decode_one_token(model, cache, token_ids, gmask_position, step, visible):
+def decode_one_token(model, cache, token_ids, position_ids, slot, visible):
     """Feed one token to every beam: its keys and values enter the cache, its logits come out.
 
     The beams of an example are so many queries on one shared cache, which is why the source is stored once.
 
     Args:
-        token_ids: int64 [B, K], the beams' last tokens. gmask_position: int64 [B].
-        step (int): tokens already fed; the beams write slots step * K to step * K + K - 1.
-        visible: numpy bool [B, K, S + slots], what each beam sees.
+        token_ids: int64 [B, K], the beams' last tokens. position_ids: int64 [B, 2], theirs.
+        slot (int): where in the cache the beams write, slot to slot + K - 1.
+        visible: numpy bool [B, K, S + num_slots], what each beam sees of it.
 
     Returns:
         logits of the next token, [B, K, V].
     """
     num_beams = token_ids.shape[1]
-    position_ids = paddle.stack([gmask_position, paddle.full_like(gmask_position, step + 1)], axis=1)  # [B, 2]
-    mask = _additive_mask(visible, model.glm.transformer.layers[0].attention.num_attention_heads)
-    slots = slice(step * num_beams, (step + 1) * num_beams)
+    mask = _additive_mask(model, visible, num_beams)
 
     def attend(number, query, key, value):
-        (source_keys, source_values), (keys, values) = cache.source[number], cache.generated[number]
-        keys[:, :, slots], values[:, :, slots] = key, value
-        return _attend(query, [source_keys, keys], [source_values, values], mask)
+        keys, values = cache[number]
+        keys[:, :, slot : slot + num_beams], values[:, :, slot : slot + num_beams] = key, value
+        return _attend(query, keys, values, mask)
 
     hidden_states = _forward(model, token_ids, position_ids.unsqueeze(-1).tile([1, 1, num_beams]), attend)
     return paddle.matmul(hidden_states, model.glm.word_embeddings.weight, transpose_y=True)
@@ -270,15 +260,18 @@ class Beams:
     A: examples not done yet; K: beams; T: tgt_length.
     """
 
-    def __init__(self, batch_size, generation, end_token_id):
+    def __init__(self, source_length, length, generation, end_token_id):
         self.generation, self.end_token_id = generation, end_token_id
-        num_beams, length = generation.num_beams, generation.tgt_length
+        batch_size, num_beams, tgt_length = len(source_length), generation.num_beams, generation.tgt_length
         self.step = 0  # tokens generated so far
         self.example = np.arange(batch_size)  # [A], which of the batch each row is
-        self.tokens = np.zeros([batch_size, num_beams, length], dtype="int64")
+        self.tokens = np.zeros([batch_size, num_beams, tgt_length], dtype="int64")
         self.sums = np.full([batch_size, num_beams], -np.inf)  # of log-probabilities
         self.sums[:, 0] = 0  # all beams start alike: only the first may branch
-        self.visible = np.zeros([batch_size, num_beams, length * num_beams], dtype=bool)  # slots a beam descends from
+        self.source_slots = length
+        # [A, K, S + T * K], what a beam sees of the cache: its source and the slots of its own past
+        self.visible = np.zeros([batch_size, num_beams, length + tgt_length * num_beams], dtype=bool)
+        self.visible[:, :, :length] = np.arange(length) < np.asarray(source_length)[:, None, None]
         self.finished_tokens = np.zeros_like(self.tokens)
         self.finished_lengths = np.zeros([batch_size, num_beams], dtype="int64")
         self.finished_scores = np.full([batch_size, num_beams], -np.inf)
@@ -287,10 +280,15 @@ class Beams:
         self.results = [None] * batch_size
 
     def open_slots(self):
-        """Let each beam see the slot that its last token is about to be written to. Returns ``visible``."""
-        beam = np.arange(self.sums.shape[1])
-        self.visible[:, beam, self.step * len(beam) + beam] = True
-        return self.visible
+        """Let each beam see the slot that its last token is about to be written to.
+
+        Returns:
+            the first of these slots, and ``visible``.
+        """
+        num_beams = self.sums.shape[1]
+        slot = self.source_slots + self.step * num_beams
+        self.visible[:, np.arange(num_beams), slot + np.arange(num_beams)] = True
+        return slot, self.visible
 
     def banned(self):
         """The impossible next tokens, list of (row, beam, token): the end before min_tgt_length, repeated n-grams.
@@ -307,7 +305,8 @@ class Beams:
             tokens = self.tokens[row, beam]
             slots = self.seen[self.example[row]][tuple(tokens[step - n + 1 : step])]
             # A slot of step s holds token s - 1, so what followed it is token s.
-            bans += [(row, beam, tokens[slot // num_beams]) for slot in slots if self.visible[row, beam, slot]]
+            visible = self.visible[row, beam, self.source_slots :]
+            bans += [(row, beam, tokens[slot // num_beams]) for slot in slots if visible[slot]]
             slots.append(step * num_beams + beam)
         return bans
 
@@ -397,16 +396,14 @@ def beam_search(model, input_ids, source_length, generation, start_token_id, end
         list of (token ids without start and end token, score), one per source; the score is the sum of the natural
         logarithms of the probabilities, the end token's included, over length ** length_penalty.
     """
-    num_beams = generation.num_beams
+    num_beams, length = generation.num_beams, input_ids.shape[1]
     cache = prefill(model, input_ids, source_length, generation.tgt_length * num_beams)
-    beams = Beams(len(source_length), generation, end_token_id)
-    source_visible = np.arange(input_ids.shape[1]) < source_length[:, None, None]  # [B, 1, S]
-    source_visible = np.repeat(source_visible, num_beams, axis=1)
-    gmask_position = paddle.to_tensor(source_length - 2)
+    beams = Beams(source_length, length, generation, end_token_id)
     token_ids = paddle.full([len(source_length), num_beams], start_token_id, dtype="int64")
     while len(beams.example):
-        visible = np.concatenate([source_visible[beams.example], beams.open_slots()], axis=-1)
-        logits = decode_one_token(model, cache, token_ids, gmask_position, beams.step, visible)
+        position_ids = np.stack([source_length[beams.example] - 2, np.full(len(beams.example), beams.step + 1)], axis=1)
+        slot, visible = beams.open_slots()
+        logits = decode_one_token(model, cache, token_ids, paddle.to_tensor(position_ids), slot, visible)
         candidates = next_token_candidates(
             logits, beams.banned(), 2 * num_beams, generation.select_topk, generation.top_k, generation.top_p
         )
@@ -414,9 +411,8 @@ def beam_search(model, input_ids, source_length, generation, start_token_id, end
         rows = beams.advance(candidates)
         if 0 < len(rows) < num_rows:  # finished examples leave the batch
             rows = paddle.to_tensor(rows)
-            cache, gmask_position = cache.select(rows), gmask_position.index_select(rows)
-        if len(beams.example):
-            token_ids = paddle.to_tensor(beams.tokens[:, :, beams.step - 1])
+            cache = [(keys.index_select(rows), values.index_select(rows)) for keys, values in cache]
+        token_ids = paddle.to_tensor(beams.tokens[:, :, beams.step - 1])
     return beams.results
 
 

@@ -30,13 +30,12 @@ def test_cached_decoding_equals_the_plain_forward_at_every_step():
     sources, input_ids, lengths = make_sources()
     rng = np.random.default_rng(1)
     cache = prefill(model, input_ids, lengths, steps * num_beams)
-    beams = Beams(3, generation_arguments(tgt_length=steps, num_beams=num_beams), END)
-    source_visible = np.repeat((np.arange(12) < lengths[:, None])[:, None], num_beams, axis=1)
+    beams = Beams(lengths, 12, generation_arguments(tgt_length=steps, num_beams=num_beams), END)
     paths = [[[] for _ in range(num_beams)] for _ in sources]
     fed = np.full([3, num_beams], START)
     for step in range(steps):
-        visible = np.concatenate([source_visible, beams.open_slots()], axis=-1)
-        logits = decode_one_token(model, cache, paddle.to_tensor(fed), paddle.to_tensor(lengths - 2), step, visible)
+        positions = paddle.to_tensor(np.stack([lengths - 2, np.full(3, step + 1)], axis=1))
+        logits = decode_one_token(model, cache, paddle.to_tensor(fed), positions, *beams.open_slots())
         for row, beam in itertools.product(range(3), range(num_beams)):
             expected = plain_log_probabilities(model, sources[row], paths[row][beam])
             np.testing.assert_allclose(log_softmax(logits.numpy()[row, beam]), expected, atol=1e-4)
@@ -52,8 +51,7 @@ def test_the_source_is_stored_once_per_example():
     _, input_ids, lengths = make_sources()
     for num_beams in (1, 7):
         cache = prefill(model, input_ids, lengths, 5 * num_beams)
-        assert all(part.shape == [3, 4, 12, 8] for layer in cache.source for part in layer)
-        assert all(part.shape == [3, 4, 5 * num_beams, 8] for layer in cache.generated for part in layer)
+        assert [part.shape for layer in cache for part in layer] == [[3, 4, 12 + 5 * num_beams, 8]] * 4
 
 
 def repeats_ngram(tokens, n):
