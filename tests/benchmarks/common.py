@@ -1,0 +1,137 @@
+"""What both benchmarks share: a model of GLM-Large's width, records of DuReader's lengths, children, and the table."""
+
+import argparse
+import json
+import os
+import resource
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent.parent
+sys.path.insert(0, str(ROOT))
+SRC_LENGTH, TGT_LENGTH = 608, 160  # the recipe's
+
+
+def parser(description):
+    result = argparse.ArgumentParser(description=description)
+    result.add_argument("--layers", type=int, default=6, help="24 is GLM-Large")
+    result.add_argument("--batch_size", type=int, default=2)
+    result.add_argument("--worker", help=argparse.SUPPRESS)
+    result.add_argument("--model", help=argparse.SUPPRESS)
+    return result
+
+
+class SpecialTokens:
+    """The special ids of glm-large-chinese's tokenizer that features need."""
+
+    cls_token_id, gmask_token_id, eos_token_id, pad_token_id = 50002, 50009, 50000, 50000
+    sop_token_id, eop_token_id = 50006, 50007
+
+
+def make_dataset(count, seed=0):
+    """Features of random ids with DuReaderQG's lengths.
+
+    Contexts have 292 characters on average, questions 9, answers 5. The published tokenizer takes about 1.8 characters
+    of running text a token, 9 tokens for the source's fixed words and 7 for the target's.
+    """
+    import numpy as np
+
+    from data import build_features
+
+    rng = np.random.default_rng(seed)
+    dataset = []
+    for index in range(count):
+        characters = rng.lognormal(np.log(292) - 0.6**2 / 2, 0.6)
+        source_length = min(3 + 9 + 3 + round(characters / 1.8), SRC_LENGTH)
+        source = rng.integers(10, 50000, source_length - 3).tolist()
+        source = [SpecialTokens.cls_token_id, *source, SpecialTokens.gmask_token_id, SpecialTokens.eos_token_id]
+        labels = [*rng.integers(10, 50000, 7 + rng.integers(3, 8)).tolist(), SpecialTokens.eop_token_id]
+        dataset.append({**build_features(SpecialTokens, source, labels), "index": index})
+    return dataset
+
+
+def save_model(folder, layers):
+    """A random GLM of GLM-Large's width, once for all children."""
+    import paddle
+    from paddlenlp.transformers import GLMConfig, GLMForConditionalGeneration
+
+    paddle.seed(0)
+    config = GLMConfig(
+        num_layers=layers,
+        hidden_size=1024,
+        num_attention_heads=16,
+        vocab_size=50048,
+        max_sequence_length=1024,
+        output_predict=True,
+        attention_dropout_prob=0.1,
+        embedding_dropout_prob=0.1,
+        output_dropout_prob=0.1,
+    )
+    GLMForConditionalGeneration(config).save_pretrained(folder)
+
+
+def load_model(folder):
+    from paddlenlp.transformers import AutoModelForConditionalGeneration
+
+    return AutoModelForConditionalGeneration.from_pretrained(folder)
+
+
+def matrix_products(model, rows, head_rows, backward=False):
+    """Every weight's product at these numbers of rows, and nothing else; with backward also those of its gradients."""
+    import paddle
+
+    weights = []
+    for layer in model.glm.transformer.layers:
+        attention, mlp = layer.attention, layer.mlp
+        linears = (attention.query_key_value, attention.dense, mlp.dense_h_to_4h, mlp.dense_4h_to_h)
+        weights += [(linear.weight, rows, False) for linear in linears]
+    weights.append((model.glm.word_embeddings.weight, head_rows, True))
+    inputs = {}
+    for weight, count, transposed in weights:
+        width = weight.shape[1 if transposed else 0]
+        inputs.setdefault((count, width), paddle.randn([count, width]))
+
+    def run():
+        with paddle.no_grad():
+            for weight, count, transposed in weights:
+                x = inputs[count, weight.shape[1 if transposed else 0]]
+                y = paddle.matmul(x, weight, transpose_y=transposed)
+                if backward:
+                    paddle.matmul(y, weight, transpose_y=not transposed)
+                    paddle.matmul(x, y, transpose_x=True)
+
+    return run
+
+
+def peak_mb():
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+
+
+def children(args, workers):
+    """Run each worker in a process of its own on the same weights. Returns {worker: what it printed}."""
+    results = {}
+    with tempfile.TemporaryDirectory() as folder:
+        code = f"import sys; sys.path.insert(0, {str(Path(__file__).parent)!r}); import common, utils\n"
+        code += f"common.save_model({folder!r}, {args.layers})"
+        subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
+        for worker, flags in workers.items():
+            command = [sys.executable, *sys.argv, "--worker", worker, "--model", folder, *map(str, flags)]
+            output = subprocess.run(command, capture_output=True, text=True)
+            if output.returncode:
+                raise SystemExit(f"{worker} failed:\n{output.stderr[-3000:]}")
+            results[worker] = json.loads(output.stdout.splitlines()[-1])
+    return results
+
+
+def print_table(head, rows):
+    widths = [max(len(str(row[i])) for row in [head, *rows]) for i in range(len(head))]
+    for row in [head, ["-" * width for width in widths], *rows]:
+        print("| " + " | ".join(str(cell).ljust(width) for cell, width in zip(row, widths)) + " |")
+
+
+def print_machine():
+    with open("/proc/cpuinfo") as file:
+        names = [line.split(":")[1].strip() for line in file if line.startswith("model name")]
+    print(f"{names[0] if names else 'unknown processor'}, {len(os.sched_getaffinity(0))} cores, float32")

@@ -1,0 +1,174 @@
+"""Beam search, side by side: PaddleNLP's generate() and ours, on the same weights and records.
+
+python tests/benchmarks/decode.py [--layers 24 --tokens 3]     one table, with the ratios and the limit
+python tests/benchmarks/decode.py --growth                     how a step's time and memory grow
+
+PaddleNLP's recipe pads every source to 608 tokens; ours pads to the batch's longest. Step times are taken at 608 on
+both sides. Both have the CPU set up as in utils.use_the_whole_cpu, and generate exactly --tokens tokens.
+"""
+
+import json
+import time
+
+from common import (
+    SRC_LENGTH,
+    SpecialTokens,
+    children,
+    load_model,
+    make_dataset,
+    matrix_products,
+    parser,
+    peak_mb,
+    print_table,
+)
+
+from common import print_machine  # isort:skip
+
+from utils import Beams, beam_search, decode_one_token, next_token_candidates, prefill  # isort:skip
+
+import numpy as np
+import paddle
+
+from data import build_attention_mask
+from finetune_generation import GenerationArguments
+
+START, END = SpecialTokens.sop_token_id, SpecialTokens.eop_token_id
+
+
+def make_sources(args):
+    """Sources [B, args.source], padded on the right, and their lengths."""
+    dataset = make_dataset(args.batch_size)
+    lengths = np.array([min(feature["source_length"], args.source) for feature in dataset])
+    input_ids = np.random.default_rng(0).integers(10, 50000, [args.batch_size, args.source])
+    return np.where(np.arange(args.source) < lengths[:, None], input_ids, SpecialTokens.pad_token_id), lengths
+
+
+def generation(args):
+    tokens = args.tokens
+    return GenerationArguments(tgt_length=tokens, min_tgt_length=tokens, num_beams=args.beams, no_repeat_ngram_size=3)
+
+
+def ours(args):
+    model = load_model(args.model)
+    model.eval()
+    input_ids, lengths = make_sources(args)
+    source = paddle.to_tensor(input_ids[:, : lengths.max()])
+    beam_search(model, source, lengths, generation(args), START, END)  # warm
+    start = time.time()
+    results = beam_search(model, source, lengths, generation(args), START, END)
+    total = time.time() - start
+    peak = peak_mb()
+    with paddle.no_grad():
+        full = paddle.to_tensor(input_ids)
+        everything = np.full(len(lengths), input_ids.shape[1])
+        start = time.time()
+        cache = prefill(model, full, everything, args.tokens * args.beams)
+        prefill_seconds = time.time() - start
+        beams = Beams(everything, input_ids.shape[1], generation(args), END)
+        steps, products = [], []
+        limit = matrix_products(model, args.batch_size * args.beams, args.batch_size * args.beams)
+        token_ids = paddle.full([args.batch_size, args.beams], START, dtype="int64")
+        while len(beams.example):  # beam_search's loop, with a clock
+            start = time.time()
+            position_ids = paddle.to_tensor(np.stack([everything - 2, np.full_like(everything, beams.step + 1)], 1))
+            logits = decode_one_token(model, cache, token_ids, position_ids, *beams.open_slots())
+            beams.advance(next_token_candidates(logits, beams.banned(), 2 * args.beams))
+            token_ids = paddle.to_tensor(beams.tokens[:, :, beams.step - 1])
+            steps.append(time.time() - start)
+            start = time.time()
+            limit()
+            products.append(time.time() - start)
+    assert all(len(tokens) == args.tokens for tokens, _ in results)
+    return {"total": total, "prefill": prefill_seconds, "step": np.median(steps), "limit": np.median(products),
+            "peak": peak}  # fmt: skip
+
+
+def paddlenlp(args):
+    model = load_model(args.model)
+    model.eval()
+    input_ids, lengths = make_sources(args)
+    batch_size, length = input_ids.shape
+
+    def generate(tokens):
+        position_ids = np.zeros([batch_size, 2, length + tokens], dtype="int64")
+        position_ids[:, 0, :length] = np.arange(length)
+        position_ids[:, 0, length:] = (lengths - 2)[:, None]
+        position_ids[:, 1, length:] = np.arange(1, tokens + 1)
+        # Padding sits between source and targets, as its recipe pads; nobody sees it.
+        mask = build_attention_mask(lengths, np.full(batch_size, length), length + tokens)
+        column = np.arange(length + tokens)
+        mask |= ((column[:, None] >= column) & (column >= length))[None, None]
+        start = time.time()
+        output, _ = model.generate(
+            input_ids=paddle.to_tensor(np.concatenate([input_ids, np.full([batch_size, 1], START)], axis=1)),
+            position_ids=paddle.to_tensor(position_ids),
+            attention_mask=paddle.to_tensor(mask.astype("float32")),
+            decode_strategy="beam_search",
+            num_beams=args.beams,
+            max_length=tokens,
+            min_length=tokens,
+            length_penalty=0.7,
+            no_repeat_ngram_size=3,
+            bos_token_id=START,
+            eos_token_id=END,
+            pad_token_id=SpecialTokens.pad_token_id,
+            use_cache=True,
+        )
+        assert output.shape[1] == tokens, output.shape
+        return time.time() - start
+
+    few = 2
+    generate(few)  # warm
+    short, total = generate(few), generate(args.tokens)
+    return {"total": total, "step": (total - short) / (args.tokens - few), "peak": peak_mb()}
+
+
+def main():
+    arguments = parser(__doc__)
+    arguments.add_argument("--tokens", type=int, default=24)
+    arguments.add_argument("--beams", type=int, default=5)
+    arguments.add_argument("--source", type=int, default=SRC_LENGTH)
+    arguments.add_argument("--growth", action="store_true")
+    args = arguments.parse_args()
+    if args.worker:
+        worker = paddlenlp if args.worker == "PaddleNLP" else ours
+        print(json.dumps({key: float(value) for key, value in worker(args).items()}))
+        return
+    print_machine()
+    if args.growth:
+        settings = [(608, 5, 2)]
+        settings += [(source, 5, 2) for source in (152, 304)] + [(608, beams, 2) for beams in (1, 10)]
+        settings += [(608, 5, batch_size) for batch_size in (1, 4, 8)]
+        workers = {
+            f"{source} {beams} {size}": ["--source", source, "--beams", beams, "--batch_size", size]
+            for source, beams, size in settings
+        }
+        rows = []
+        for name, result in children(args, workers).items():
+            source, beams, size = map(int, name.split())
+            source_cache = args.layers * 2 * size * source * 1024 * 4 / 2**20
+            slots = args.layers * 2 * size * beams * args.tokens * 1024 * 4 / 2**20
+            rows.append([source, beams, size, f"{result['step'] * 1e3:.1f}", f"{result['limit'] * 1e3:.1f}",
+                         f"{result['peak']:.0f}", f"{source_cache:.0f}", f"{slots:.0f}"])  # fmt: skip
+        print_table(
+            ["source", "beams", "batch", "step ms", "products ms", "peak MB", "source cache MB", "slots MB"], rows
+        )
+        return
+    results = children(args, {"PaddleNLP": [], "ours": []})
+    peer, own = results["PaddleNLP"], results["ours"]
+    tokens = args.batch_size * args.tokens
+    rows = [
+        ["PaddleNLP generate()", f"{tokens / peer['total']:.2f}", f"{peer['step'] * 1e3:.0f}", f"{peer['peak']:.0f}"],
+        ["ours", f"{tokens / own['total']:.2f}", f"{own['step'] * 1e3:.1f}", f"{own['peak']:.0f}"],
+        ["ratio", f"{peer['total'] / own['total']:.1f}", f"{peer['step'] / own['step']:.1f}",
+         f"{peer['peak'] / own['peak']:.2f}"],
+        ["matrix products alone", "", f"{own['limit'] * 1e3:.1f}", ""],
+        ["ours / products", "", f"{own['step'] / own['limit']:.2f}", ""],
+    ]  # fmt: skip
+    print(f"{args.layers} layers, batch {args.batch_size}, {args.beams} beams, {args.tokens} tokens; "
+          f"prefill of ours at {args.source} tokens {own['prefill']:.2f} s")  # fmt: skip
+    print_table(["", "tokens/s", f"step ms at {args.source}", "peak MB"], rows)
+
+
+if __name__ == "__main__":
+    main()
