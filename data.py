@@ -232,6 +232,7 @@ class GroupedBatchSampler(DistributedBatchSampler):
         super().__init__(dataset, batch_size, num_replicas=num_replicas, rank=rank, shuffle=shuffle)
         self.global_batch_size, self.group_by_length, self.seed = global_batch_size, group_by_length, seed
         self.lengths = np.array([len(feature["input_ids"]) for feature in dataset])
+        self.target_lengths = np.array([len(feature["labels"]) for feature in dataset])
 
     def global_batches(self):
         """Record numbers of an epoch, int64 [global batches, global_batch_size]."""
@@ -249,8 +250,9 @@ class GroupedBatchSampler(DistributedBatchSampler):
         return rng.permutation(order.reshape([count, self.global_batch_size]))
 
     def __iter__(self):
-        batches = self.global_batches().reshape([-1, self.batch_size])
-        return iter(batches[self.local_rank :: self.nranks].tolist())
+        batches = self.global_batches()
+        self.target_tokens = self.target_lengths[batches].sum(1)  # of each global batch of the epoch begun
+        return iter(batches.reshape([-1, self.batch_size])[self.local_rank :: self.nranks].tolist())
 
     def __len__(self):
         steps = -(-len(self.lengths) // self.global_batch_size)

@@ -3,6 +3,7 @@
 python finetune_generation.py --help, or with one JSON file of the same arguments: see README.md.
 """
 
+import glob
 import os
 import sys
 from dataclasses import dataclass, field
@@ -94,6 +95,12 @@ class GLMTrainingArguments(TrainingArguments):
             self.fp16 = self.bf16 = False
         # do_eval alone would make PaddleNLP evaluate every eval_steps; here, as elsewhere, evaluation_strategy says so.
         do_eval, self.do_eval = self.do_eval, False
+        processes = paddle.distributed.get_world_size()
+        if self.tensor_parallel_degree > 1 and processes % self.tensor_parallel_degree:
+            raise InputError(
+                f"--tensor_parallel_degree {self.tensor_parallel_degree} does not divide the {processes} processes of "
+                "this run: start that many by python -m paddle.distributed.launch"
+            )
         super().__post_init__()
         self.do_eval = self.do_eval or do_eval
 
@@ -111,19 +118,27 @@ def parse_arguments():
 
 def find_last_checkpoint(args):
     """The checkpoint to resume from, or None. Refuses to train over what a finished run left."""
-
-    if args.resume_from_checkpoint is not None:
-        return args.resume_from_checkpoint
-    if not args.do_train or args.overwrite_output_dir or not os.path.isdir(args.output_dir):
+    if not args.do_train:
         return None
-    checkpoint = get_last_checkpoint(args.output_dir)
-    if checkpoint is not None:
-        logger.info(f"resuming from {checkpoint}; --overwrite_output_dir starts anew")
-    elif os.path.exists(os.path.join(args.output_dir, "model_state.pdparams")):
+    checkpoint = args.resume_from_checkpoint
+    if checkpoint is None and not args.overwrite_output_dir and os.path.isdir(args.output_dir):
+        checkpoint = get_last_checkpoint(args.output_dir)
+        if checkpoint is None and os.path.exists(os.path.join(args.output_dir, "model_state.pdparams")):
+            raise InputError(
+                f"--output_dir {args.output_dir} holds a model and no checkpoint to resume from: "
+                "give another folder, or --overwrite_output_dir"
+            )
+    if checkpoint is None:
+        return None
+    # The number of data-parallel processes may change, but each tensor-parallel process has files of its own.
+    saved = len(glob.glob(os.path.join(checkpoint, "model_state.tp*.pdparams"))) or 1
+    degree = max(args.tensor_parallel_degree, 1)
+    if saved != degree:
         raise InputError(
-            f"--output_dir {args.output_dir} holds a model and no checkpoint to resume from: "
-            "give another folder, or --overwrite_output_dir"
+            f"{checkpoint} was saved with tensor_parallel_degree {saved} and can't be resumed with {degree}: "
+            f"give --tensor_parallel_degree {saved}, or start anew with --overwrite_output_dir or another --output_dir"
         )
+    logger.info(f"resuming from {checkpoint}; --overwrite_output_dir starts anew")
     return checkpoint
 
 
@@ -135,6 +150,13 @@ def run(model_args, data_args, generation, training_args):
 
     # Everything that can be wrong is read and checked before the weights are.
     config = AutoConfig.from_pretrained(model_args.model_name_or_path)
+    degree = max(training_args.tensor_parallel_degree, 1)
+    for name, number in (("attention heads", config.num_attention_heads), ("vocabulary entries", config.vocab_size)):
+        if number % degree:
+            raise InputError(
+                f"--tensor_parallel_degree {degree} does not divide the {number} {name} of "
+                f"{model_args.model_name_or_path}: give one that does"
+            )
     if data_args.src_length + generation.tgt_length > config.max_sequence_length:
         raise InputError(
             f"--src_length {data_args.src_length} + --tgt_length {generation.tgt_length} is over the "
@@ -194,7 +216,8 @@ def main():
     try:
         run(*parse_arguments())
     except InputError as error:
-        print(f"finetune_generation.py: error: {error}", file=sys.stderr)
+        if int(os.environ.get("PADDLE_RANK_IN_NODE", 0)) == 0:  # under a launcher one process says it
+            print(f"finetune_generation.py: error: {error}", file=sys.stderr)
         sys.exit(2)
 
 

@@ -38,8 +38,10 @@ def use_the_whole_cpu():
 use_the_whole_cpu()
 
 import paddle  # noqa: E402
+import paddle.distributed as dist  # noqa: E402
 import paddle.nn.functional as F  # noqa: E402
 from paddle.autograd import PyLayer  # noqa: E402
+from paddle.distributed import fleet  # noqa: E402
 from paddle.distributed.fleet.meta_parallel import get_rng_state_tracker  # noqa: E402
 from paddlenlp.metrics import BLEU  # noqa: E402
 from paddlenlp.trainer import Trainer  # noqa: E402
@@ -56,39 +58,68 @@ MASKED = -65504.0  # what is added to the attention score of a hidden position: 
 # ------------------------------------------------------------------------------------------------------------ loss
 
 
+def _log_sum_exp(logits, probabilities, group):
+    """Of the whole rows, of which each process of ``group`` holds a part: what it is here, and of all, float32 [...].
+
+    From what is at hand: the likeliest token's log p is its logit less the log-sum-exp, and its p is at least 1 / V, so
+    that nothing underflows.
+    """
+    local = whole = logits - paddle.log(probabilities)
+    if group is not None:
+        largest = local.clone()
+        dist.all_reduce(largest, dist.ReduceOp.MAX, group)
+        total = paddle.exp(local - largest)
+        dist.all_reduce(total, group=group)
+        whole = largest + paddle.log(total)
+    return local, whole
+
+
 class LabelSmoothedLoss(PyLayer):
     """Head and label-smoothed cross entropy in one, so that only one [N, V] table ever exists.
 
     Per target: (1 - e) * (-log p[label]) + e * mean over the vocabulary of (-log p), after Szegedy et al.
     (arXiv 1512.00567), in float32. Its gradient by the logits is p - (1 - e) * onehot(label) - e / V.
+
+    With tensor parallelism each process holds a part of the vocabulary; only vectors [N] and the hidden states'
+    gradient are reduced over the group.
     """
 
     @staticmethod
-    def forward(ctx, hidden_states, weight, labels, label_smoothing):
-        """Args: hidden_states [N, C], weight [V, C], labels int64 [N]. Returns the losses, float32 [N]."""
-        logits = paddle.matmul(hidden_states, weight, transpose_y=True)  # [N, V]
-        ctx.dtype, ctx.label_smoothing = logits.dtype, label_smoothing
+    def forward(ctx, hidden_states, weight, labels, label_smoothing, group=None):
+        """Args: hidden_states [N, C], weight [V / processes, C], labels int64 [N]. Returns the losses, float32 [N]."""
+        logits = paddle.matmul(hidden_states, weight, transpose_y=True)  # [N, V / processes]
+        ctx.dtype, ctx.group = logits.dtype, group
         logits = logits.astype("float32")
-        label_index = paddle.arange(labels.shape[0]) * logits.shape[1] + labels  # of the label in the flat table
-        label_logits = logits.reshape([-1]).gather(label_index)
-        mean, largest = logits.mean(-1), logits.max(-1)
+        part = logits.shape[1]
+        labels = labels - (0 if group is None else group.rank * part)
+        here = ((labels >= 0) & (labels < part)).astype("float32")  # whether the label is in this part
+        label_index = paddle.arange(labels.shape[0]) * part + labels.clip(0, part - 1)  # in the flat table
+        sums = paddle.stack([logits.reshape([-1]).gather(label_index) * here, logits.sum(-1)])
+        largest = logits.max(-1)
         probabilities = F.softmax_(logits)
-        # log-sum-exp from what is at hand: the likeliest token's log p is its logit less the log-sum-exp, and its p
-        # is at least 1 / V, so that nothing underflows.
-        log_sum_exp = largest - paddle.log(probabilities.max(-1))
-        ctx.save_for_backward(hidden_states, weight, probabilities, label_index)
-        return log_sum_exp - (1 - label_smoothing) * label_logits - label_smoothing * mean
+        local, log_sum_exp = _log_sum_exp(largest, probabilities.max(-1), group)
+        ctx.vocab_size = part
+        if group is not None:
+            dist.all_reduce(sums, group=group)
+            ctx.vocab_size *= group.nranks
+        ctx.label_share, ctx.smooth_share = (1 - label_smoothing) * here, label_smoothing / ctx.vocab_size
+        ctx.save_for_backward(hidden_states, weight, probabilities, label_index, paddle.exp(local - log_sum_exp))
+        return log_sum_exp - (1 - label_smoothing) * sums[0] - ctx.smooth_share * sums[1]
 
     @staticmethod
     def backward(ctx, grad):
-        hidden_states, weight, table, label_index = ctx.saved_tensor()
-        table.subtract_(paddle.full([1], ctx.label_smoothing / table.shape[1]))
+        hidden_states, weight, table, label_index, part_share = ctx.saved_tensor()
+        if ctx.group is not None:  # from probabilities within this part to those within the vocabulary
+            table.multiply_(part_share.unsqueeze(-1))
+        table.subtract_(paddle.full([1], ctx.smooth_share))
         flat = table.reshape([-1])
-        flat.scatter_(label_index, flat.gather(label_index) - (1 - ctx.label_smoothing))
+        flat.scatter_(label_index, flat.gather(label_index) - ctx.label_share)
         table = flat.reshape(table.shape).multiply_(grad.unsqueeze(-1)).astype(ctx.dtype)
-        grad_hidden_states = paddle.matmul(table, weight.astype(ctx.dtype))
+        grad_hidden_states = paddle.matmul(table, weight.astype(ctx.dtype)).astype(hidden_states.dtype)
         grad_weight = paddle.matmul(table, hidden_states.astype(ctx.dtype), transpose_x=True)
-        return grad_hidden_states.astype(hidden_states.dtype), grad_weight.astype(weight.dtype)
+        if ctx.group is not None:
+            dist.all_reduce(grad_hidden_states, group=ctx.group)
+        return grad_hidden_states, grad_weight.astype(weight.dtype)
 
 
 # ------------------------------------------------------------------------------------------------- cached decoding
@@ -207,37 +238,54 @@ def decode_one_token(model, cache, token_ids, position_ids, slot, visible):
 # ----------------------------------------------------------------------------------------------------- beam search
 
 
-def next_token_candidates(logits, banned, count, select_topk=True, top_k=0, top_p=0.0):
+def next_token_candidates(logits, banned, count, select_topk=True, top_k=0, top_p=0.0, group=None):
     """The ``count`` best, or drawn, next tokens of every beam.
 
+    With tensor parallelism each process has a part of the logits. The best are chosen in each part and only those are
+    gathered, a few numbers a beam; ``Beams.advance`` merges them. For a draw, whose filters need the whole row, the
+    parts are gathered, of this one position.
+
     Args:
-        logits: [B, K, V]. banned: list of (example, beam, token) that are impossible; probabilities are not
-            normalised again without them.
-        select_topk, top_k, top_p: see finetune_generation.GenerationArguments.
+        logits: [B, K, V], or a part of V. banned: list of (example, beam, token) that are impossible; probabilities are
+            not normalised again without them.
+        select_topk, top_k, top_p: see finetune_generation.GenerationArguments. group: of tensor parallelism.
 
     Returns:
-        numpy float64 [3, B, K, min(count, V)]: sort keys (the largest are chosen), log-probabilities, token ids. The
-        keys are the log-probabilities; for a draw, those plus Gumbel noise, since the n largest of the sums are a
-        draw of n without replacement in proportion to the probabilities (arXiv 1903.06059).
+        numpy float64 [3, B, K, min(count, V), or that of every process]: sort keys (the largest are chosen),
+        log-probabilities, token ids. The keys are the log-probabilities; for a draw, those plus Gumbel noise, since the
+        n largest of the sums are a draw of n without replacement in proportion to the probabilities (arXiv 1903.06059).
     """
     logits = logits.astype("float32")
-    vocab_size = logits.shape[-1]
+    if group is not None and not select_topk:
+        logits, group = _all_gather(logits, group), None
+    part = logits.shape[-1]
+    first = 0 if group is None else group.rank * part  # token of this part
     minus_infinity = paddle.full([1], -float("inf"))
-    log_sum_exp = logits.max(-1) - paddle.log(F.softmax(logits).max(-1))  # as in LabelSmoothedLoss; [B, K]
+    _, log_sum_exp = _log_sum_exp(logits.max(-1), F.softmax(logits).max(-1), group)  # [B, K]
+    banned = [(row, beam, token - first) for row, beam, token in banned if first <= token < first + part]
     if banned:
         logits[tuple(paddle.to_tensor(index) for index in np.array(banned, dtype="int64").T)] = -float("inf")
     if select_topk:
-        keys, token_ids = paddle.topk(logits, min(count, vocab_size))
+        keys, token_ids = paddle.topk(logits, min(count, part))
         chosen = keys
     else:
         gumbel = -paddle.log(-paddle.log(paddle.uniform(logits.shape, min=1e-20, max=1.0)))
         noisy = paddle.where(logits >= _lowest_logit_to_draw(logits, top_k, top_p), logits + gumbel, minus_infinity)
-        keys, token_ids = paddle.topk(noisy, min(count, vocab_size))
+        keys, token_ids = paddle.topk(noisy, min(count, part))
         chosen = paddle.take_along_axis(logits, token_ids, axis=-1)
     log_sum_exp = log_sum_exp.unsqueeze(-1)
+    table = paddle.stack(
+        [column.astype("float64") for column in (keys - log_sum_exp, chosen - log_sum_exp, token_ids + first)]
+    )
     # One copy from the device a step, of this small table.
-    table = [keys - log_sum_exp, chosen - log_sum_exp, token_ids]
-    return paddle.stack([column.astype("float64") for column in table]).numpy()
+    return (table if group is None else _all_gather(table, group)).numpy()
+
+
+def _all_gather(tensor, group):
+    """The parts of all processes, side by side in the last dimension."""
+    parts = []
+    dist.all_gather(parts, tensor, group)
+    return paddle.concat(parts, axis=-1)
 
 
 def _lowest_logit_to_draw(logits, top_k, top_p):
@@ -384,13 +432,13 @@ class Beams:
 
 
 @paddle.no_grad()
-def beam_search(model, input_ids, source_length, generation, start_token_id, end_token_id):
+def beam_search(model, input_ids, source_length, generation, start_token_id, end_token_id, group=None):
     """Generate one target per source, by the rules of THUDM/GLM.
 
     Args:
         model: GLMForConditionalGeneration in eval mode.
         input_ids: int64 [B, S], sources as ``data.encode_source`` gives them, padded on the right.
-        source_length: numpy int64 [B]. generation: GenerationArguments.
+        source_length: numpy int64 [B]. generation: GenerationArguments. group: of tensor parallelism.
 
     Returns:
         list of (token ids without start and end token, score), one per source; the score is the sum of the natural
@@ -404,9 +452,8 @@ def beam_search(model, input_ids, source_length, generation, start_token_id, end
         position_ids = np.stack([source_length[beams.example] - 2, np.full(len(beams.example), beams.step + 1)], axis=1)
         slot, visible = beams.open_slots()
         logits = decode_one_token(model, cache, token_ids, paddle.to_tensor(position_ids), slot, visible)
-        candidates = next_token_candidates(
-            logits, beams.banned(), 2 * num_beams, generation.select_topk, generation.top_k, generation.top_p
-        )
+        draw = (generation.select_topk, generation.top_k, generation.top_p)
+        candidates = next_token_candidates(logits, beams.banned(), 2 * num_beams, *draw, group=group)
         num_rows = len(beams.example)
         rows = beams.advance(candidates)
         if 0 < len(rows) < num_rows:  # finished examples leave the batch
@@ -466,6 +513,21 @@ class GenerationProgressCallback(ProgressCallback):
             self.prediction_bar.set_postfix_str(f"{self.tokens_per_second():.1f} tokens/s")
 
 
+def _share_embedding_dropout(model):
+    """Let the processes of tensor parallelism drop the same embeddings: what follows is the same on all of them.
+
+    PaddleNLP draws this dropout from the generator that differs between them, as it must for the split heads alone.
+    """
+    dropout = model.glm.transformer.embedding_dropout
+    drop = dropout.forward
+
+    def forward(hidden_states):
+        with get_rng_state_tracker().rng_state("global_seed"):
+            return drop(hidden_states)
+
+    dropout.forward = forward
+
+
 class GLMTrainer(Trainer):
     """PaddleNLP's Trainer with the label-smoothed loss, the decaying schedule and evaluation by beam search.
 
@@ -480,6 +542,10 @@ class GLMTrainer(Trainer):
         self.generation, self.label_smoothing, self.lr_decay_ratio = generation, label_smoothing, lr_decay_ratio
         # Through any wrapper, the model then returns hidden states; the head is applied to target positions alone.
         self.model.glm.output_predict = False
+        self.tensor_parallel_group = None
+        if self.args.tensor_parallel_degree > 1:
+            self.tensor_parallel_group = fleet.get_hybrid_communicate_group().get_model_parallel_group()
+            _share_embedding_dropout(self.model)
         self.progress = GenerationProgressCallback()
         if self.pop_callback(ProgressCallback) is not None:
             self.add_callback(self.progress)
@@ -495,12 +561,23 @@ class GLMTrainer(Trainer):
         )[0]  # [B, L, C]
         hidden_states = hidden_states.reshape([-1, hidden_states.shape[-1]]).gather(inputs["target_positions"])
         weight = self.model.glm.word_embeddings.weight
-        return LabelSmoothedLoss.apply(hidden_states, weight, inputs["labels"], self.label_smoothing)
+        group = self.tensor_parallel_group
+        return LabelSmoothedLoss.apply(hidden_states, weight, inputs["labels"], self.label_smoothing, group)
 
     def compute_loss(self, model, inputs, return_outputs=False):
-        """The mean over the batch's target tokens, the end token included."""
+        """The mean over the batch's target tokens, the end token included.
+
+        In training the batch is the global one: this process's share of the sum, times the processes and passes that
+        gradients are averaged over afterwards, over the number of its target tokens, which every process knows.
+        """
         losses = self._target_losses(model, inputs)
-        return (losses.mean(), losses) if return_outputs else losses.mean()
+        share = 1 / len(losses)
+        if self.is_in_train:
+            target_tokens = self.train_sampler.target_tokens
+            tokens = int(target_tokens[self.state.global_step % len(target_tokens)])
+            share = self.args.dataset_world_size * self.args.gradient_accumulation_steps / tokens
+        loss = losses.sum() * share
+        return (loss, losses) if return_outputs else loss
 
     def create_scheduler(self, num_training_steps):
         """linear: from 0 up to learning_rate, then straight down to lr_decay_ratio of it at the last step."""
@@ -521,10 +598,11 @@ class GLMTrainer(Trainer):
         args = self.args
         replicas, accumulation = args.dataset_world_size, args.gradient_accumulation_steps
         batch_size = args.per_device_train_batch_size
-        return GroupedBatchSampler(
+        self.train_sampler = GroupedBatchSampler(
             self.train_dataset, batch_size, replicas, args.dataset_rank, batch_size * replicas * accumulation,
             shuffle=True, group_by_length=args.group_by_length, seed=args.seed,
         )  # fmt: skip
+        return self.train_sampler
 
     def _load_optimizer_and_scheduler(self, checkpoint):
         super()._load_optimizer_and_scheduler(checkpoint)
@@ -564,7 +642,10 @@ class GLMTrainer(Trainer):
         input_ids = inputs["input_ids"][:, : source_length.max()]
         start_token_id, end_token_id = self.tokenizer.sop_token_id, self.tokenizer.eop_token_id
         with paddle.no_grad(), self.autocast_smart_context_manager():
-            hypotheses = beam_search(model, input_ids, source_length, self.generation, start_token_id, end_token_id)
+            hypotheses = beam_search(
+                model, input_ids, source_length, self.generation, start_token_id, end_token_id,
+                group=self.tensor_parallel_group,
+            )  # fmt: skip
             losses = self._target_losses(model, inputs).numpy() if len(inputs["labels"]) else np.zeros(0)
         # The targets of a record stand side by side in the flattened batch, records in order.
         rows = inputs["target_positions"].numpy() // inputs["input_ids"].shape[1]
@@ -578,6 +659,11 @@ class GLMTrainer(Trainer):
         self.outputs = {}  # by the record's number: batches may repeat a record
         self.progress.start_prediction()
         output = super().evaluation_loop(dataloader, description, *args, metric_key_prefix=metric_key_prefix, **kwargs)
+        if self.args.world_size > 1:
+            parts = []
+            dist.all_gather_object(parts, self.outputs)
+            self.outputs = {index: result for part in parts for index, result in part.items()}
+        self.progress.generated_tokens = sum(len(result["token_ids"]) for result in self.outputs.values())
         tokens_per_second = self.progress.tokens_per_second()
         if self.progress.prediction_bar is not None:  # the Trainer leaves it open after predict()
             self.progress.prediction_bar.close()

@@ -199,7 +199,7 @@ def test_fixture_records(tokenizer):
 
 
 def make_sampler(lengths, batch_size, num_replicas=1, rank=0, **changes):
-    dataset = [{"input_ids": np.zeros(length)} for length in lengths]
+    dataset = [{"input_ids": np.zeros(length), "labels": np.zeros(length // 9)} for length in lengths]
     options = {"global_batch_size": 8, "shuffle": True, "group_by_length": True, "seed": 5, **changes}
     return GroupedBatchSampler(dataset, batch_size, num_replicas, rank, **options)
 

@@ -1,0 +1,257 @@
+"""Several CPU processes over gloo, started as a user starts them, against one process."""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+
+import numpy as np
+import paddle
+import pytest
+from conftest import ROOT, TINY_GLM
+from paddlenlp.transformers import GLMConfig, GLMForConditionalGeneration
+from test_cli import README_FLAGS, read_jsonl, small_data
+from test_loss import reference_loss
+
+COMMON = ["--src_length", 160, "--tgt_length", 20, "--min_tgt_length", 2, "--num_beams", 3, "--learning_rate", 1e-3,
+          "--label_smoothing", 0.1, "--recompute", "--per_device_eval_batch_size", 3, "--do_train", "--do_eval",
+          "--max_steps", 6, "--logging_steps", 1, "--seed", 7]  # fmt: skip
+
+
+def free_port():
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return s.getsockname()[1]
+
+
+def run_processes(commands, timeout=240, **environment):
+    """Run launchers side by side, each in a session of its own so that none of their processes survives them."""
+    env = {**os.environ, **environment}
+    started = [
+        subprocess.Popen(list(map(str, command)), cwd=ROOT, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+                         text=True, start_new_session=True)
+        for command in commands
+    ]  # fmt: skip
+    try:
+        outputs = [process.communicate(timeout=timeout)[0] for process in started]
+    finally:
+        for process in started:
+            try:
+                os.killpg(process.pid, signal.SIGKILL)
+            except ProcessLookupError:
+                pass
+            process.wait()
+    return [process.returncode for process in started], outputs
+
+
+def launch(processes, log_dir, *args, check=True, **environment):
+    command = [sys.executable, "-m", "paddle.distributed.launch", "--nproc_per_node", processes, "--log_dir", log_dir,
+               "tests/parallel_worker.py", *args]  # fmt: skip
+    codes, _ = run_processes([command], **environment)
+    logs = "\n".join(path.read_text(errors="replace") for path in sorted(log_dir.glob("workerlog.*")))
+    assert not check or codes == [0], logs[-4000:]
+    return logs
+
+
+def outcome(folder):
+    """Losses of the steps, generated ids of the dev records, merged weights."""
+    history = json.loads((folder / "trainer_state.json").read_text())["log_history"]
+    losses = [row["loss"] for row in history if "loss" in row]
+    predictions = [row["token_ids"] for row in read_jsonl(folder / "eval_predictions.jsonl")]
+    weights = {
+        key: value for key, value in paddle.load(str(folder / "model_state.pdparams"), return_numpy=True).items()
+    }
+    return losses, predictions, weights
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    return small_data(tmp_path_factory.mktemp("data"), train=26, dev=7)
+
+
+@pytest.fixture(scope="module")
+def single(data, tmp_path_factory):
+    out = tmp_path_factory.mktemp("single")
+    command = [sys.executable, "finetune_generation.py", "--model_name_or_path", TINY_GLM, "--task_name", data, *COMMON,
+               "--output_dir", out, "--per_device_train_batch_size", 4]  # fmt: skip
+    codes, outputs = run_processes([command])
+    assert codes == [0], outputs[0][-3000:]
+    return outcome(out)
+
+
+LAYOUTS = {
+    "TP 2": (2, ["--tensor_parallel_degree", 2, "--per_device_train_batch_size", 4]),
+    "TP 4": (4, ["--tensor_parallel_degree", 4, "--per_device_train_batch_size", 4]),
+    "DP 2": (2, ["--per_device_train_batch_size", 2]),
+    "DP 2, accumulating": (2, ["--per_device_train_batch_size", 1, "--gradient_accumulation_steps", 2]),
+    "TP 2 x DP 2": (4, ["--tensor_parallel_degree", 2, "--per_device_train_batch_size", 2]),
+    "accumulating": (1, ["--per_device_train_batch_size", 2, "--gradient_accumulation_steps", 2]),
+    "sharding stage 1": (2, ["--sharding", "stage1", "--per_device_train_batch_size", 2]),
+}
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_any_layout_gives_what_one_process_gives(name, data, single, tmp_path):
+    processes, flags = LAYOUTS[name]
+    out = tmp_path / "out"
+    args = ["--model_name_or_path", TINY_GLM, "--task_name", data, *COMMON, "--output_dir", out, *flags]
+    launch(processes, tmp_path / "log", *args)
+    losses, predictions, weights = outcome(out)
+    expected_losses, expected_predictions, expected_weights = single
+    worst_loss = np.abs(np.subtract(losses, expected_losses)).max()
+    assert weights.keys() == expected_weights.keys()
+    worst_weight = max(np.abs(weights[key] - expected_weights[key]).max() for key in weights)
+    equal = sum(ours == theirs for ours, theirs in zip(predictions, expected_predictions))
+    print(f"\n| {name} | {worst_loss:.1e} | {equal} of {len(predictions)} | {worst_weight:.1e} |")
+    assert len(losses) == 6 and worst_loss < 2e-4
+    assert predictions == expected_predictions
+    assert worst_weight < 1e-3
+
+
+def tiny_glm(folder, **changes):
+    """A copy of tiny-glm with another config, its weights drawn anew where the shapes change."""
+    config = {**json.loads((TINY_GLM / "config.json").read_text()), **changes}
+    paddle.seed(1)
+    GLMForConditionalGeneration(GLMConfig(**config)).save_pretrained(str(folder))
+    for name in ("cog-pretrain.model", "tokenizer_config.json"):
+        (folder / name).write_bytes((TINY_GLM / name).read_bytes())
+    return folder
+
+
+def test_tensor_parallel_processes_drop_alike(data, tmp_path):
+    """With dropout on, what the processes hold in common stays the same on all of them."""
+    model = tiny_glm(tmp_path / "model", embedding_dropout_prob=0.2, output_dropout_prob=0.2, num_layers=1)
+    hook = tmp_path / "hook.py"
+    hook.write_text("""
+from utils import GLMTrainer
+compute_loss = GLMTrainer.compute_loss
+
+def checked(self, model, inputs):
+    seen = []
+    hook = self.model.glm.register_forward_post_hook(lambda layer, args, output: seen.append(output[0].detach()))
+    loss = compute_loss(self, model, inputs)
+    hook.remove()
+    parts = []
+    dist.all_gather(parts, seen[0])
+    print("LARGEST DIFFERENCE", float((parts[0] - parts[1]).abs().max()), flush=True)
+    return loss
+
+GLMTrainer.compute_loss = checked
+""")
+    logs = launch(2, tmp_path / "log", "--model_name_or_path", model, "--task_name", data, "--output_dir",
+                  tmp_path / "out", "--do_train", "--max_steps", 2, "--tensor_parallel_degree", 2,
+                  WORKER_HOOK=str(hook))  # fmt: skip
+    differences = [float(line.split()[-1]) for line in logs.splitlines() if line.startswith("LARGEST DIFFERENCE")]
+    assert len(differences) == 4 and max(differences) < 1e-5
+
+
+def test_split_loss_and_gradients_against_float64(tmp_path):
+    rng = np.random.default_rng(0)
+    hidden, weight = rng.normal(size=[6, 16]).astype("float32") * 3, rng.normal(size=[40, 16]).astype("float32")
+    labels = rng.integers(0, 40, [6])
+    np.savez(tmp_path / "in.npz", hidden=hidden, weight=weight, labels=labels)
+    hook = tmp_path / "hook.py"
+    hook.write_text(f"""
+import numpy as np
+from utils import LabelSmoothedLoss
+dist.init_parallel_env()
+group, rank = dist.new_group([0, 1]), dist.get_rank()
+data = np.load({str(tmp_path / "in.npz")!r})
+hidden = paddle.to_tensor(data["hidden"], stop_gradient=False)
+weight = paddle.to_tensor(data["weight"][rank * 20 : rank * 20 + 20], stop_gradient=False)
+losses = LabelSmoothedLoss.apply(hidden, weight, paddle.to_tensor(data["labels"]), 0.1, group)
+losses.sum().backward()
+np.savez(f"{tmp_path}/out{{rank}}.npz", losses=losses.numpy(), hidden=hidden.grad.numpy(), weight=weight.grad.numpy())
+sys.exit(0)
+""")
+    launch(2, tmp_path / "log", WORKER_HOOK=str(hook))
+    expected = reference_loss(hidden.astype("float64"), weight.astype("float64"), labels, 0.1)
+    parts = [np.load(tmp_path / f"out{rank}.npz") for rank in range(2)]
+    for part in parts:
+        np.testing.assert_allclose(part["losses"], expected[0], rtol=1e-5, atol=1e-5)
+        np.testing.assert_allclose(part["hidden"], expected[1], rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(np.concatenate([p["weight"] for p in parts]), expected[2], rtol=1e-5, atol=1e-5)
+
+
+def test_drawn_tokens_are_the_same_on_all_processes(data, tmp_path):
+    """Each process generates; were their draws to differ, the decoding would mix up and the ids differ."""
+    hook = tmp_path / "hook.py"
+    hook.write_text("""
+from utils import GLMTrainer
+loop = GLMTrainer.evaluation_loop
+
+def checked(self, *args, **kwargs):
+    gather, dist.all_gather_object = dist.all_gather_object, lambda parts, value: (gather(parts, value), print(
+        "ALIKE", all([r["token_ids"] for r in part.values()] == [r["token_ids"] for r in parts[0].values()]
+                     for part in parts), flush=True))
+    output = loop(self, *args, **kwargs)
+    dist.all_gather_object = gather
+    return output
+
+GLMTrainer.evaluation_loop = checked
+""")
+    logs = launch(2, tmp_path / "log", "--model_name_or_path", TINY_GLM, "--task_name", data, *COMMON, "--do_train",
+                  "False", "--output_dir", tmp_path / "out", "--tensor_parallel_degree", 2, "--select_topk", "False",
+                  "--top_k", 50, "--top_p", 0.9, WORKER_HOOK=str(hook))  # fmt: skip
+    assert logs.count("ALIKE True") == 2
+    assert all(row["token_ids"] for row in read_jsonl(tmp_path / "out/eval_predictions.jsonl"))
+
+
+def test_resuming_on_the_same_and_on_another_layout(data, single, tmp_path):
+    out = tmp_path / "out"
+    args = ["--model_name_or_path", TINY_GLM, "--task_name", data, *COMMON, "--output_dir", out, "--save_steps", 3]
+    split = ["--tensor_parallel_degree", 2, "--per_device_train_batch_size", 4]
+    launch(2, tmp_path / "log1", *args, *split)
+    unbroken = outcome(out)
+    subprocess.run(["rm", "-r", out / "checkpoint-6", out / "model_state.pdparams"], check=True)
+    command = [sys.executable, "finetune_generation.py", *args, "--per_device_train_batch_size", 4]
+    (code,), (output,) = run_processes([command])
+    assert code == 2 and "was saved with tensor_parallel_degree 2" in output.splitlines()[-1]
+    logs = launch(2, tmp_path / "log2", *args, *split)
+    assert "resuming from" in logs
+    losses, predictions, weights = outcome(out)
+    np.testing.assert_allclose(losses, unbroken[0], atol=1e-5)
+    assert predictions == unbroken[1] == single[1]
+    for key, value in weights.items():
+        np.testing.assert_allclose(value, unbroken[2][key], atol=1e-5)
+
+
+def test_a_degree_that_does_not_divide(data, tmp_path):
+    args = ["--model_name_or_path", tiny_glm(tmp_path / "model", num_attention_heads=1, num_layers=1), "--task_name",
+            data, "--output_dir", tmp_path / "out", "--do_train", "--tensor_parallel_degree", 2]  # fmt: skip
+    logs = launch(2, tmp_path / "log", *args, check=False)
+    errors = [line for line in logs.splitlines() if line.startswith("finetune_generation.py: error:")]
+    assert len(errors) == 1 and "does not divide the 1 attention heads" in errors[0]
+    assert "Traceback" not in logs
+    (code,), (output,) = run_processes([[sys.executable, "finetune_generation.py", *args]])
+    assert code == 2 and "does not divide the 1 processes" in output.splitlines()[-1]
+
+
+def test_two_machines(data, single, tmp_path):
+    """README's command for two nodes, as two launchers on the loopback."""
+    master, out = f"127.0.0.1:{free_port()}", tmp_path / "out"
+    commands = [
+        [sys.executable, "-m", "paddle.distributed.launch", "--master", master, "--nnodes", 2, "--rank", rank,
+         "--nproc_per_node", 1, "--log_dir", tmp_path / f"log{rank}", "tests/parallel_worker.py",
+         "--model_name_or_path", TINY_GLM, "--task_name", data, *COMMON, "--output_dir", out,
+         "--per_device_train_batch_size", 2]
+        for rank in range(2)
+    ]  # fmt: skip
+    codes, outputs = run_processes(commands)
+    assert codes == [0, 0], outputs
+    losses, predictions, _ = outcome(out)
+    np.testing.assert_allclose(losses, single[0], atol=2e-4)
+    assert predictions == single[1]
+
+
+def test_the_8_card_command(tmp_path):
+    """README's flags, over 8 CPU processes on a tiny model with 8 heads."""
+    model = tiny_glm(tmp_path / "model", num_attention_heads=8, hidden_size=64, num_layers=1)
+    data = small_data(tmp_path, train=2, dev=2)
+    launch(8, tmp_path / "log", "--model_name_or_path", model, "--task_name", data, "--output_dir", tmp_path / "out",
+           *README_FLAGS, "--tensor_parallel_degree", 8)  # fmt: skip
+    rows = read_jsonl(tmp_path / "out/eval_predictions.jsonl")
+    assert len(rows) == 2 and all(55 <= len(row["token_ids"]) <= 160 for row in rows)
+    assert (tmp_path / "out/model_state.pdparams").exists()
