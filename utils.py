@@ -513,16 +513,17 @@ class GenerationProgressCallback(ProgressCallback):
             self.prediction_bar.set_postfix_str(f"{self.tokens_per_second():.1f} tokens/s")
 
 
-def _share_embedding_dropout(model):
+def _share_embedding_dropout(model, seed):
     """Let the processes of tensor parallelism drop the same embeddings: what follows is the same on all of them.
 
     PaddleNLP draws this dropout from the generator that differs between them, as it must for the split heads alone.
     """
-    dropout = model.glm.transformer.embedding_dropout
+    dropout, tracker = model.glm.transformer.embedding_dropout, get_rng_state_tracker()
     drop = dropout.forward
+    tracker.add("embedding_seed", seed)
 
     def forward(hidden_states):
-        with get_rng_state_tracker().rng_state("global_seed"):
+        with tracker.rng_state("embedding_seed"):
             return drop(hidden_states)
 
     dropout.forward = forward
@@ -545,7 +546,8 @@ class GLMTrainer(Trainer):
         self.tensor_parallel_group = None
         if self.args.tensor_parallel_degree > 1:
             self.tensor_parallel_group = fleet.get_hybrid_communicate_group().get_model_parallel_group()
-            _share_embedding_dropout(self.model)
+            # Far from the seeds that PaddleNLP makes of --seed: the tracker takes none twice.
+            _share_embedding_dropout(self.model, self.args.seed + 10**9 + self.args.dataset_rank)
         self.progress = GenerationProgressCallback()
         if self.pop_callback(ProgressCallback) is not None:
             self.add_callback(self.progress)

@@ -8,16 +8,18 @@ python -m paddle.distributed.launch --nproc_per_node 2 tests/parallel_worker.py 
 
 import os
 import sys
-import time
+from multiprocessing.connection import Client, Listener
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import finetune_generation  # isort:skip  prepares the CPU before paddle loads
 
+import numpy as np
 import paddle
 import paddle.distributed as dist
 from paddle.autograd import PyLayer
+from paddle.base import core
 from paddle.distributed.fleet.layers.mpu import mp_ops
 from paddle.distributed.fleet.meta_parallel import tensor_parallel
 from paddle.distributed.fleet.utils import hybrid_parallel_util
@@ -66,14 +68,84 @@ def c_concat(tensor, group=None):
     return paddle.concat(parts, axis=-1)
 
 
+class Hub:
+    """A process group where there are more than two processes: gloo's are then refused connections now and then.
+
+    The first process sums or collects what the others send, and sends them the result.
+    """
+
+    def __init__(self, store, rank, world_size, group_id):
+        self.peers, self.own_rank, self.world_size = [], rank, world_size
+        if rank == 0:
+            listener = Listener(("127.0.0.1", 0), backlog=world_size)
+            store.set(f"hub {group_id}", str(listener.address[1]))
+            peers = [listener.accept() for _ in range(world_size - 1)]
+            self.peers = [peer for _, peer in sorted((peer.recv(), peer) for peer in peers)]
+        else:
+            store.wait(f"hub {group_id}")
+            self.peers = [Client(("127.0.0.1", int(store.get(f"hub {group_id}"))))]
+            self.peers[0].send(rank)
+
+    def exchange(self, value, combine):
+        """Give every process ``combine`` of all processes' values, a list in their order."""
+        if self.own_rank == 0:
+            result = combine([value, *(peer.recv() for peer in self.peers)])
+            for peer in self.peers:
+                peer.send(result)
+            return result
+        self.peers[0].send(value)
+        return self.peers[0].recv()
+
+    def rank(self):
+        return self.own_rank
+
+    def size(self):
+        return self.world_size
+
+    def name(self):
+        return "GLOO"
+
+    def all_reduce(self, tensor, op, sync_op=True):
+        combine = {core.ReduceOp.SUM: sum, core.ReduceOp.MAX: lambda values: np.max(values, axis=0)}[op]
+        tensor.set_value(np.asarray(self.exchange(tensor.numpy(), combine), dtype=tensor.numpy().dtype))
+        return Done()
+
+    def all_gather(self, output, tensor, sync_op=True):
+        for part, value in zip(output, self.exchange(tensor.numpy(), list)):
+            part.set_value(value)
+        return Done()
+
+    def gather(self, tensor, output, destination, *_):
+        parts = self.exchange(tensor.numpy(), list)
+        if self.own_rank == destination:
+            for part, value in zip(output, parts):
+                part.set_value(value)
+        return Done()
+
+    def broadcast(self, tensor, source, sync_op=True):
+        tensor.set_value(self.exchange(tensor.numpy(), lambda values: values[source]))
+        return Done()
+
+    def barrier(self, *_, **__):
+        self.exchange(None, len)
+        return Done()
+
+
+class Done:
+    def wait(self, *_):
+        return True
+
+    def is_completed(self):
+        return True
+
+
 def use_gloo():
-    create = paddle.base.core.ProcessGroupGloo.create
+    create = core.ProcessGroupGloo.create
 
-    def create_in_turn(store, rank, world_size, group_id):
-        time.sleep(0.25 * rank)
-        return create(store, rank, world_size, group_id)
+    def create_group(store, rank, world_size, group_id):
+        return (Hub if dist.get_world_size() > 2 else create)(store, rank, world_size, group_id)
 
-    paddle.base.core.ProcessGroupGloo.create = create_in_turn
+    core.ProcessGroupGloo.create = create_group
     for module in (mp_ops, paddle.distributed.collective):
         module._c_identity, module._mp_allreduce, module._c_concat = c_identity, mp_allreduce, c_concat
     for module in (tensor_parallel, hybrid_parallel_util):
