@@ -25,7 +25,7 @@ def use_the_whole_cpu():
     libc = ctypes.CDLL(None)
     if hasattr(libc, "mallopt"):  # glibc
         libc.mallopt(-4, 0)  # M_MMAP_MAX: large blocks come from the heap
-        libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: which gives back to the system what is over 2 GiB
+        libc.mallopt(-1, -1)  # M_TRIM_THRESHOLD: and stay there for the next ones
     if "OMP_NUM_THREADS" in os.environ:
         return
     import paddle
