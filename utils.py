@@ -2,7 +2,9 @@
 
 import zlib  # noqa: F401  isort:skip  Before anything can load libpaddle, whose zlib symbols would shadow the system's.
 
+import contextlib
 import ctypes
+import functools
 import json
 import os
 import random
@@ -125,16 +127,56 @@ class LabelSmoothedLoss(PyLayer):
 # ------------------------------------------------------------------------------------------------- cached decoding
 
 
-def _attend(query, keys, values, mask):
+def _attend(query, keys, values, mask, drop=None):
     """Scaled dot-product attention, all [B, H, length, D].
 
     Args:
-        mask: [B, H, queries, keys], 0 or MASKED, or None where every key is visible.
+        mask: 0 or MASKED, [B, H or 1, queries, keys], or None where every key is visible.
+        drop: dropout of the attention weights.
     """
     scores = paddle.matmul(query * query.shape[-1] ** -0.5, keys, transpose_y=True)
     if mask is not None:
-        scores = scores + mask
-    return paddle.matmul(F.softmax(scores), values)
+        scores = scores + (mask if mask.dtype == scores.dtype else mask.astype(scores.dtype))
+    weights = F.softmax(scores)
+    return paddle.matmul(weights if drop is None else drop(weights), values)
+
+
+def _self_attention(attention, hidden_states, attend):
+    """A layer's attention on [B, Q, C], with its core given: ``attend(query, key, value)``, all [B, H, Q, D]."""
+    batch_size, length, _ = hidden_states.shape
+    heads, head_size = attention.num_attention_heads, attention.attention_head_size
+    projected = attention.query_key_value(hidden_states)  # [B, Q, 3 * H * D]
+    if attention.config.tensor_parallel_degree > 1:  # laid out head by head, [q k v] [q k v] ...
+        projected = projected.reshape([batch_size, length, heads, 3, head_size]).transpose([3, 0, 2, 1, 4])
+    else:  # [all q | all k | all v]
+        projected = projected.reshape([batch_size, length, 3, heads, head_size]).transpose([2, 0, 3, 1, 4])
+    context = attend(*paddle.unbind(projected))  # [B, H, Q, D]
+    return attention.dense(context.transpose([0, 2, 1, 3]).reshape([batch_size, length, heads * head_size]))
+
+
+def _dropout(dropout, state, inputs):
+    """Drop by the generator ``state`` of tensor parallelism, or the one there is without it."""
+    tracker = get_rng_state_tracker()
+    with tracker.rng_state(state) if state in tracker.states_ else contextlib.nullcontext():
+        return dropout(inputs)
+
+
+def use_additive_mask(model):
+    """Let the layers' own forward take a mask of 0 and MASKED that is added, made once for all of them.
+
+    PaddleNLP multiplies the scores by a mask and adds another, made of it in every layer: three more passes over its
+    largest tensors, which it keeps for the backward pass.
+    """
+
+    def forward(attention, hidden_states, mask, cache=None):
+        def attend(query, key, value):
+            drop = functools.partial(_dropout, attention.attention_dropout, "local_seed")
+            return _attend(query, key, value, mask, drop)
+
+        return _dropout(attention.output_dropout, "global_seed", _self_attention(attention, hidden_states, attend))
+
+    for layer in model.glm.transformer.layers:
+        layer.attention.forward = functools.partial(forward, layer.attention)
 
 
 def _forward(model, input_ids, position_ids, attend):
@@ -149,24 +191,16 @@ def _forward(model, input_ids, position_ids, attend):
         hidden states after the last layer norm, [B, Q, C].
     """
     glm, stack = model.glm, model.glm.transformer
-    split_heads = model.config.tensor_parallel_degree > 1
     hidden_states = (
         glm.word_embeddings(input_ids)
         + stack.position_embeddings(position_ids[:, 0])
         + stack.block_position_embeddings(position_ids[:, 1])
     )  # [B, Q, C]
-    batch_size, length = input_ids.shape
     for number, layer in enumerate(stack.layers):
-        attention = layer.attention
-        heads, head_size = attention.num_attention_heads, attention.attention_head_size
-        projected = attention.query_key_value(layer.input_layernorm(hidden_states))  # [B, Q, 3 * H * D]
-        if split_heads:  # laid out head by head, [q k v] [q k v] ...
-            projected = projected.reshape([batch_size, length, heads, 3, head_size]).transpose([3, 0, 2, 1, 4])
-        else:  # [all q | all k | all v]
-            projected = projected.reshape([batch_size, length, 3, heads, head_size]).transpose([2, 0, 3, 1, 4])
-        context = attend(number, *paddle.unbind(projected))  # [B, H, Q, D]
-        context = context.transpose([0, 2, 1, 3]).reshape([batch_size, length, heads * head_size])
-        hidden_states = hidden_states + attention.dense(context)
+        attend_here = functools.partial(attend, number)
+        hidden_states = hidden_states + _self_attention(
+            layer.attention, layer.input_layernorm(hidden_states), attend_here
+        )
         hidden_states = hidden_states + layer.mlp(layer.post_attention_layernorm(hidden_states))
     return stack.final_layernorm(hidden_states)
 
@@ -543,6 +577,7 @@ class GLMTrainer(Trainer):
         self.generation, self.label_smoothing, self.lr_decay_ratio = generation, label_smoothing, lr_decay_ratio
         # Through any wrapper, the model then returns hidden states; the head is applied to target positions alone.
         self.model.glm.output_predict = False
+        use_additive_mask(self.model)
         self.tensor_parallel_group = None
         if self.args.tensor_parallel_degree > 1:
             self.tensor_parallel_group = fleet.get_hybrid_communicate_group().get_model_parallel_group()
@@ -556,11 +591,12 @@ class GLMTrainer(Trainer):
 
     def _target_losses(self, model, inputs):
         """Label-smoothed losses of the batch's N targets, float32 [N]."""
-        hidden_states = model(
-            input_ids=inputs["input_ids"],
-            position_ids=inputs["position_ids"],
-            attention_mask=inputs["attention_mask"].astype("float32"),
-        )[0]  # [B, L, C]
+        mask = (1 - inputs["attention_mask"].astype("float32")) * MASKED  # [B, 1, L, L]
+        if self.args.device == "cpu":  # which is slow at broadcasting
+            mask = mask.tile([1, self.model.glm.transformer.layers[0].attention.num_attention_heads, 1, 1])
+        hidden_states = model(input_ids=inputs["input_ids"], position_ids=inputs["position_ids"], attention_mask=mask)[
+            0
+        ]  # [B, L, C]
         hidden_states = hidden_states.reshape([-1, hidden_states.shape[-1]]).gather(inputs["target_positions"])
         weight = self.model.glm.word_embeddings.weight
         group = self.tensor_parallel_group
