@@ -1,9 +1,9 @@
 """What both benchmarks share: a model of GLM-Large's width, records of DuReader's lengths, children, and the table."""
 
 import argparse
+import ctypes
 import json
 import os
-import resource
 import subprocess
 import sys
 import tempfile
@@ -106,7 +106,16 @@ def matrix_products(model, rows, head_rows, backward=False):
 
 
 def peak_mb():
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    """The largest resident set of this process, since its start or since ``reset_peak``."""
+    with open("/proc/self/status") as file:
+        return next(int(line.split()[1]) for line in file if line.startswith("VmHWM")) / 1024
+
+
+def reset_peak():
+    """Return freed memory to the system and let ``peak_mb`` start again from what is in use."""
+    ctypes.CDLL(None).malloc_trim(0)
+    with open("/proc/self/clear_refs", "w") as file:
+        file.write("5")
 
 
 def children(args, workers):

@@ -93,11 +93,13 @@ def ours(args, model, dataset):
     size, collate = args.batch_size, DataCollator(SpecialTokens.pad_token_id)
     sampler = GroupedBatchSampler(dataset, size, 1, 0, size, shuffle=True, group_by_length=True, seed=0)
     chosen = list(sampler)
-    batches = [collate([dataset[index] for index in batch]) for batch in [chosen[-1], *chosen]]
+    longest = max(chosen, key=lambda batch: max(len(dataset[index]["input_ids"]) for index in batch))
+    batches = [collate([dataset[index] for index in batch]) for batch in [longest, *chosen]]  # the first warms up
     seconds = timed_steps(model, batches, lambda batch: trainer.compute_loss(model, batch))
     peak, limit = peak_mb(), 0.0
     for batch in batches[1:]:
         products = matrix_products(model, batch["input_ids"].size, len(batch["labels"]), backward=True)
+        products()
         start = time.time()
         products()
         limit += time.time() - start
