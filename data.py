@@ -20,6 +20,17 @@ PAD_MULTIPLE = 8  # matrix units want lengths that are multiples of 8
 class InputError(ValueError):
     """A mistake in what the user gave, told in one line: what is wrong, where, and what to do."""
 
+    exit_code = 2
+
+
+def require_range(arguments, name, low, most=None, below=None):
+    """Raise InputError unless ``arguments.name`` is a finite number from ``low`` to ``most``, or under ``below``."""
+    value = getattr(arguments, name)
+    if low <= value < float("inf") and (most is None or value <= most) and (below is None or value < below):
+        return
+    upper = f" and at most {most}" if most is not None else f" and under {below}" if below is not None else ""
+    raise InputError(f"--{name} is {value}: it must be a finite number of at least {low}{upper}")
+
 
 @dataclass
 class DataArguments:
@@ -32,76 +43,88 @@ class DataArguments:
     src_length: int = field(
         default=608, metadata={"help": "Most token ids of a source: prompt, answer, context and special tokens."}
     )
+    predict_file: str = field(
+        default="",
+        metadata={"help": "JSON lines to predict from, not test.json; -: from standard input to standard output."},
+    )
 
     def __post_init__(self):
-        if self.src_length < 1:
-            raise InputError(f"--src_length is {self.src_length}: give a positive number of tokens")
+        require_range(self, "src_length", 1)
 
 
 # --------------------------------------------------------------------------------------------------------- reading
 
 
 def read_records(task_name, split, require_question=True):
-    """Read one split as a list of records.
+    """Read one split as a list of records, see ``parse_lines``.
 
     Args:
-        task_name (str): ``dureader_qg``, or a folder that holds ``{split}.json`` as JSON lines.
+        task_name (str): ``dureader_qg``, a folder that holds ``{split}.json``, or a file; both as JSON lines.
         split (str): ``train``, ``dev`` or ``test``.
         require_question (bool): whether a record without a question is a mistake.
 
-    Returns:
-        list[dict]: ``id`` (as given, or the record's number from 0), ``context``, ``answer``, ``question`` (a str, or
-        None where there is none) and ``where`` (file and line, for messages).
-
     Raises:
-        InputError: a file that is missing, empty, not UTF-8 or not JSON lines, or a record with a missing, empty or
-            wrongly typed field; the message names file and line.
+        InputError: also for a file that is missing or empty.
     """
-    if os.path.isdir(task_name):
-        rows = _read_json_lines(os.path.join(task_name, f"{split}.json"))
-    elif task_name == "dureader_qg":
-        rows = _read_dureader_qg(split)
+    if task_name == "dureader_qg" and not os.path.isdir(task_name):
+        rows = _load_dureader_qg(split)
+        name = f"the {split} split of dureader_qg"
+        records = [_parse_record(row, f"{name}, record {i}", i, require_question) for i, row in enumerate(rows)]
     else:
-        raise InputError(f"--task_name {task_name} is neither dureader_qg nor a folder: give one of the two")
-    records = [_parse_record(row, where, number, require_question) for number, (row, where) in enumerate(rows)]
+        name = os.path.join(task_name, f"{split}.json") if os.path.isdir(task_name) else task_name
+        if name == task_name and split != "test":
+            raise InputError(f"--task_name {task_name} is neither dureader_qg nor a folder: give one of the two")
+        try:
+            with open(name, "rb") as file:
+                records = list(parse_lines(file, name, require_question))
+        except OSError as error:
+            raise InputError(f"{name}: {error.strerror}: give a file that exists and can be read") from error
     if not records:
-        raise InputError(f"the {split} split of {task_name} has no records: at least one is needed")
+        raise InputError(f"{name} has no records: at least one is needed")
     return records
 
 
-def _read_dureader_qg(split):
+def _load_dureader_qg(split):
     from paddlenlp.datasets import load_dataset  # imports paddle, which readers of folders don't need
 
     if split not in ("train", "dev"):
         raise InputError(f"dureader_qg has no {split} split: give --task_name a folder with {split}.json")
     try:
-        dataset = load_dataset("dureader_qg", splits=split)
+        return load_dataset("dureader_qg", splits=split)
     except Exception as error:  # requests, urllib3 and paddlenlp each raise their own when the host can't be reached
         raise InputError(
             f"dureader_qg could not be downloaded ({type(error).__name__}): check the connection, "
             "or give --task_name a folder with train.json and dev.json"
         ) from error
-    return [(row, f"dureader_qg {split}, record {number}") for number, row in enumerate(dataset)]
 
 
-def _read_json_lines(path):
-    """Read ``path`` as [(object, "path:line")], blank lines left out."""
-    rows = []
-    try:
-        with open(path, "rb") as file:
-            for number, line in enumerate(file, start=1):
-                where = f"{path}:{number}"
-                try:
-                    text = line.decode("utf-8-sig" if number == 1 else "utf-8").strip()
-                    if text:
-                        rows.append((json.loads(text), where))
-                except UnicodeDecodeError as error:
-                    raise InputError(f"{where}: byte {error.start + 1} is not UTF-8: save the file as UTF-8") from error
-                except (ValueError, RecursionError) as error:
-                    raise InputError(f"{where}: not JSON ({error}): each line must be one JSON object") from error
-    except OSError as error:
-        raise InputError(f"{path}: {error.strerror}: --task_name must be a folder that holds this file") from error
-    return rows
+def parse_lines(lines, name, require_question):
+    """Parse JSON lines, blank ones left out, one at a time.
+
+    Args:
+        lines: iterable of bytes, such as a file. name (str): what messages call it.
+
+    Yields:
+        dict: ``id`` (as given, or the record's number from 0), ``context``, ``answer``, ``question`` (a str, or None
+        where there is none) and ``where`` (file and line, for messages).
+
+    Raises:
+        InputError: a line that is not UTF-8 or not a JSON object, or a field that is missing, empty or wrongly typed;
+            the message names file and line.
+    """
+    count = 0
+    for number, line in enumerate(lines, start=1):
+        where = f"{name}:{number}"
+        try:
+            text = line.decode("utf-8-sig" if number == 1 else "utf-8").strip()
+            row = json.loads(text) if text else None
+        except UnicodeDecodeError as error:
+            raise InputError(f"{where}: byte {error.start + 1} is not UTF-8: save the file as UTF-8") from error
+        except (ValueError, RecursionError) as error:
+            raise InputError(f"{where}: not JSON ({error}): each line must be one JSON object") from error
+        if text:
+            yield _parse_record(row, where, count, require_question)
+            count += 1
 
 
 def _parse_record(row, where, number, require_question):
@@ -202,8 +225,14 @@ def build_features(tokenizer, source_ids, labels):
 def build_dataset(tokenizer, records, src_length, tgt_length):
     """Features of every record, list[dict]; each also holds its ``record`` and its ``index`` in the list.
 
-    All are built before training starts: an exception in the data loader's thread would hang the run.
+    All are built before training starts, so that a mistake in the last record shows at once. Raises InputError.
     """
+    opening = len(encode_text(tokenizer, TARGET_OPENING))
+    if tgt_length < opening + 2:
+        raise InputError(
+            f"--tgt_length {tgt_length} has no room for a question: its fixed opening takes {opening} tokens and the "
+            f"end token one, so give at least {opening + 2}"
+        )
     dataset = []
     for index, record in enumerate(records):
         source_ids = encode_source(tokenizer, record, src_length)

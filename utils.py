@@ -5,12 +5,16 @@ import zlib  # noqa: F401  isort:skip  Before anything can load libpaddle, whose
 import contextlib
 import ctypes
 import functools
+import glob
 import json
 import os
 import random
+import shutil
+import signal
 import sys
 import time
 import unicodedata
+import warnings
 from collections import defaultdict
 
 import numpy as np
@@ -37,6 +41,8 @@ def use_the_whole_cpu():
     paddle.base.core.set_num_threads(max(1, cores // int(os.environ.get("PADDLE_LOCAL_SIZE", 1))))
 
 
+# The first is said again in our own words, the second is of no use to a user.
+warnings.filterwarnings("ignore", message="You are using GPU version Paddle|Setuptools is replacing distutils")
 use_the_whole_cpu()
 
 import paddle  # noqa: E402
@@ -47,13 +53,15 @@ from paddle.distributed import fleet  # noqa: E402
 from paddle.distributed.fleet.meta_parallel import get_rng_state_tracker  # noqa: E402
 from paddlenlp.metrics import BLEU  # noqa: E402
 from paddlenlp.trainer import Trainer  # noqa: E402
-from paddlenlp.trainer.trainer_callback import ProgressCallback  # noqa: E402
-from paddlenlp.trainer.trainer_utils import SchedulerType  # noqa: E402
+from paddlenlp.trainer.trainer_callback import PrinterCallback, ProgressCallback, TrainerCallback  # noqa: E402
+from paddlenlp.trainer.trainer_utils import IntervalStrategy, SchedulerType  # noqa: E402
 from paddlenlp.utils.log import logger  # noqa: E402
 from rouge import Rouge  # noqa: E402
+from tqdm import tqdm  # noqa: E402
 
-from data import GroupedBatchSampler, decode_target  # noqa: E402
+from data import GroupedBatchSampler, build_dataset, decode_target  # noqa: E402
 
+NEVER = 2**62  # a step that is never reached
 MASKED = -65504.0  # what is added to the attention score of a hidden position: float16's lowest
 
 
@@ -517,6 +525,28 @@ def beam_search(model, input_ids, source_length, generation, start_token_id, end
     return beams.results
 
 
+def prediction_row(tokenizer, record, token_ids, score):
+    """What a predictions file holds of a record, dict."""
+    return {
+        "id": record["id"], "context": record["context"], "answer": record["answer"], "reference": record["question"],
+        "prediction": decode_target(tokenizer, token_ids), "score": score, "token_ids": token_ids,
+    }  # fmt: skip
+
+
+def predict_lines(model, tokenizer, records, src_length, generation, output):
+    """Answer each of ``records`` as it comes by a JSON line in the text stream ``output``."""
+    model.eval()
+    for record in records:
+        (features,) = build_dataset(tokenizer, [record], src_length, generation.tgt_length)
+        source_ids = features["input_ids"][: features["source_length"]]
+        ((token_ids, score),) = beam_search(
+            model, paddle.to_tensor(source_ids[None]), np.array([len(source_ids)]), generation,
+            tokenizer.sop_token_id, tokenizer.eop_token_id,
+        )  # fmt: skip
+        row = prediction_row(tokenizer, record, token_ids, score)
+        print(json.dumps(row, ensure_ascii=False), file=output, flush=True)
+
+
 # --------------------------------------------------------------------------------------------------------- metrics
 
 
@@ -552,19 +582,55 @@ def compute_metrics(predictions, references):
 # --------------------------------------------------------------------------------------------------------- trainer
 
 
-class GenerationProgressCallback(ProgressCallback):
-    """PaddleNLP's bars, the evaluation's with generated tokens/s."""
+class Fault(RuntimeError):
+    """What ended a run and was no mistake of the user's, told in one line."""
 
-    def start_prediction(self):
-        self.generated_tokens, self.start = 0, time.time()
+    def __init__(self, message, exit_code=1):
+        super().__init__(message)
+        self.exit_code = exit_code
 
-    def tokens_per_second(self):
-        return self.generated_tokens / (time.time() - self.start)
 
-    def on_prediction_step(self, args, state, control, **kwargs):
-        super().on_prediction_step(args, state, control, **kwargs)
-        if self.prediction_bar is not None:
-            self.prediction_bar.set_postfix_str(f"{self.tokens_per_second():.1f} tokens/s")
+CHECKPOINT_DONE = ".checkpoint_done"  # the last file of a checkpoint to be written
+
+
+def last_whole_checkpoint(folder):
+    """The path of the checkpoint in ``folder`` that was last written to its end, or None."""
+    whole = {}
+    for path in glob.glob(os.path.join(glob.escape(folder), "checkpoint-*[0-9]")):
+        try:
+            whole[path] = os.path.getmtime(os.path.join(path, CHECKPOINT_DONE))
+        except FileNotFoundError:
+            advice = "if it is another script's, give it by --resume_from_checkpoint"
+            logger.warning(f"skipping {path}, which was not written to its end; {advice}")
+    # By time, not by number, for an older run that --overwrite_output_dir wrote over may have come further.
+    return max(whole, key=whole.get, default=None)
+
+
+class TrainingProgress(TrainerCallback):
+    """A bar with loss and samples/s on a terminal; elsewhere a line for each log."""
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        # disable=None: on where there is a terminal
+        disable = True if args.disable_tqdm or not state.is_world_process_zero else None
+        self.bar = tqdm(total=state.max_steps, initial=state.global_step, desc="train", unit="step", disable=disable)
+
+    def on_step_end(self, args, state, control, **kwargs):
+        self.bar.update(state.global_step - self.bar.n)
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        if "loss" not in logs or not state.is_world_process_zero:
+            return
+        rate = f"{logs['interval_samples_per_second']:.2f} samples/s"
+        if self.bar.disable:
+            learning_rate = f"learning rate {logs['learning_rate']:.3g}"
+            logger.train(
+                f"step {state.global_step}/{state.max_steps}: loss {logs['loss']:.4f}, {learning_rate}, {rate}"
+            )
+        else:
+            self.bar.set_postfix_str(f"loss {logs['loss']:.4f}, {rate}")
+
+    def on_train_end(self, args, state, control, **kwargs):
+        self.bar.close()
 
 
 def _share_embedding_dropout(model, seed):
@@ -607,9 +673,11 @@ class GLMTrainer(Trainer):
             self.tensor_parallel_group = fleet.get_hybrid_communicate_group().get_model_parallel_group()
             # Far from the seeds that PaddleNLP makes of --seed: the tracker takes none twice.
             _share_embedding_dropout(self.model, self.args.seed + 10**9 + self.args.dataset_rank)
-        self.progress = GenerationProgressCallback()
-        if self.pop_callback(ProgressCallback) is not None:
-            self.add_callback(self.progress)
+        for callback in (ProgressCallback, PrinterCallback):
+            self.pop_callback(callback)
+        self.add_callback(TrainingProgress)
+        self.stop_signal = None  # that training is to end by
+        self.first_bad_step = paddle.full([], NEVER, dtype="int64")
 
     # training
 
@@ -640,6 +708,75 @@ class GLMTrainer(Trainer):
             share = self.args.dataset_world_size * self.args.gradient_accumulation_steps / tokens
         loss = losses.sum() * share
         return (loss, losses) if return_outputs else loss
+
+    def training_step(self, model, inputs):
+        """The Trainer's; the first step whose loss is no number is noted on the device, where nothing waits for it."""
+        loss = super().training_step(model, inputs)
+        step = paddle.where(paddle.isfinite(loss), NEVER, self.state.global_step + 1).reshape([])
+        self.first_bad_step = paddle.minimum(self.first_bad_step, step)
+        return loss
+
+    def train(self, *args, **kwargs):
+        """The Trainer's, ended by SIGINT or SIGTERM within a step, with a checkpoint of it."""
+        previous = {number: signal.signal(number, self._on_signal) for number in (signal.SIGINT, signal.SIGTERM)}
+        try:
+            return super().train(*args, **kwargs)
+        finally:
+            for number, handler in previous.items():
+                signal.signal(number, handler)
+
+    def _on_signal(self, number, _):
+        # Several processes would have to agree on a step to save; a second signal is urgent; evaluation takes long.
+        if self.args.world_size > 1 or self.stop_signal is not None or not self.model.training:
+            self._stop(number)
+        self.stop_signal = number
+
+    def _stop(self, number):
+        name = signal.Signals(number).name
+        raise Fault(f"stopped by {name} at step {self.state.global_step}: {self._where_to_resume()}", 128 + number)
+
+    def _where_to_resume(self):
+        checkpoint = last_whole_checkpoint(self.args.output_dir)
+        if checkpoint is None:
+            return "there is no checkpoint to resume from"
+        without = " without --overwrite_output_dir" if self.args.overwrite_output_dir else ""
+        return f"the same command{without} goes on from {checkpoint}"
+
+    def _maybe_log_save_evaluate(self, *args, **kwargs):
+        """The Trainer's, at the end of each step; before it logs, evaluates or saves, see that training is sound."""
+        control = self.control
+        if self.stop_signal is not None:
+            control.should_evaluate, control.should_save = False, self.args.save_strategy != IntervalStrategy.NO
+        if control.should_log or control.should_evaluate or control.should_save:
+            step = self.first_bad_step.item()
+            advice = "lower --learning_rate, or look at the data of that step"
+            if step != NEVER:
+                raise Fault(f"the loss is not finite at step {step}: {advice}; {self._where_to_resume()}")
+            if control.should_save and not all(paddle.isfinite(p).all().item() for p in self.model.parameters()):
+                step = self.state.global_step
+                raise Fault(f"the weights are not finite after step {step}: {advice}; {self._where_to_resume()}")
+        super()._maybe_log_save_evaluate(*args, **kwargs)
+        if self.stop_signal is not None:
+            self._stop(self.stop_signal)
+
+    def _save_checkpoint(self, model, metrics=None):
+        """The Trainer's, with a last file that says that all the others are whole."""
+        folder = os.path.join(self.args.output_dir, f"checkpoint-{self.state.global_step}")
+        done = os.path.join(folder, CHECKPOINT_DONE)
+        with contextlib.suppress(FileNotFoundError):
+            os.remove(done)
+        try:
+            super()._save_checkpoint(model, metrics)
+            # All processes have written theirs by now, for the last thing they do is to exchange random states.
+            if self.args.local_rank in (-1, 0):
+                open(done, "w").close()
+                super()._rotate_checkpoints(use_mtime=True, output_dir=self.args.output_dir)
+        except OSError as error:
+            shutil.rmtree(folder, ignore_errors=True)
+            raise Fault(f"{folder} can't be written: {error.strerror or error}; {self._where_to_resume()}") from error
+
+    def _rotate_checkpoints(self, *args, **kwargs):
+        """Not where the Trainer calls it: before the new checkpoint is whole, and never on a single process."""
 
     def create_scheduler(self, num_training_steps):
         """linear: from 0 up to learning_rate, then straight down to lr_decay_ratio of it at the last step."""
@@ -713,44 +850,53 @@ class GLMTrainer(Trainer):
         rows = inputs["target_positions"].numpy() // inputs["input_ids"].shape[1]
         for row, (index, (token_ids, score)) in enumerate(zip(inputs["index"].tolist(), hypotheses)):
             self.outputs[index] = {"token_ids": token_ids, "score": score, "losses": losses[rows == row]}
-        self.progress.generated_tokens += sum(len(token_ids) for token_ids, _ in hypotheses)
+        self.generated_tokens += sum(len(token_ids) for token_ids, _ in hypotheses)
+        self.bar.update(len(hypotheses))
+        self.bar.set_postfix_str(f"{self.generated_tokens / (time.time() - self.start):.1f} tokens/s")
         return None, None, None
 
     def evaluation_loop(self, dataloader, description, *args, metric_key_prefix="eval", **kwargs):
         """The Trainer's loop, then the metrics and ``{eval,test}_predictions.jsonl``, in the input's order."""
         self.outputs = {}  # by the record's number: batches may repeat a record
-        self.progress.start_prediction()
-        output = super().evaluation_loop(dataloader, description, *args, metric_key_prefix=metric_key_prefix, **kwargs)
+        self.generated_tokens, self.start = 0, time.time()
+        disable = True if self.args.disable_tqdm or not self.is_world_process_zero() else None
+        records = len(dataloader.dataset) // self.args.dataset_world_size
+        with tqdm(total=records, desc=metric_key_prefix, unit="record", leave=False, disable=disable) as self.bar:
+            output = super().evaluation_loop(
+                dataloader, description, *args, metric_key_prefix=metric_key_prefix, **kwargs
+            )
         if self.args.world_size > 1:
             parts = []
             dist.all_gather_object(parts, self.outputs)
             self.outputs = {index: result for part in parts for index, result in part.items()}
-        self.progress.generated_tokens = sum(len(result["token_ids"]) for result in self.outputs.values())
-        tokens_per_second = self.progress.tokens_per_second()
-        if self.progress.prediction_bar is not None:  # the Trainer leaves it open after predict()
-            self.progress.prediction_bar.close()
-            self.progress.prediction_bar = None
+        seconds = time.time() - self.start
+        generated_tokens = sum(len(result["token_ids"]) for result in self.outputs.values())
 
         rows = []
         for index, result in sorted(self.outputs.items()):
             record = dataloader.dataset[index]["record"]
-            rows.append({
-                "id": record["id"], "context": record["context"], "answer": record["answer"],
-                "reference": record["question"], "prediction": decode_target(self.tokenizer, result["token_ids"]),
-                "score": result["score"], "token_ids": result["token_ids"],
-            })  # fmt: skip
-        metrics = {"samples": len(rows), "tokens_per_second": round(tokens_per_second, 2)}
+            rows.append(prediction_row(self.tokenizer, record, result["token_ids"], result["score"]))
+        metrics = {"samples": len(rows), "tokens_per_second": round(generated_tokens / seconds, 2)}
         scored = [row for row in rows if row["reference"] is not None]
         if scored:
             metrics["loss"] = float(np.concatenate([result["losses"] for result in self.outputs.values()]).mean())
             metrics.update(compute_metrics(*([row[key] for row in scored] for key in ("prediction", "reference"))))
         output.metrics.update({f"{metric_key_prefix}_{name}": value for name, value in metrics.items()})
+        if self.is_world_process_zero():
+            numbers = ", ".join(f"{name} {value:.4g}" for name, value in metrics.items())
+            logger.eval(f"{metric_key_prefix} at step {self.state.global_step}: {numbers}")
         if self.args.should_save:
             self._write_predictions(rows, os.path.join(self.args.output_dir, f"{metric_key_prefix}_predictions.jsonl"))
         return output
 
     def _write_predictions(self, rows, path):
+        """Whole or not at all."""
         os.makedirs(self.args.output_dir, exist_ok=True)
-        with open(path + ".tmp", "w", encoding="utf-8") as file:
-            file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-        os.replace(path + ".tmp", path)  # whole or not at all
+        temporary = path + ".tmp"
+        try:
+            with open(temporary, "w", encoding="utf-8") as file:
+                file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+            os.replace(temporary, path)
+        finally:
+            with contextlib.suppress(FileNotFoundError):
+                os.remove(temporary)
