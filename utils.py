@@ -8,7 +8,6 @@ import functools
 import glob
 import json
 import os
-import random
 import shutil
 import signal
 import sys
@@ -633,20 +632,30 @@ class TrainingProgress(TrainerCallback):
         self.bar.close()
 
 
-def _share_embedding_dropout(model, seed):
+class SeedEachStep(TrainerCallback):
+    """Each step draws from generators that are seeded by --seed and its number, so that a resumed run draws alike.
+
+    A checkpoint can't hold the generators' states: pickling loses that of Paddle's generator on a CPU.
+    """
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        seed = int(np.random.default_rng([args.seed, state.global_step, args.dataset_rank]).integers(2**40)) * 1024
+        tracker = get_rng_state_tracker()
+        tracker.reset()
+        # Alike on all processes of tensor parallelism, but for the last, which drops in heads that are split over them.
+        tracker.add("embedding_seed", seed + 1)
+        tracker.add("global_seed", seed + 2)
+        tracker.add("local_seed", seed + 3 + max(args.tensor_parallel_rank, 0))
+        paddle.seed(seed)
+
+
+def _share_embedding_dropout(model):
     """Let the processes of tensor parallelism drop the same embeddings: what follows is the same on all of them.
 
     PaddleNLP draws this dropout from the generator that differs between them, as it must for the split heads alone.
     """
-    dropout, tracker = model.glm.transformer.embedding_dropout, get_rng_state_tracker()
-    drop = dropout.forward
-    tracker.add("embedding_seed", seed)
-
-    def forward(hidden_states):
-        with tracker.rng_state("embedding_seed"):
-            return drop(hidden_states)
-
-    dropout.forward = forward
+    dropout = model.glm.transformer.embedding_dropout
+    dropout.forward = functools.partial(_dropout, dropout.forward, "embedding_seed")
 
 
 class GLMTrainer(Trainer):
@@ -671,11 +680,11 @@ class GLMTrainer(Trainer):
         self.tensor_parallel_group = None
         if self.args.tensor_parallel_degree > 1:
             self.tensor_parallel_group = fleet.get_hybrid_communicate_group().get_model_parallel_group()
-            # Far from the seeds that PaddleNLP makes of --seed: the tracker takes none twice.
-            _share_embedding_dropout(self.model, self.args.seed + 10**9 + self.args.dataset_rank)
+            _share_embedding_dropout(self.model)
         for callback in (ProgressCallback, PrinterCallback):
             self.pop_callback(callback)
         self.add_callback(TrainingProgress)
+        self.add_callback(SeedEachStep)
         self.stop_signal = None  # that training is to end by
         self.first_bad_step = paddle.full([], NEVER, dtype="int64")
 
@@ -803,26 +812,8 @@ class GLMTrainer(Trainer):
         )  # fmt: skip
         return self.train_sampler
 
-    def _load_optimizer_and_scheduler(self, checkpoint):
-        super()._load_optimizer_and_scheduler(checkpoint)
-        # The Trainer restores random states only after it has skipped batches, which it does not do between epochs.
-        self._load_rng_state(checkpoint)
-
     def _load_rng_state(self, checkpoint):
-        """The Trainer's own fails where the GPU build runs on a CPU: it wants as many GPU states as there are GPUs."""
-        if checkpoint is None or self.args.device != "cpu":
-            return super()._load_rng_state(checkpoint)
-        world_size = self.args.world_size
-        path = os.path.join(checkpoint, f"rng_state_{world_size}.pth" if world_size > 1 else "rng_state.pth")
-        if not os.path.isfile(path):
-            return logger.warning(f"{path} is missing: dropout goes on with other random numbers than it would have")
-        states = paddle.load(path, return_numpy=True)
-        states = states[self.args.process_index] if world_size > 1 else states
-        random.setstate(states["python"])
-        np.random.set_state(states["numpy"])
-        paddle.framework.core.default_cpu_generator().set_state(states["cpu"])
-        if "hybrid_parallel_rng_state_tracker" in states:
-            get_rng_state_tracker().set_states_tracker(states["hybrid_parallel_rng_state_tracker"])
+        """Nothing to load: see SeedEachStep. The Trainer's own fails where the GPU build runs on a CPU."""
 
     # evaluation
 

@@ -1,13 +1,16 @@
 """Faults, done for real: kills, signals, a full disk, an exception in the loader's thread, a loss that is no number."""
 
+import fcntl
 import json
 import os
 import pty
 import re
 import shutil
 import signal
+import struct
 import subprocess
 import sys
+import termios
 import time
 
 import pytest
@@ -15,8 +18,8 @@ from conftest import MINI, ROOT, TINY_GLM
 
 from utils import CHECKPOINT_DONE, last_whole_checkpoint
 
-FLAGS = ["--task_name", MINI, "--src_length", 160, "--tgt_length", 24, "--min_tgt_length", 0, "--num_beams", 2, "--do_train",
-         "--learning_rate", 1e-3, "--per_device_train_batch_size", 4, "--logging_steps", 1]  # fmt: skip
+FLAGS = ["--task_name", MINI, "--src_length", 160, "--tgt_length", 24, "--min_tgt_length", 0, "--num_beams", 2,
+         "--do_train", "--learning_rate", 1e-3, "--per_device_train_batch_size", 4, "--logging_steps", 1]  # fmt: skip
 
 
 def start(*args, code=None, **options):
@@ -114,8 +117,8 @@ def test_a_signal_ends_the_run_within_a_step(tmp_path, number):
 
 
 def test_a_signal_in_an_evaluation_ends_it(tmp_path):
-    args = ["--model_name_or_path", TINY_GLM, "--output_dir", tmp_path, "--do_train", "False", "--do_eval", "--num_beams", 20,
-            "--per_device_eval_batch_size", 1, "--min_tgt_length", 24]  # fmt: skip
+    args = ["--model_name_or_path", TINY_GLM, "--output_dir", tmp_path, "--do_train", "False", "--do_eval",
+            "--num_beams", 20, "--per_device_eval_batch_size", 1, "--min_tgt_length", 24]  # fmt: skip
     code = "import utils, finetune_generation as f\nold = utils.prefill\n"
     code += "def new(*args):\n    print('prefill', file=f.sys.stderr, flush=True)\n    return old(*args)\n"
     process = start(*args, code=code + "utils.prefill = new\nf.main()")
@@ -143,8 +146,8 @@ def test_a_full_disk_leaves_the_last_checkpoint_whole(tmp_path):
 def test_predictions_appear_whole_or_not_at_all(tmp_path):
     (tmp_path / "eval_predictions.jsonl").write_text("those of the last run\n")
     (tmp_path / "eval_predictions.jsonl.tmp").symlink_to("/dev/full")
-    code, lines = finish(start("--model_name_or_path", TINY_GLM, "--output_dir", tmp_path, "--do_train", "False", "--do_eval",
-                               "--per_device_eval_batch_size", 30))  # fmt: skip
+    code, lines = finish(start("--model_name_or_path", TINY_GLM, "--output_dir", tmp_path, "--do_train", "False",
+                               "--do_eval", "--per_device_eval_batch_size", 30))  # fmt: skip
     assert code == 1 and "can't write: No space left on device" in lines[-1]
     assert (tmp_path / "eval_predictions.jsonl").read_text() == "those of the last run\n"
 
@@ -166,7 +169,8 @@ def test_a_run_that_was_written_over_is_not_gone_on_with(tmp_path):
 
 def test_an_exception_in_the_loader_ends_the_run(tmp_path):
     code = "import finetune_generation as f\nold, calls = f.DataCollator.__call__, []\n"
-    code += "def new(self, features):\n    calls.append(1)\n    assert len(calls) < 4, 'torn'\n    return old(self, features)\n"
+    code += "def new(self, features):\n    calls.append(1)\n    assert len(calls) < 4, 'torn'\n"
+    code += "    return old(self, features)\n"
     args = ["--model_name_or_path", TINY_GLM, "--output_dir", tmp_path, "--max_steps", 20]
     code, lines = finish(start(*args, code=code + "f.DataCollator.__call__ = new\nf.main()"))
     assert code == 1 and lines[-1] == "AssertionError: torn"
@@ -184,7 +188,7 @@ def test_a_loss_that_is_no_number_stops_the_run(tmp_path):
         )
     assert named[0] == named[1]
     args[args.index("--save_steps") + 1] = 100
-    code, lines = finish(start(*args, "--logging_steps", 5))
+    code, lines = finish(start(*args, "--logging_steps", 5, "--output_dir", tmp_path / "no checkpoint"))
     assert code == 1 and re.search(r"the loss is not finite at step 2: lower .*; there is no checkpoint", lines[-1])
 
 
@@ -211,6 +215,7 @@ def test_bars_on_a_terminal_and_lines_elsewhere(tmp_path):
     assert list((tmp_path / "lines/runs").rglob("vdlrecords*"))
 
     ours, theirs = pty.openpty()
+    fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 120, 0, 0))  # rows and columns
     command = [sys.executable, "finetune_generation.py", *map(str, [*FLAGS, *args, "--output_dir", tmp_path / "bars"])]
     process = subprocess.Popen(command, cwd=ROOT, stderr=theirs)
     os.close(theirs)

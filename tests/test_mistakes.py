@@ -164,7 +164,7 @@ MISTAKES = [
     ("", write("data/train.json", "\n \n"), "train.json has no records"),
     ("", write("data/train.json", '{"context": "c"'), "train.json:1: not JSON"),
     ("", write("data/train.json", "[" * 100_000), "train.json:1: not JSON"),
-    ("", write("data/train.json", b'\n{"context": "\xff"}'), "train.json:2: byte 14 is not UTF-8: save the file as UTF-8"),
+    ("", write("data/train.json", b'\n{"context": "\xff"}'), "train.json:2: byte 14 is not UTF-8: save"),
     ("", write("data/train.json", "[1, 2]"), "train.json:1: a list: each line must be one JSON object"),
     ("", record(context=...), "train.json:3: the field 'context' is missing"),
     ("", record(answer=...), "train.json:3: the field 'answer' is missing"),
