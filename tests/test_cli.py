@@ -7,16 +7,9 @@ import sys
 import numpy as np
 import pytest
 from conftest import MINI, ROOT, TINY_GLM, log_softmax
-from test_generation import repeats_ngram
 
 import finetune_generation
 from utils import compute_metrics
-
-README_FLAGS = """--num_train_epochs 4 --learning_rate 3e-5 --warmup_ratio 0.06 --weight_decay 0.1 --label_smoothing 0.1
---save_steps 10000 --logging_steps 1 --eval_steps 4 --src_length 608 --tgt_length 160 --min_tgt_length 55
---length_penalty 0.7 --no_repeat_ngram_size 3 --num_beams 5 --select_topk True --per_device_eval_batch_size 2
---per_device_train_batch_size 2 --max_grad_norm 1.0 --lr_scheduler_type linear --fp16 --recompute --do_train
---do_eval""".split()
 
 
 def small_data(folder, train=12, dev=5, test=3):
@@ -136,20 +129,6 @@ def test_resuming_equals_an_unbroken_run(finished_run, tmp_path):
     assert len(losses) == len(resumed)
 
 
-def test_the_single_card_command(tmp_path):
-    """README's command to the letter, but for the model, the data and the output folder."""
-    data = small_data(tmp_path, train=4, dev=3)
-    run("--model_name_or_path", TINY_GLM, "--task_name", data, "--output_dir", tmp_path / "out", *README_FLAGS)
-    state = json.loads((tmp_path / "out/trainer_state.json").read_text())
-    assert state["max_steps"] == 8
-    rates = [row["learning_rate"] for row in state["log_history"] if "learning_rate" in row]
-    assert rates[-1] == pytest.approx(3e-6)  # lr_decay_ratio of the peak
-    rows = read_jsonl(tmp_path / "out/eval_predictions.jsonl")
-    assert len(rows) == 3
-    for row in rows:
-        assert 55 <= len(row["token_ids"]) <= 160 and not repeats_ngram(row["token_ids"], 3)
-
-
 def test_predict_alone_from_a_fine_tuned_folder(finished_run, tmp_path):
     folder, _ = finished_run
     out = tmp_path / "predicted"
@@ -177,37 +156,6 @@ def test_defaults():
     assert (generation.length_penalty, generation.select_topk) == (0.7, True)
     assert (model_args.label_smoothing, model_args.lr_decay_ratio) == (0.1, 0.1)
     assert training_args.device == "cpu" or training_args.device.startswith("gpu")
-
-
-def bad_line(name, line):
-    def write(folder):
-        (folder / f"{name}.json").write_text(line, encoding="utf-8")
-
-    return write
-
-
-@pytest.mark.parametrize(
-    "damage, flags, message",
-    [
-        (lambda folder: (folder / "dev.json").unlink(), [], "dev.json: No such file or directory"),
-        (bad_line("train", '{"context": "c"'), [], "train.json:1: not JSON"),
-        (bad_line("train", '{"context": "c", "question": "q"}'), [], "train.json:1: the field 'answer' is missing"),
-        (None, ["--src_length", 900], "--src_length 900 + --tgt_length 160 is over the 1024 positions"),
-        (None, ["--min_tgt_length", 200], "--min_tgt_length 200 is over --tgt_length 160"),
-        (None, ["--num_beems", 5], "--num_beems"),
-        (None, ["--label_smoothing", 1.5], "--label_smoothing is 1.5"),
-    ],
-)
-def test_mistakes_end_with_one_line(tmp_path, damage, flags, message):
-    data = small_data(tmp_path)
-    if damage:
-        damage(tmp_path)
-    result = run("--model_name_or_path", TINY_GLM, "--task_name", data, "--output_dir", tmp_path / "out", "--do_train",
-                 "--do_eval", *flags, check=False)  # fmt: skip
-    last = result.stderr.strip().splitlines()[-1]
-    assert result.returncode == 2
-    assert last.startswith("finetune_generation.py: error: ") and message in last
-    assert "Traceback" not in result.stderr and not (tmp_path / "out").exists()
 
 
 def test_a_finished_run_is_not_written_over(finished_run, tmp_path):

@@ -13,7 +13,7 @@ import paddle
 import pytest
 from conftest import ROOT, TINY_GLM
 from paddlenlp.transformers import GLMConfig, GLMForConditionalGeneration
-from test_cli import README_FLAGS, read_jsonl, small_data
+from test_cli import read_jsonl, small_data
 from test_loss import reference_loss
 
 COMMON = ["--src_length", 160, "--tgt_length", 20, "--min_tgt_length", 2, "--num_beams", 3, "--learning_rate", 1e-3,
@@ -228,31 +228,3 @@ def test_a_degree_that_does_not_divide(data, tmp_path):
     assert "Traceback" not in logs
     (code,), (output,) = run_processes([[sys.executable, "finetune_generation.py", *args]])
     assert code == 2 and "does not divide the 1 processes" in output.splitlines()[-1]
-
-
-def test_two_machines(data, single, tmp_path):
-    """README's command for two nodes, as two launchers on the loopback."""
-    master, out = f"127.0.0.1:{free_port()}", tmp_path / "out"
-    commands = [
-        [sys.executable, "-m", "paddle.distributed.launch", "--master", master, "--nnodes", 2, "--rank", rank,
-         "--nproc_per_node", 1, "--log_dir", tmp_path / f"log{rank}", "tests/parallel_worker.py",
-         "--model_name_or_path", TINY_GLM, "--task_name", data, *COMMON, "--output_dir", out,
-         "--per_device_train_batch_size", 2]
-        for rank in range(2)
-    ]  # fmt: skip
-    codes, outputs = run_processes(commands)
-    assert codes == [0, 0], outputs
-    losses, predictions, _ = outcome(out)
-    np.testing.assert_allclose(losses, single[0], atol=2e-4)
-    assert predictions == single[1]
-
-
-def test_the_8_card_command(tmp_path):
-    """README's flags, over 8 CPU processes on a tiny model with 8 heads."""
-    model = tiny_glm(tmp_path / "model", num_attention_heads=8, hidden_size=64, num_layers=1)
-    data = small_data(tmp_path, train=2, dev=2)
-    launch(8, tmp_path / "log", "--model_name_or_path", model, "--task_name", data, "--output_dir", tmp_path / "out",
-           *README_FLAGS, "--tensor_parallel_degree", 8)  # fmt: skip
-    rows = read_jsonl(tmp_path / "out/eval_predictions.jsonl")
-    assert len(rows) == 2 and all(55 <= len(row["token_ids"]) <= 160 for row in rows)
-    assert (tmp_path / "out/model_state.pdparams").exists()
