@@ -49,8 +49,8 @@ def generation(args):
     return GenerationArguments(tgt_length=tokens, min_tgt_length=tokens, num_beams=args.beams, no_repeat_ngram_size=3)
 
 
-def ours(args):
-    model = load_model(args.model)
+def ours(args, model=None):
+    model = model or load_model(args.model)
     model.eval()
     input_ids, lengths = make_sources(args)
     source = paddle.to_tensor(input_ids[:, : lengths.max()])
@@ -86,6 +86,17 @@ def ours(args):
     return {"total": total, "prefill": prefill_seconds, "step": np.median(steps), "limit": np.median(products),
             "peak": peak, "decoding_peak": peak_mb(), "source_cache": cache_mb * source_share,
             "slots": cache_mb * (1 - source_share)}  # fmt: skip
+
+
+def growth(args):
+    """``ours`` at several settings, by its name "source beams batch"."""
+    model, longest = load_model(args.model), args.source
+    settings = [(longest, 5, 2), (longest // 4, 5, 2), (longest // 2, 5, 2)]
+    settings += [(longest, beams, 2) for beams in (1, 10)] + [(longest, 5, size) for size in (1, 4, 8)]
+    results = {}
+    for args.source, args.beams, args.batch_size in settings:
+        results[f"{args.source} {args.beams} {args.batch_size}"] = ours(args, model)
+    return results
 
 
 def paddlenlp(args):
@@ -136,20 +147,13 @@ def main():
     arguments.add_argument("--growth", action="store_true")
     args = arguments.parse_args()
     if args.worker:
-        worker = paddlenlp if args.worker == "PaddleNLP" else ours
-        print(json.dumps({key: float(value) for key, value in worker(args).items()}))
+        worker = {"PaddleNLP": paddlenlp, "ours": ours, "growth": growth}[args.worker]
+        print(json.dumps(worker(args), default=float))
         return
     print_machine()
     if args.growth:
-        settings = [(608, 5, 2)]
-        settings += [(source, 5, 2) for source in (152, 304)] + [(608, beams, 2) for beams in (1, 10)]
-        settings += [(608, 5, batch_size) for batch_size in (1, 4, 8)]
-        workers = {
-            f"{source} {beams} {size}": ["--source", source, "--beams", beams, "--batch_size", size]
-            for source, beams, size in settings
-        }
         rows = []
-        for name, result in children(args, workers).items():
+        for name, result in children(args, {"growth": []})["growth"].items():
             memory = [f"{result[key]:.0f}" for key in ("decoding_peak", "source_cache", "slots")]
             rows.append([*name.split(), f"{result['step'] * 1e3:.1f}", f"{result['limit'] * 1e3:.1f}", *memory])
         print_table(

@@ -117,7 +117,7 @@ def main():
         dataset = make_dataset(args.records)
         worker = paddlenlp if args.worker == "PaddleNLP" else ours
         result = worker(args, load_model(args.model), dataset)
-        print(json.dumps({key: float(value) for key, value in result.items()}))
+        print(json.dumps(result, default=float))
         return
     print_machine()
     results = children(args, {"PaddleNLP": [], "ours": []})
