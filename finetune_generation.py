@@ -110,6 +110,7 @@ class GLMTrainingArguments(TrainingArguments):
         log_level = self.log_level
         super().__post_init__()
         self.do_eval, self.log_level = self.do_eval or do_eval, log_level
+        self.disable_tqdm = self.disable_tqdm or not sys.stderr.isatty()  # no bars in files
         paddle.set_device(self.device)
 
     def _check(self):
@@ -319,7 +320,8 @@ def run(model_args, data_args, generation, training_args):
     if training_args.do_train:
         result = trainer.train(resume_from_checkpoint=checkpoint)
         trainer.save_model(merge_tensor_parallel=training_args.tensor_parallel_degree > 1)
-        trainer.save_metrics("train", result.metrics)
+        if result.metrics:  # none, if the checkpoint was of the last step
+            trainer.save_metrics("train", result.metrics)
         trainer.save_state()
     if training_args.do_eval:
         trainer.save_metrics("eval", trainer.evaluate())

@@ -52,8 +52,13 @@ from paddle.distributed import fleet  # noqa: E402
 from paddle.distributed.fleet.meta_parallel import get_rng_state_tracker  # noqa: E402
 from paddlenlp.metrics import BLEU  # noqa: E402
 from paddlenlp.trainer import Trainer  # noqa: E402
-from paddlenlp.trainer.trainer_callback import PrinterCallback, ProgressCallback, TrainerCallback  # noqa: E402
-from paddlenlp.trainer.trainer_utils import IntervalStrategy, SchedulerType  # noqa: E402
+from paddlenlp.trainer.trainer_callback import (  # noqa: E402
+    PrinterCallback,
+    ProgressCallback,
+    TrainerCallback,
+    TrainerState,
+)
+from paddlenlp.trainer.trainer_utils import IntervalStrategy, SchedulerType, TrainOutput  # noqa: E402
 from paddlenlp.utils.log import logger  # noqa: E402
 from rouge import Rouge  # noqa: E402
 from tqdm import tqdm  # noqa: E402
@@ -609,8 +614,7 @@ class TrainingProgress(TrainerCallback):
     """A bar with loss and samples/s on a terminal; elsewhere a line for each log."""
 
     def on_train_begin(self, args, state, control, **kwargs):
-        # disable=None: on where there is a terminal
-        disable = True if args.disable_tqdm or not state.is_world_process_zero else None
+        disable = args.disable_tqdm or not state.is_world_process_zero
         self.bar = tqdm(total=state.max_steps, initial=state.global_step, desc="train", unit="step", disable=disable)
 
     def on_step_end(self, args, state, control, **kwargs):
@@ -725,14 +729,31 @@ class GLMTrainer(Trainer):
         self.first_bad_step = paddle.minimum(self.first_bad_step, step)
         return loss
 
-    def train(self, *args, **kwargs):
-        """The Trainer's, ended by SIGINT or SIGTERM within a step, with a checkpoint of it."""
+    def train(self, resume_from_checkpoint=None, **kwargs):
+        """The Trainer's, ended by SIGINT or SIGTERM within a step, with a checkpoint of it.
+
+        A run that had come to its end is only loaded, for the Trainer would go one step further.
+        """
+        first_step = 0
+        if resume_from_checkpoint:
+            state = TrainerState.load_from_json(os.path.join(resume_from_checkpoint, "trainer_state.json"))
+            first_step = state.global_step
+            steps_an_epoch = len(self._get_train_sampler()) // self.args.gradient_accumulation_steps
+            last_step = self.args.max_steps if self.args.max_steps > 0 else steps_an_epoch * self.args.num_train_epochs
+            if first_step >= int(last_step):
+                best = state.best_model_checkpoint if self.args.load_best_model_at_end else None
+                self._load_from_checkpoint(best or resume_from_checkpoint)
+                self.state = state
+                return TrainOutput(first_step, None, {})
         previous = {number: signal.signal(number, self._on_signal) for number in (signal.SIGINT, signal.SIGTERM)}
         try:
-            return super().train(*args, **kwargs)
+            output = super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
         finally:
             for number, handler in previous.items():
                 signal.signal(number, handler)
+        # The Trainer divides what it summed up since it resumed by the steps of the whole run.
+        output.metrics["train_loss"] *= output.global_step / (output.global_step - first_step)
+        return output
 
     def _on_signal(self, number, _):
         # Several processes would have to agree on a step to save; a second signal is urgent; evaluation takes long.
@@ -850,7 +871,7 @@ class GLMTrainer(Trainer):
         """The Trainer's loop, then the metrics and ``{eval,test}_predictions.jsonl``, in the input's order."""
         self.outputs = {}  # by the record's number: batches may repeat a record
         self.generated_tokens, self.start = 0, time.time()
-        disable = True if self.args.disable_tqdm or not self.is_world_process_zero() else None
+        disable = self.args.disable_tqdm or not self.is_world_process_zero()
         records = len(dataloader.dataset) // self.args.dataset_world_size
         with tqdm(total=records, desc=metric_key_prefix, unit="record", leave=False, disable=disable) as self.bar:
             output = super().evaluation_loop(

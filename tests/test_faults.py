@@ -96,9 +96,23 @@ def test_a_killed_run_goes_on_like_an_unbroken_one(tmp_path, dropout):
     assert any(f"skipping {broken}/checkpoint-4, which was not written to its end" in line for line in lines)
     assert any(f"resuming from {broken}/checkpoint-2" in line for line in lines)
     assert losses(broken) == pytest.approx(expected, abs=1e-4) and len(expected) == 7
+    trained = json.loads((broken / "train_results.json").read_text())["train_loss"]
+    assert trained == pytest.approx(sum(expected[step] for step in range(3, 8)) / 5, abs=1e-4)
     print("step | unbroken | killed twice and resumed")
     for step, loss in losses(broken).items():
         print(step, expected[step], loss, sep=" | ")
+
+
+def test_a_finished_run_goes_no_further(tmp_path):
+    args = ["--model_name_or_path", TINY_GLM, "--output_dir", tmp_path, "--max_steps", 4, "--save_steps", 2]
+    assert finish(start(*args))[0] == 0
+    weights, results = ((tmp_path / name).read_bytes() for name in ("model_state.pdparams", "train_results.json"))
+    (tmp_path / "model_state.pdparams").unlink()
+    code, lines = finish(start(*args))
+    assert code == 0 and not any("step 5" in line for line in lines)
+    assert sorted(losses(tmp_path)) == [1, 2, 3, 4]
+    assert (tmp_path / "model_state.pdparams").read_bytes() == weights
+    assert (tmp_path / "train_results.json").read_bytes() == results
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
