@@ -17,7 +17,8 @@ from dataclasses import dataclass, field
 from utils import Fault, GLMTrainer, last_whole_checkpoint, predict_lines  # isort:skip
 
 import paddle
-from paddlenlp.trainer import PdArgumentParser, TrainingArguments, get_last_checkpoint, set_seed
+from paddle.distributed.fleet.utils import log_util
+from paddlenlp.trainer import PdArgumentParser, TrainingArguments, set_seed
 from paddlenlp.trainer.integrations import get_available_reporting_integrations
 from paddlenlp.transformers import AutoConfig, AutoModelForConditionalGeneration, AutoTokenizer, GLMConfig
 from paddlenlp.utils.log import logger
@@ -95,6 +96,7 @@ class GLMTrainingArguments(TrainingArguments):
         if self.log_level not in ("debug", "info", "train", "eval", "warning"):
             raise InputError(f"--log_level is {self.log_level}: give debug, info, train, eval or warning")
         logger.set_level(self.log_level.upper())
+        log_util.set_log_level("INFO" if self.log_level in ("debug", "info") else "WARNING")  # Paddle's own
         # Asked first, for paddle.set_device("gpu") without a GPU ends the process with nothing to catch.
         has_gpu = paddle.is_compiled_with_cuda() and paddle.device.cuda.device_count() > 0
         if not self.device or (self.device.startswith("gpu") and not has_gpu):
@@ -163,8 +165,11 @@ def parse_arguments():
         raise InputError(str(error)) from error
 
 
-def check_output_dir(args):
-    """Raise InputError where the output can't be written, or would be mixed with what is not a run's."""
+def check_output_dir(args, checkpoint):
+    """Raise InputError where the output can't be written, or would be mixed with what is not a run's.
+
+    ``checkpoint`` is the one to resume from, or None.
+    """
     if not args.output_dir:
         raise InputError("--output_dir is missing: give the folder for checkpoints, the model and the results")
     existing = os.path.abspath(args.output_dir)
@@ -177,7 +182,7 @@ def check_output_dir(args):
     if not args.do_train or args.overwrite_output_dir or not os.path.isdir(args.output_dir):
         return
     names = os.listdir(args.output_dir)
-    if "model_state.pdparams" in names and not get_last_checkpoint(args.output_dir):
+    if "model_state.pdparams" in names and checkpoint is None:
         raise InputError(
             f"--output_dir {args.output_dir} holds a model and no checkpoint to resume from: "
             "give another folder, or --overwrite_output_dir"
@@ -231,7 +236,8 @@ def load(loader, args, what, **kwargs):
         ) from error
     finally:
         logger.logger.removeHandler(collector)
-    if any("newly initialized" in warning for warning in warnings):
+    missing = "".join(warning for warning in warnings if "newly initialized" in warning)
+    if "word_embeddings" in missing or ".layers." in missing:
         raise InputError(f"--model_name_or_path {name}: its weights lack some of GLM's: give those of a GLM")
     return loaded
 
@@ -247,9 +253,9 @@ def run(model_args, data_args, generation, training_args):
         signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # end quietly when the reader of the pipe does
         output = os.fdopen(os.dup(1), "w", encoding="utf-8")
         os.dup2(2, 1)  # whatever else is printed goes to standard error
-    else:
-        check_output_dir(training_args)
     checkpoint = find_last_checkpoint(training_args)
+    if not stream:
+        check_output_dir(training_args, checkpoint)
 
     # Everything that can be wrong is read and checked before the weights are.
     config = load(AutoConfig, model_args, "config.json")

@@ -115,6 +115,14 @@ def test_a_finished_run_goes_no_further(tmp_path):
     assert (tmp_path / "train_results.json").read_bytes() == results
 
 
+def test_a_model_beside_a_torn_checkpoint_is_not_written_over(tmp_path):
+    (tmp_path / "checkpoint-2").mkdir()
+    (tmp_path / "model_state.pdparams").write_text("mine")
+    code, lines = finish(start("--model_name_or_path", TINY_GLM, "--output_dir", tmp_path, "--max_steps", 1))
+    assert code == 2 and "holds a model and no checkpoint to resume from" in lines[-1]
+    assert (tmp_path / "model_state.pdparams").read_text() == "mine"
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_ends_the_run_within_a_step(tmp_path, number):
     args = ["--model_name_or_path", TINY_GLM, "--output_dir", tmp_path, "--max_steps", 40, "--save_steps", 100]
