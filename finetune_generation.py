@@ -11,6 +11,7 @@ import os
 import signal
 import sys
 import threading
+import traceback
 from dataclasses import dataclass, field
 
 # utils first: it prepares the CPU before anything loads paddle.
@@ -117,8 +118,9 @@ class GLMTrainingArguments(TrainingArguments):
 
     def _check(self):
         """What PaddleNLP would find out in the middle of a run, or not at all. Raises InputError."""
-        for name in ("learning_rate", "warmup_steps", "weight_decay", "max_grad_norm", "dataloader_num_workers"):
+        for name in ("learning_rate", "warmup_steps", "weight_decay", "max_grad_norm"):
             require_range(self, name, 0)
+        require_range(self, "dataloader_num_workers", 0, most=256)
         for name in ("adam_beta1", "adam_beta2"):
             require_range(self, name, 0, below=1)
         for name in ("adam_epsilon", "num_train_epochs", "scale_loss"):
@@ -129,12 +131,19 @@ class GLMTrainingArguments(TrainingArguments):
             if getattr(self, name) is not None:
                 require_range(self, name, 1)
         require_range(self, "seed", 0, below=2**31)
+        require_range(self, "warmup_ratio", 0, most=1)
+        if self.minimum_eval_times and not self.eval_steps:
+            raise InputError("--minimum_eval_times needs --evaluation_strategy steps and --eval_steps")
         if self.max_steps != -1:  # PaddleNLP's way to say: as num_train_epochs has it
             require_range(self, "max_steps", 1)
         if self.device.split(":")[0] not in ("gpu", "cpu", "xpu", "npu"):
             raise InputError(f"--device is {self.device}: give gpu, cpu, xpu or npu")
         if self.fp16_opt_level not in ("O1", "O2"):
             raise InputError(f"--fp16_opt_level is {self.fp16_opt_level}: give O1 or O2")
+        if self.optim != "adamw":
+            raise InputError(f"--optim is {self.optim}: PaddleNLP has adamw alone")
+        if self.to_static:
+            raise InputError("--to_static: the training code here is dynamic, leave it out")
         metrics = ("loss", "rouge1", "rouge2", "rougel", "bleu4")
         if self.metric_for_best_model is not None and self.metric_for_best_model not in metrics:
             raise InputError(f"--metric_for_best_model is {self.metric_for_best_model}: give {', '.join(metrics)}")
@@ -147,11 +156,9 @@ class GLMTrainingArguments(TrainingArguments):
                 f"--tensor_parallel_degree {self.tensor_parallel_degree} does not divide the {processes} processes of "
                 "this run: start that many by python -m paddle.distributed.launch"
             )
-        for name in ("pipeline_parallel_degree", "sep_parallel_degree"):
-            if getattr(self, name) > 1:
-                raise InputError(
-                    f"--{name} is {getattr(self, name)}: PaddleNLP's GLM can't be split this way, leave it"
-                )
+        for name, most in (("pipeline_parallel_degree", 1), ("sep_parallel_degree", 1), ("past_index", -1)):
+            if getattr(self, name) > most:
+                raise InputError(f"--{name} is {getattr(self, name)}: PaddleNLP's GLM can't be run this way, leave it")
 
 
 def parse_arguments():
@@ -162,7 +169,9 @@ def parse_arguments():
             return parser.parse_json_file_and_cmd_lines()
         return parser.parse_args_into_dataclasses()
     except (ValueError, TypeError, AttributeError, AssertionError, OSError) as error:
-        raise InputError(str(error)) from error
+        # PaddleNLP's assertions have no words of their own.
+        line = traceback.extract_tb(error.__traceback__)[-1].line
+        raise InputError(str(error) or f"PaddleNLP refuses these arguments, by its rule: {line}") from error
 
 
 def check_output_dir(args, checkpoint):
@@ -204,7 +213,7 @@ def find_last_checkpoint(args):
         checkpoint = last_whole_checkpoint(args.output_dir)
     if checkpoint is None:
         return None
-    for pattern in ("model_state*.pdparams", "optimizer*.pdopt", "scheduler.pdparams", "trainer_state.json"):
+    for pattern in ("model[-_]*", "optimizer[-.]*", "scheduler.pdparams", "trainer_state.json"):
         if not glob.glob(os.path.join(glob.escape(checkpoint), pattern)):
             raise InputError(
                 f"--resume_from_checkpoint {checkpoint} has no {pattern}: give a run's checkpoint-N folder"
