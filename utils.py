@@ -193,8 +193,8 @@ def _linear(layer, inputs):
     return paddle.matmul(inputs, layer.weight) + paddle.matmul(ones, layer.bias.unsqueeze(0))
 
 
-def use_additive_mask(model):
-    """Let the layers' own forward take a mask of 0 and MASKED that is added, made once for all of them.
+def prepare_for_training(model):
+    """Change how PaddleNLP's layers compute, not what: the mask they are given is then 0 and MASKED, and added.
 
     PaddleNLP multiplies the scores by a mask and adds another, made of it in every layer: three more passes over its
     largest tensors, which it keeps for the backward pass.
@@ -209,6 +209,14 @@ def use_additive_mask(model):
 
     for layer in model.glm.transformer.layers:
         layer.attention.forward = functools.partial(forward, layer.attention)
+    # With tensor parallelism PaddleNLP draws this dropout from the generator that differs between the processes, as it
+    # must for the split heads alone. Here they drop the same embeddings, and what follows is the same on all of them.
+    dropout = model.glm.transformer.embedding_dropout
+    dropout.forward = functools.partial(_dropout, dropout.forward, "embedding_seed")
+    if model.glm.word_embeddings.weight.place.is_cpu_place():
+        for layer in model.sublayers():
+            if isinstance(layer, paddle.nn.Linear):
+                layer.forward = functools.partial(_linear, layer)
 
 
 def _forward(model, input_ids, position_ids, attend):
@@ -653,15 +661,6 @@ class SeedEachStep(TrainerCallback):
         paddle.seed(seed)
 
 
-def _share_embedding_dropout(model):
-    """Let the processes of tensor parallelism drop the same embeddings: what follows is the same on all of them.
-
-    PaddleNLP draws this dropout from the generator that differs between them, as it must for the split heads alone.
-    """
-    dropout = model.glm.transformer.embedding_dropout
-    dropout.forward = functools.partial(_dropout, dropout.forward, "embedding_seed")
-
-
 class GLMTrainer(Trainer):
     """PaddleNLP's Trainer with the label-smoothed loss, the decaying schedule and evaluation by beam search.
 
@@ -676,15 +675,10 @@ class GLMTrainer(Trainer):
         self.generation, self.label_smoothing, self.lr_decay_ratio = generation, label_smoothing, lr_decay_ratio
         # Through any wrapper, the model then returns hidden states; the head is applied to target positions alone.
         self.model.glm.output_predict = False
-        use_additive_mask(self.model)
-        if self.args.device == "cpu":
-            for layer in self.model.sublayers():
-                if isinstance(layer, paddle.nn.Linear):
-                    layer.forward = functools.partial(_linear, layer)
+        prepare_for_training(self.model)
         self.tensor_parallel_group = None
         if self.args.tensor_parallel_degree > 1:
             self.tensor_parallel_group = fleet.get_hybrid_communicate_group().get_model_parallel_group()
-            _share_embedding_dropout(self.model)
         for callback in (ProgressCallback, PrinterCallback):
             self.pop_callback(callback)
         self.add_callback(TrainingProgress)

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 import urllib.request
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -96,8 +97,9 @@ def test_the_single_card_command_and_its_curves(tmp_path):
 
     port = free_port()
     text = command("visualdl --logdir").replace(OUTPUT, str(tmp_path / "out"))
-    server = subprocess.Popen([*shlex.split(text), "--port", str(port)], start_new_session=True,
-                              stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)  # fmt: skip
+    open_url = urllib.request.build_opener(urllib.request.ProxyHandler({})).open
+    server = subprocess.Popen([Path(sys.executable).parent / "visualdl", *shlex.split(text)[1:], "--port", str(port)],
+                              start_new_session=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)  # fmt: skip
     try:
         for _ in range(60):
             time.sleep(0.5)
@@ -105,12 +107,12 @@ def test_the_single_card_command_and_its_curves(tmp_path):
                 request = urllib.request.Request(
                     f"http://127.0.0.1:{port}/app/index", headers={"Accept-Language": "en"}
                 )
-                page = urllib.request.urlopen(request, timeout=5).read()
+                page = open_url(request, timeout=5).read()
                 break
             except OSError:
                 assert server.poll() is None
         assert b"VisualDL" in page
-        tags = urllib.request.urlopen(f"http://127.0.0.1:{port}/app/api/scalar/tags", timeout=5).read()
+        tags = open_url(f"http://127.0.0.1:{port}/app/api/scalar/tags", timeout=5).read()
         assert b"train/loss" in tags
     finally:
         os.killpg(server.pid, signal.SIGKILL)
