@@ -63,7 +63,7 @@ from paddlenlp.utils.log import logger  # noqa: E402
 from rouge import Rouge  # noqa: E402
 from tqdm import tqdm  # noqa: E402
 
-from data import GroupedBatchSampler, build_dataset, decode_target  # noqa: E402
+from data import GroupedBatchSampler, InputError, build_dataset, decode_target  # noqa: E402
 
 NEVER = 2**62  # a step that is never reached
 MASKED = -65504.0  # what is added to the attention score of a hidden position: float16's lowest
@@ -618,6 +618,17 @@ def last_whole_checkpoint(folder):
     return max(whole, key=whole.get, default=None)
 
 
+@contextlib.contextmanager
+def _loading(checkpoint):
+    """Tell a damaged checkpoint from a bug: what PaddleNLP raises in the block is an InputError."""
+    try:
+        yield
+    except Exception as error:
+        raise InputError(
+            f"{checkpoint} can't be loaded ({str(error)[:200]}): remove it to go on from the checkpoint before it"
+        ) from error
+
+
 class TrainingProgress(TrainerCallback):
     """A bar with loss and samples/s on a terminal; elsewhere a line for each log."""
 
@@ -730,7 +741,8 @@ class GLMTrainer(Trainer):
         """
         first_step = 0
         if resume_from_checkpoint:
-            state = TrainerState.load_from_json(os.path.join(resume_from_checkpoint, "trainer_state.json"))
+            with _loading(resume_from_checkpoint):
+                state = TrainerState.load_from_json(os.path.join(resume_from_checkpoint, "trainer_state.json"))
             first_step = state.global_step
             steps_an_epoch = len(self._get_train_sampler()) // self.args.gradient_accumulation_steps
             last_step = self.args.max_steps if self.args.max_steps > 0 else steps_an_epoch * self.args.num_train_epochs
@@ -826,6 +838,14 @@ class GLMTrainer(Trainer):
             shuffle=True, group_by_length=args.group_by_length, seed=args.seed,
         )  # fmt: skip
         return self.train_sampler
+
+    def _load_from_checkpoint(self, resume_from_checkpoint=None):
+        with _loading(resume_from_checkpoint):
+            super()._load_from_checkpoint(resume_from_checkpoint)
+
+    def _load_optimizer_and_scheduler(self, checkpoint):
+        with _loading(checkpoint):
+            super()._load_optimizer_and_scheduler(checkpoint)
 
     def _load_rng_state(self, checkpoint):
         """Nothing to load: see SeedEachStep. The Trainer's own fails where the GPU build runs on a CPU."""

@@ -46,6 +46,15 @@ def losses(folder):
     return {row["step"]: row["loss"] for row in history if "loss" in row}
 
 
+@pytest.fixture(scope="module")
+def checkpoints(tmp_path_factory):
+    """The output of a run with checkpoints at steps 1 and 2."""
+    folder = tmp_path_factory.mktemp("checkpoints")
+    args = ["--model_name_or_path", TINY_GLM, "--output_dir", folder, "--max_steps", 2, "--save_steps", 1]
+    assert finish(start(*args))[0] == 0
+    return folder
+
+
 def model_with_dropout(folder, dropout):
     shutil.copytree(TINY_GLM, folder)
     config = json.loads((folder / "config.json").read_text())
@@ -113,6 +122,21 @@ def test_a_finished_run_goes_no_further(tmp_path):
     assert sorted(losses(tmp_path)) == [1, 2, 3, 4]
     assert (tmp_path / "model_state.pdparams").read_bytes() == weights
     assert (tmp_path / "train_results.json").read_bytes() == results
+
+
+@pytest.mark.parametrize(
+    "name", ["model_state.pdparams", "optimizer.pdopt", "scheduler.pdparams", "trainer_state.json"]
+)
+def test_a_damaged_checkpoint_is_named(checkpoints, tmp_path, name):
+    shutil.copytree(checkpoints, tmp_path / "out")
+    path = tmp_path / "out/checkpoint-2" / name
+    os.truncate(path, path.stat().st_size // 2)
+    args = ["--model_name_or_path", TINY_GLM, "--output_dir", tmp_path / "out", "--max_steps", 3]
+    code, lines = finish(start(*args))
+    assert code == 2 and "Traceback" not in "".join(lines)
+    assert f"{tmp_path}/out/checkpoint-2 can't be loaded (" in lines[-1] and lines[-1].endswith(
+        "the checkpoint before it"
+    )
 
 
 def test_a_model_beside_a_torn_checkpoint_is_not_written_over(tmp_path):
