@@ -153,15 +153,21 @@ def _attend(query, keys, values, mask, drop=None):
     return paddle.matmul(weights if drop is None else drop(weights), values)
 
 
+@functools.lru_cache(maxsize=16)
+def _transposed_rows(shape, order):
+    """Where the rows of [*shape, D] come from when its dimensions but the last change places, and their new shape."""
+    index = np.arange(np.prod(shape)).reshape(shape).transpose(order)
+    return paddle.to_tensor(index.reshape(-1)), list(index.shape)
+
+
 def _transpose_rows(inputs, order):
     """``inputs.transpose([*order, last])``: all but the last dimension change places."""
     if not inputs.place.is_cpu_place():
         return inputs.transpose([*order, len(order)])
     # The same from a gather, which copies rows whole, takes Paddle a tenth of the time on a CPU, and its gradient too.
-    shape = inputs.shape
-    index = np.arange(np.prod(shape[:-1])).reshape(shape[:-1]).transpose(order)
-    rows = inputs.reshape([-1, shape[-1]]).gather(paddle.to_tensor(index.reshape(-1)))
-    return rows.reshape([*index.shape, shape[-1]])
+    *shape, width = inputs.shape
+    index, new_shape = _transposed_rows(tuple(shape), tuple(order))
+    return inputs.reshape([-1, width]).gather(index).reshape([*new_shape, width])
 
 
 def _self_attention(attention, hidden_states, attend):
