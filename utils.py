@@ -600,7 +600,7 @@ def compute_metrics(predictions, references):
 # --------------------------------------------------------------------------------------------------------- trainer
 
 
-class Fault(RuntimeError):
+class Fault(BaseException):  # as KeyboardInterrupt: a signal must pass what catches every Exception while loading
     """What ended a run and was no mistake of the user's, told in one line."""
 
     def __init__(self, message, exit_code=1):
@@ -710,9 +710,8 @@ class GLMTrainer(Trainer):
         mask = (1 - inputs["attention_mask"].astype("float32")) * MASKED  # [B, 1, L, L]
         if self.args.device == "cpu":  # which is slow at broadcasting
             mask = mask.tile([1, self.model.glm.transformer.layers[0].attention.num_attention_heads, 1, 1])
-        hidden_states = model(input_ids=inputs["input_ids"], position_ids=inputs["position_ids"], attention_mask=mask)[
-            0
-        ]  # [B, L, C]
+        outputs = model(input_ids=inputs["input_ids"], position_ids=inputs["position_ids"], attention_mask=mask)
+        hidden_states = outputs[0]  # [B, L, C]
         hidden_states = hidden_states.reshape([-1, hidden_states.shape[-1]]).gather(inputs["target_positions"])
         weight = self.model.glm.word_embeddings.weight
         group = self.tensor_parallel_group

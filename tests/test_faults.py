@@ -175,6 +175,16 @@ def test_a_signal_in_an_evaluation_ends_it(tmp_path):
     assert not list(tmp_path.glob("*_predictions*"))
 
 
+@pytest.mark.parametrize("loader", ["AutoTokenizer", "AutoModelForConditionalGeneration"])
+def test_a_signal_while_loading_is_no_mistake_of_the_user(tmp_path, loader):
+    code = "import os, signal, finetune_generation as f\n"
+    code += "def interrupted(*args, **kwargs):\n    os.kill(os.getpid(), signal.SIGTERM)\n"
+    code += f"f.{loader}.from_pretrained = interrupted\nf.main()"
+    code, lines = finish(start("--model_name_or_path", TINY_GLM, "--output_dir", tmp_path / "out", code=code))
+    assert code == 143 and lines[-1] == "finetune_generation.py: error: stopped by SIGTERM"
+    assert not (tmp_path / "out").exists()
+
+
 def test_a_full_disk_leaves_the_last_checkpoint_whole(tmp_path):
     (tmp_path / "checkpoint-4").mkdir()
     (tmp_path / "checkpoint-4/optimizer.pdopt").symlink_to("/dev/full")  # every write: no space left on device
