@@ -1,9 +1,7 @@
 """From a record to a padded batch: reading, prompt, 2D positions, collation.
 
-Nothing here needs a model or a device: features and batches are numpy arrays. Import utils first: see there.
+Nothing here needs a model or a device: features and batches are numpy arrays.
 """
-
-import zlib  # noqa: F401  isort:skip  Before anything can load libpaddle, whose zlib symbols would shadow the system's.
 
 import json
 import os

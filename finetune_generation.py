@@ -14,9 +14,6 @@ import threading
 import traceback
 from dataclasses import dataclass, field
 
-# utils first: it prepares the CPU before anything loads paddle.
-from utils import Fault, GLMTrainer, last_whole_checkpoint, predict_lines  # isort:skip
-
 import paddle
 from paddle.distributed.fleet.utils import log_util
 from paddlenlp.trainer import PdArgumentParser, TrainingArguments, set_seed
@@ -25,6 +22,7 @@ from paddlenlp.transformers import AutoConfig, AutoModelForConditionalGeneration
 from paddlenlp.utils.log import logger
 
 from data import DataArguments, DataCollator, InputError, build_dataset, parse_lines, read_records, require_range
+from utils import Fault, GLMTrainer, last_whole_checkpoint, predict_lines
 
 
 @dataclass

@@ -2,15 +2,13 @@
 
 from pathlib import Path
 
-import pytest
-
-from finetune_generation import GenerationArguments  # isort:skip  prepares the CPU before paddle loads
-
 import numpy as np
 import paddle
+import pytest
 from paddlenlp.transformers import AutoTokenizer, GLMConfig, GLMForConditionalGeneration
 
 from data import DataCollator, build_features
+from finetune_generation import GenerationArguments
 
 ROOT = Path(__file__).resolve().parent.parent
 TINY_GLM = ROOT / "tests/fixtures/tiny-glm"

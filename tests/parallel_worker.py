@@ -13,8 +13,6 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-import finetune_generation  # isort:skip  prepares the CPU before paddle loads
-
 import numpy as np
 import paddle
 import paddle.distributed as dist
@@ -23,6 +21,8 @@ from paddle.base import core
 from paddle.distributed.fleet.layers.mpu import mp_ops
 from paddle.distributed.fleet.meta_parallel import tensor_parallel
 from paddle.distributed.fleet.utils import hybrid_parallel_util
+
+import finetune_generation
 
 
 class Identity(PyLayer):

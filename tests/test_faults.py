@@ -165,9 +165,9 @@ def test_a_signal_ends_the_run_within_a_step(tmp_path, number):
 def test_a_signal_in_an_evaluation_ends_it(tmp_path):
     args = ["--model_name_or_path", TINY_GLM, "--output_dir", tmp_path, "--do_train", "False", "--do_eval",
             "--num_beams", 20, "--per_device_eval_batch_size", 1, "--min_tgt_length", 24]  # fmt: skip
-    code = "import utils, finetune_generation as f\nold = utils.prefill\n"
+    code = "import generation, finetune_generation as f\nold = generation.prefill\n"
     code += "def new(*args):\n    print('prefill', file=f.sys.stderr, flush=True)\n    return old(*args)\n"
-    process = start(*args, code=code + "utils.prefill = new\nf.main()")
+    process = start(*args, code=code + "generation.prefill = new\nf.main()")
     wait_for_line(process, "prefill")
     process.terminate()
     code, lines = finish(process)

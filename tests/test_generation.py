@@ -9,7 +9,7 @@ import pytest
 import scipy.stats
 from conftest import generation_arguments, log_softmax, plain_log_probabilities, random_glm
 
-from utils import Beams, beam_search, decode_one_token, next_token_candidates, prefill
+from generation import Beams, beam_search, decode_one_token, next_token_candidates, prefill
 
 START, END = 1, 2
 

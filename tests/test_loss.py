@@ -3,13 +3,12 @@
 import numpy as np
 import paddle
 import pytest
-from conftest import log_softmax, random_glm
+from conftest import FakeTokenizer, generation_arguments, log_softmax, random_glm
 
 from data import DataCollator, build_features
-from utils import GLMTrainer, LabelSmoothedLoss
-
-from finetune_generation import GLMTrainingArguments  # isort:skip
-from conftest import FakeTokenizer, generation_arguments
+from finetune_generation import GLMTrainingArguments
+from modeling import LabelSmoothedLoss
+from utils import GLMTrainer
 
 
 def reference_loss(hidden_states, weight, labels, label_smoothing):

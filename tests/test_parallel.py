@@ -156,7 +156,7 @@ def test_split_loss_and_gradients_against_float64(tmp_path):
     hook = tmp_path / "hook.py"
     hook.write_text(f"""
 import numpy as np
-from utils import LabelSmoothedLoss
+from modeling import LabelSmoothedLoss
 dist.init_parallel_env()
 group, rank = dist.new_group([0, 1]), dist.get_rank()
 data = np.load({str(tmp_path / "in.npz")!r})

@@ -4,12 +4,14 @@ python tests/benchmarks/decode.py [--layers 24 --tokens 4]     one table, with t
 python tests/benchmarks/decode.py --growth                     how a step's time and memory grow
 
 PaddleNLP's recipe pads every source to 608 tokens; ours pads to the batch's longest. Step times are taken at 608 on
-both sides. Both have the CPU set up as in utils.use_the_whole_cpu, and generate exactly --tokens tokens.
+both sides. Both have the CPU set up as in modeling.use_the_whole_cpu, and generate exactly --tokens tokens.
 """
 
 import json
 import time
 
+import numpy as np
+import paddle
 from common import (
     SRC_LENGTH,
     SpecialTokens,
@@ -19,19 +21,14 @@ from common import (
     matrix_products,
     parser,
     peak_mb,
+    print_machine,
     print_table,
     reset_peak,
 )
 
-from common import print_machine  # isort:skip
-
-from utils import Beams, beam_search, decode_one_token, next_token_candidates, prefill  # isort:skip
-
-import numpy as np
-import paddle
-
 from data import build_attention_mask
 from finetune_generation import GenerationArguments
+from generation import Beams, beam_search, decode_one_token, next_token_candidates, prefill
 
 START, END = SpecialTokens.sop_token_id, SpecialTokens.eop_token_id
 

@@ -5,13 +5,15 @@ python tests/benchmarks/train.py [--layers 24]
 PaddleNLP's recipe pads every record to 608 + 160 tokens, computes logits at every position and takes its own loss; here
 without label smoothing, whose log_softmax on a CPU would flatter us. Ours groups records by length, pads to the batch's
 longest, and computes logits at target positions alone, with label smoothing. Both run AdamW without recompute, and have
-the CPU set up as in utils.use_the_whole_cpu.
+the CPU set up as in modeling.use_the_whole_cpu.
 """
 
 import json
 import tempfile
 import time
 
+import numpy as np
+import paddle
 from common import (
     SRC_LENGTH,
     TGT_LENGTH,
@@ -22,17 +24,13 @@ from common import (
     matrix_products,
     parser,
     peak_mb,
+    print_machine,
+    print_table,
 )
-
-from common import print_machine, print_table  # isort:skip
-
-from utils import GLMTrainer  # isort:skip
-
-import numpy as np
-import paddle
 
 from data import DataCollator, GroupedBatchSampler, build_attention_mask
 from finetune_generation import GenerationArguments, GLMTrainingArguments
+from utils import GLMTrainer
 
 
 def timed_steps(model, batches, loss_of):
