@@ -3,10 +3,10 @@
 python finetune_generation.py --help, or with one JSON file of the same arguments: see README.md.
 """
 
+import contextlib
 import errno
-import fnmatch
 import glob
-import logging
+import json
 import os
 import signal
 import sys
@@ -14,15 +14,19 @@ import threading
 import traceback
 from dataclasses import dataclass, field
 
+import numpy as np
 import paddle
 from paddle.distributed.fleet.utils import log_util
 from paddlenlp.trainer import PdArgumentParser, TrainingArguments, set_seed
 from paddlenlp.trainer.integrations import get_available_reporting_integrations
 from paddlenlp.transformers import AutoConfig, AutoModelForConditionalGeneration, AutoTokenizer, GLMConfig
 from paddlenlp.utils.log import logger
+from tqdm.contrib.logging import logging_redirect_tqdm
 
 from data import DataArguments, DataCollator, InputError, build_dataset, parse_lines, read_records, require_range
-from utils import Fault, GLMTrainer, last_whole_checkpoint, predict_lines
+from generation import beam_search
+from modeling import load, supports_dtype, use_device, use_the_whole_cpu
+from utils import Fault, GLMTrainer, last_whole_checkpoint, prediction_row
 
 
 @dataclass
@@ -77,6 +81,19 @@ class GenerationArguments:
             raise InputError("--top_k and --top_p are for draws: add --select_topk False, or leave them out")
 
 
+# The ranges of PaddleNLP's own arguments: the least, the most, and what it must be under, as require_range takes them.
+RANGES = {
+    **dict.fromkeys(("learning_rate", "warmup_steps", "weight_decay", "max_grad_norm"), (0,)),
+    **dict.fromkeys(("adam_beta1", "adam_beta2"), (0, None, 1)),
+    **dict.fromkeys(("adam_epsilon", "num_train_epochs", "scale_loss"), (1e-30,)),
+    **dict.fromkeys(("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps"), (1,)),
+    **dict.fromkeys(("logging_steps", "save_steps", "eval_steps", "save_total_limit"), (1,)),
+    "dataloader_num_workers": (0, 256),
+    "warmup_ratio": (0, 1),
+    "seed": (0, None, 2**31),
+}
+
+
 @dataclass
 class GLMTrainingArguments(TrainingArguments):
     """PaddleNLP's, with defaults that any machine can honour, and checked."""
@@ -96,14 +113,12 @@ class GLMTrainingArguments(TrainingArguments):
             raise InputError(f"--log_level is {self.log_level}: give debug, info, train, eval or warning")
         logger.set_level(self.log_level.upper())
         log_util.set_log_level("INFO" if self.log_level in ("debug", "info") else "WARNING")  # Paddle's own
-        # Asked first, for paddle.set_device("gpu") without a GPU ends the process with nothing to catch.
-        has_gpu = paddle.is_compiled_with_cuda() and paddle.device.cuda.device_count() > 0
-        if not self.device or (self.device.startswith("gpu") and not has_gpu):
-            self.device = "gpu" if has_gpu else "cpu"
-            if self.device == "cpu":
-                logger.warning("Paddle can use no GPU here: running on the CPU")
-        if self.device == "cpu" and (self.fp16 != self.bf16):
-            logger.warning(f"{'fp16' if self.fp16 else 'bf16'} needs a GPU: running in float32")
+        if self.device.split(":")[0] not in ("", "gpu", "cpu", "xpu", "npu"):
+            raise InputError(f"--device is {self.device}: give gpu, cpu, xpu or npu")
+        self.device = use_device(self.device)
+        name = "fp16" if self.fp16 else "bf16"
+        if self.fp16 != self.bf16 and not supports_dtype({"fp16": "float16", "bf16": "bfloat16"}[name]):
+            logger.warning(f"{name} needs a GPU: running in float32")
             self.fp16 = self.bf16 = False
         self._check()
         # do_eval alone would make PaddleNLP evaluate every eval_steps; here, as elsewhere, evaluation_strategy says so.
@@ -112,30 +127,22 @@ class GLMTrainingArguments(TrainingArguments):
         super().__post_init__()
         self.do_eval, self.log_level = self.do_eval or do_eval, log_level
         self.disable_tqdm = self.disable_tqdm or not sys.stderr.isatty()  # no bars in files
-        paddle.set_device(self.device)
+
+    def weights_dtype(self):
+        """In which type the weights are loaded."""
+        if self.fp16_opt_level == "O2" and (self.fp16 or self.bf16):
+            return "float16" if self.fp16 else "bfloat16"
+        return "float32"
 
     def _check(self):
         """What PaddleNLP would find out in the middle of a run, or not at all. Raises InputError."""
-        for name in ("learning_rate", "warmup_steps", "weight_decay", "max_grad_norm"):
-            require_range(self, name, 0)
-        require_range(self, "dataloader_num_workers", 0, most=256)
-        for name in ("adam_beta1", "adam_beta2"):
-            require_range(self, name, 0, below=1)
-        for name in ("adam_epsilon", "num_train_epochs", "scale_loss"):
-            require_range(self, name, 1e-30)
-        for name in ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps"):
-            require_range(self, name, 1)
-        for name in ("logging_steps", "save_steps", "eval_steps", "save_total_limit"):
+        for name, limits in RANGES.items():
             if getattr(self, name) is not None:
-                require_range(self, name, 1)
-        require_range(self, "seed", 0, below=2**31)
-        require_range(self, "warmup_ratio", 0, most=1)
+                require_range(self, name, *limits)
         if self.minimum_eval_times and not self.eval_steps:
             raise InputError("--minimum_eval_times needs --evaluation_strategy steps and --eval_steps")
         if self.max_steps != -1:  # PaddleNLP's way to say: as num_train_epochs has it
             require_range(self, "max_steps", 1)
-        if self.device.split(":")[0] not in ("gpu", "cpu", "xpu", "npu"):
-            raise InputError(f"--device is {self.device}: give gpu, cpu, xpu or npu")
         if self.fp16_opt_level not in ("O1", "O2"):
             raise InputError(f"--fp16_opt_level is {self.fp16_opt_level}: give O1 or O2")
         if self.optim != "adamw":
@@ -148,7 +155,14 @@ class GLMTrainingArguments(TrainingArguments):
         for name in [self.report_to] if isinstance(self.report_to, str) else self.report_to or []:
             if name not in ("all", "none", *get_available_reporting_integrations()):
                 raise InputError(f"--report_to {name} is not installed here, or unknown: give visualdl or none")
+        if "stage3" in self.sharding:
+            raise InputError("--sharding stage3 takes the embedding away that the loss and decoding read: give stage1")
         processes = paddle.distributed.get_world_size()
+        if processes > 1 and ":" in self.device:
+            raise InputError(
+                f"--device {self.device} puts all {processes} processes on one card: leave it out, and choose "
+                "cards by --gpus of python -m paddle.distributed.launch"
+            )
         if self.tensor_parallel_degree > 1 and processes % self.tensor_parallel_degree:
             raise InputError(
                 f"--tensor_parallel_degree {self.tensor_parallel_degree} does not divide the {processes} processes of "
@@ -194,8 +208,12 @@ def check_output_dir(args, checkpoint):
             f"--output_dir {args.output_dir} holds a model and no checkpoint to resume from: "
             "give another folder, or --overwrite_output_dir"
         )
-    traces = ("checkpoint-*", "runs", "*_results.json", "*_predictions.jsonl*", "*.log", "*.txt", "log")
-    if names and not any(fnmatch.filter(names, pattern) for pattern in traces):
+    # The launcher's logs may lie there, and what this run's own output goes to.
+    traces = ("checkpoint-*", "runs/*", "*_results.json", "*_predictions.jsonl*", "workerlog.*", "*/workerlog.*")
+    found = [path for pattern in traces for path in glob.glob(os.path.join(glob.escape(args.output_dir), pattern))]
+    own = [os.fstat(number) for number in (1, 2)]
+    found += [name for name in names if os.stat(os.path.join(args.output_dir, name)) in own]
+    if names and not found:
         raise InputError(
             f"--output_dir {args.output_dir} holds {names[0]} and nothing of a run: "
             "give a folder of its own, or --overwrite_output_dir"
@@ -228,122 +246,122 @@ def find_last_checkpoint(args):
     return checkpoint
 
 
-def load(loader, args, what, **kwargs):
-    """``loader.from_pretrained``. What can't be loaded, or only in part, is an InputError."""
-    name, warnings = args.model_name_or_path, []
-    collector = logging.Handler()
-    collector.emit = lambda record: warnings.append(record.getMessage())
-    logger.logger.addHandler(collector)
-    try:
-        loaded = loader.from_pretrained(name, **kwargs)
-    except Exception as error:  # PaddleNLP and its hubs raise many kinds
-        raise InputError(
-            f"--model_name_or_path {name}: its {what} can't be loaded ({str(error)[:200]}): give a published model's "
-            "name, if its host can be reached, or a folder with config.json, model_state.pdparams and the tokenizer"
-        ) from error
-    finally:
-        logger.logger.removeHandler(collector)
-    missing = "".join(warning for warning in warnings if "newly initialized" in warning)
-    if "word_embeddings" in missing or ".layers." in missing:
-        raise InputError(f"--model_name_or_path {name}: its weights lack some of GLM's: give those of a GLM")
-    return loaded
-
-
-def run(model_args, data_args, generation, training_args):
-    stream = data_args.predict_file == "-"
-    training_args.do_predict = training_args.do_predict or bool(data_args.predict_file)
-    if not (training_args.do_train or training_args.do_eval or training_args.do_predict):
-        raise InputError("nothing to do: give --do_train, --do_eval, --do_predict or --predict_file")
-    if stream:
-        if training_args.do_train or training_args.do_eval or training_args.world_size > 1:
-            raise InputError("--predict_file - goes without --do_train and --do_eval, on one process")
-        signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # end quietly when the reader of the pipe does
-        output = os.fdopen(os.dup(1), "w", encoding="utf-8")
-        os.dup2(2, 1)  # whatever else is printed goes to standard error
-    checkpoint = find_last_checkpoint(training_args)
-    if not stream:
-        check_output_dir(training_args, checkpoint)
-
-    # Everything that can be wrong is read and checked before the weights are.
-    config = load(AutoConfig, model_args, "config.json")
+def check_config(config, model_args, data_args, generation, degree):
+    """Raise InputError where the model is no GLM, or not one for these lengths, beams and processes."""
+    name = model_args.model_name_or_path
     if not isinstance(config, GLMConfig):
-        raise InputError(f"--model_name_or_path {model_args.model_name_or_path} is no GLM, but a {config.model_type}")
-    degree = max(training_args.tensor_parallel_degree, 1)
-    for name, number in (("attention heads", config.num_attention_heads), ("vocabulary entries", config.vocab_size)):
+        raise InputError(f"--model_name_or_path {name} is no GLM, but a {config.model_type}")
+    for what, number in (("attention heads", config.num_attention_heads), ("vocabulary entries", config.vocab_size)):
         if number % degree:
             raise InputError(
-                f"--tensor_parallel_degree {degree} does not divide the {number} {name} of "
-                f"{model_args.model_name_or_path}: give one that does"
+                f"--tensor_parallel_degree {degree} does not divide the {number} {what} of {name}: give one that does"
             )
     if data_args.src_length + generation.tgt_length > config.max_sequence_length:
         raise InputError(
             f"--src_length {data_args.src_length} + --tgt_length {generation.tgt_length} is over the "
-            f"{config.max_sequence_length} positions of {model_args.model_name_or_path}: lower one of them"
+            f"{config.max_sequence_length} positions of {name}: lower one of them"
         )
     if generation.num_beams > config.vocab_size:
         raise InputError(
             f"--num_beams {generation.num_beams} is over the {config.vocab_size} entries of the vocabulary"
         )
-    tokenizer = load(AutoTokenizer, model_args, "tokenizer")
+
+
+def check_tokenizer(tokenizer, config, name):
+    """Raise InputError where the tokenizer has more entries than the model."""
     if len(tokenizer) > config.vocab_size:
         raise InputError(
-            f"--model_name_or_path {model_args.model_name_or_path}: its tokenizer has {len(tokenizer)} entries, its "
-            f"model {config.vocab_size}: they are not of one model"
+            f"--model_name_or_path {name}: its tokenizer has {len(tokenizer)} entries, its model {config.vocab_size}: "
+            "they are not of one model"
         )
 
-    def dataset(split, wanted):
-        if not wanted:
-            return None
-        source = data_args.predict_file if split == "test" and data_args.predict_file else data_args.task_name
+
+def check_task(args, data_args):
+    """Raise InputError where there is nothing to do, or a pipe to answer and something else."""
+    if not (args.do_train or args.do_eval or args.do_predict):
+        raise InputError("nothing to do: give --do_train, --do_eval, --do_predict or --predict_file")
+    if data_args.predict_file == "-" and (args.do_train or args.do_eval or args.world_size > 1):
+        raise InputError("--predict_file - goes without --do_train and --do_eval, on one process")
+
+
+@contextlib.contextmanager
+def standard_output(wanted):
+    """The standard output as a text stream, if ``wanted``: whatever else is printed goes to standard error."""
+    if not wanted:
+        yield None
+        return
+    signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # end quietly when the reader of the pipe does
+    with os.fdopen(os.dup(1), "w", encoding="utf-8") as output:
+        os.dup2(2, 1)
+        yield output
+
+
+def predict_lines(model, tokenizer, src_length, generation, output):
+    """Answer each line of standard input as it comes by a JSON line in the text stream ``output``."""
+    model.eval()
+    for record in parse_lines(sys.stdin.buffer, "standard input", require_question=False):
+        (features,) = build_dataset(tokenizer, [record], src_length, generation.tgt_length)
+        source_ids = features["input_ids"][: features["source_length"]]
+        ((token_ids, score),) = beam_search(
+            model, paddle.to_tensor(source_ids[None]), np.array([len(source_ids)]), generation,
+            tokenizer.sop_token_id, tokenizer.eop_token_id,
+        )  # fmt: skip
+        row = prediction_row(tokenizer, record, token_ids, score)
+        print(json.dumps(row, ensure_ascii=False), file=output, flush=True)
+
+
+def run(model_args, data_args, generation, args, output=None):
+    """Check, read, load, train, evaluate, predict; or, with a text stream ``output``, answer standard input there."""
+    args.do_predict = args.do_predict or bool(data_args.predict_file)
+    check_task(args, data_args)
+    checkpoint = find_last_checkpoint(args)
+    if output is None:
+        check_output_dir(args, checkpoint)
+
+    # Everything that can be wrong is read and checked before the weights are.
+    name, degree = model_args.model_name_or_path, max(args.tensor_parallel_degree, 1)
+    config = load(AutoConfig, name, "config.json")
+    check_config(config, model_args, data_args, generation, degree)
+    tokenizer = load(AutoTokenizer, name, "tokenizer")
+    check_tokenizer(tokenizer, config, name)
+
+    def read(split, source=data_args.task_name):
         records = read_records(source, split, require_question=split != "test")
         return build_dataset(tokenizer, records, data_args.src_length, generation.tgt_length)
 
-    train_dataset = dataset("train", training_args.do_train)
-    dev_dataset = dataset("dev", training_args.do_eval)
-    test_dataset = dataset("test", training_args.do_predict and not stream)
+    train_dataset = read("train") if args.do_train else None
+    dev_dataset = read("dev") if args.do_eval else None
+    test_dataset = None
+    if args.do_predict and output is None:
+        test_dataset = read("test", data_args.predict_file or data_args.task_name)
 
-    dtype = "float32"
-    if training_args.fp16_opt_level == "O2" and (training_args.fp16 or training_args.bf16):
-        dtype = "float16" if training_args.fp16 else "bfloat16"
     model = load(
-        AutoModelForConditionalGeneration,
-        model_args,
-        "weights",
-        dtype=dtype,
-        tensor_parallel_degree=training_args.tensor_parallel_degree,
-        tensor_parallel_rank=training_args.tensor_parallel_rank,
-    )
-    if stream:
-        set_seed(training_args.seed)
-        records = parse_lines(sys.stdin.buffer, "standard input", require_question=False)
-        return predict_lines(model, tokenizer, records, data_args.src_length, generation, output)
+        AutoModelForConditionalGeneration, name, "weights", dtype=args.weights_dtype(), tensor_parallel_degree=degree,
+        tensor_parallel_rank=max(args.tensor_parallel_rank, 0),
+    )  # fmt: skip
+    if output is not None:
+        set_seed(args.seed)
+        return predict_lines(model, tokenizer, data_args.src_length, generation, output)
 
     trainer = GLMTrainer(
-        model=model,
-        args=training_args,
-        data_collator=DataCollator(tokenizer.pad_token_id),
-        train_dataset=train_dataset,
-        eval_dataset=dev_dataset,
-        tokenizer=tokenizer,
-        generation=generation,
-        label_smoothing=model_args.label_smoothing,
-        lr_decay_ratio=model_args.lr_decay_ratio,
-    )
-
-    if training_args.do_train:
+        model=model, args=args, data_collator=DataCollator(tokenizer.pad_token_id), train_dataset=train_dataset,
+        eval_dataset=dev_dataset, tokenizer=tokenizer, generation=generation,
+        label_smoothing=model_args.label_smoothing, lr_decay_ratio=model_args.lr_decay_ratio,
+    )  # fmt: skip
+    if args.do_train:
         result = trainer.train(resume_from_checkpoint=checkpoint)
-        trainer.save_model(merge_tensor_parallel=training_args.tensor_parallel_degree > 1)
+        trainer.save_model(merge_tensor_parallel=degree > 1)
         if result.metrics:  # none, if the checkpoint was of the last step
             trainer.save_metrics("train", result.metrics)
         trainer.save_state()
-    if training_args.do_eval:
+    if args.do_eval:
         trainer.save_metrics("eval", trainer.evaluate())
-    if training_args.do_predict:
+    if args.do_predict:
         trainer.save_metrics("test", trainer.predict(test_dataset).metrics)
-    wanted = {"eval": training_args.do_eval, "test": training_args.do_predict}
+    wanted = {"eval": args.do_eval, "test": args.do_predict}
     files = [f"{split}_{kind}" for split in wanted if wanted[split] for kind in ("results.json", "predictions.jsonl")]
-    files += ["model_state.pdparams"] if training_args.do_train else []
-    logger.eval(f"done: in {training_args.output_dir} are {', '.join(files)}")
+    files += ["model_state.pdparams"] if args.do_train else []
+    logger.eval(f"done: in {args.output_dir} are {', '.join(files)}")
 
 
 def stop(number, _):
@@ -363,7 +381,12 @@ def main():
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, stop)
     try:
-        run(*parse_arguments())
+        model_args, data_args, generation, args = parse_arguments()
+        use_the_whole_cpu()
+        # On a terminal a log line goes above the bar that is there.
+        share = logging_redirect_tqdm([logger.logger]) if sys.stderr.isatty() else contextlib.nullcontext()
+        with share, standard_output(data_args.predict_file == "-") as output:
+            run(model_args, data_args, generation, args, output)
     except (InputError, Fault) as error:
         # Under a launcher all processes find the same mistake, and one says it.
         if isinstance(error, Fault) or int(os.environ.get("PADDLE_RANK_IN_NODE", 0)) == 0:

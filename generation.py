@@ -7,7 +7,7 @@ import paddle
 import paddle.distributed as dist
 import paddle.nn.functional as F
 
-from modeling import MASKED, _attend, _forward, _log_sum_exp
+from modeling import MASKED, attend, forward, log_sum_exp
 
 
 def _additive_mask(model, visible, num_queries):
@@ -39,13 +39,13 @@ def prefill(model, input_ids, source_length, num_slots):
     mask = None if visible.all() else _additive_mask(model, visible, length)
     cache = []
 
-    def attend(_, query, key, value):
+    def core(_, query, key, value):
         shape = [batch_size, key.shape[1], length + num_slots, key.shape[3]]
         cache.append((paddle.zeros(shape, key.dtype), paddle.zeros(shape, key.dtype)))
         cache[-1][0][:, :, :length], cache[-1][1][:, :, :length] = key, value
-        return _attend(query, key, value, mask)
+        return attend(query, key, value, mask)
 
-    _forward(model, input_ids, position_ids.tile([batch_size, 1, 1]), attend)
+    forward(model, input_ids, position_ids.tile([batch_size, 1, 1]), core)
     return cache
 
 
@@ -65,12 +65,12 @@ def decode_one_token(model, cache, token_ids, position_ids, slot, visible):
     num_beams = token_ids.shape[1]
     mask = _additive_mask(model, visible, num_beams)
 
-    def attend(number, query, key, value):
+    def core(number, query, key, value):
         keys, values = cache[number]
         keys[:, :, slot : slot + num_beams], values[:, :, slot : slot + num_beams] = key, value
-        return _attend(query, keys, values, mask)
+        return attend(query, keys, values, mask)
 
-    hidden_states = _forward(model, token_ids, position_ids.unsqueeze(-1).tile([1, 1, num_beams]), attend)
+    hidden_states = forward(model, token_ids, position_ids.unsqueeze(-1).tile([1, 1, num_beams]), core)
     return paddle.matmul(hidden_states, model.glm.word_embeddings.weight, transpose_y=True)
 
 
@@ -91,7 +91,8 @@ def next_token_candidates(logits, banned, count, select_topk=True, top_k=0, top_
 
     Returns:
         numpy float64 [3, B, K, min(count, V), or that of every process]: sort keys (the largest are chosen),
-        log-probabilities, token ids. The keys are the log-probabilities; for a draw, those plus Gumbel noise, since the
+        log-probabilities, token ids. Where a beam has fewer possible tokens, the rest are -inf, -inf and some valid id.
+        The keys are the log-probabilities; for a draw, those plus Gumbel noise, since the
         n largest of the sums are a draw of n without replacement in proportion to the probabilities (arXiv 1903.06059).
     """
     logits = logits.astype("float32")
@@ -100,22 +101,21 @@ def next_token_candidates(logits, banned, count, select_topk=True, top_k=0, top_
     part = logits.shape[-1]
     first = 0 if group is None else group.rank * part  # token of this part
     minus_infinity = paddle.full([1], -float("inf"))
-    _, log_sum_exp = _log_sum_exp(logits.max(-1), F.softmax(logits).max(-1), group)  # [B, K]
+    _, whole = log_sum_exp(logits.max(-1), F.softmax(logits).max(-1), group)  # [B, K]
     banned = [(row, beam, token - first) for row, beam, token in banned if first <= token < first + part]
     if banned:
         logits[tuple(paddle.to_tensor(index) for index in np.array(banned, dtype="int64").T)] = -float("inf")
-    if select_topk:
-        keys, token_ids = paddle.topk(logits, min(count, part))
-        chosen = keys
-    else:
+    scores = logits
+    if not select_topk:
         gumbel = -paddle.log(-paddle.log(paddle.uniform(logits.shape, min=1e-20, max=1.0)))
-        noisy = paddle.where(logits >= _lowest_logit_to_draw(logits, top_k, top_p), logits + gumbel, minus_infinity)
-        keys, token_ids = paddle.topk(noisy, min(count, part))
-        chosen = paddle.take_along_axis(logits, token_ids, axis=-1)
-    log_sum_exp = log_sum_exp.unsqueeze(-1)
-    table = paddle.stack(
-        [column.astype("float64") for column in (keys - log_sum_exp, chosen - log_sum_exp, token_ids + first)]
-    )
+        scores = paddle.where(logits >= _lowest_logit_to_draw(logits, top_k, top_p), logits + gumbel, minus_infinity)
+    keys, token_ids = paddle.topk(scores, min(count, part))
+    impossible = keys == -float("inf")  # banned or filtered; on a GPU topk gives such an entry any number for an id
+    token_ids = paddle.where(impossible, paddle.zeros_like(token_ids), token_ids)
+    chosen = keys if select_topk else paddle.take_along_axis(logits, token_ids, axis=-1)
+    chosen = paddle.where(impossible, minus_infinity, chosen)
+    whole = whole.unsqueeze(-1)
+    table = paddle.stack([column.astype("float64") for column in (keys - whole, chosen - whole, token_ids + first)])
     # One copy from the device a step, of this small table.
     return (table if group is None else _all_gather(table, group)).numpy()
 

@@ -1,8 +1,13 @@
-"""GLM's layers as computed here: the loss, attention, and the forward that takes its attention from outside."""
+"""GLM's layers as computed here, and the device that computes them.
+
+The loss, attention, the forward that takes its attention from outside, loading. Modules above ask here what the machine
+can do; no other looks at a device.
+"""
 
 import contextlib
 import ctypes
 import functools
+import logging
 import os
 
 import numpy as np
@@ -11,12 +16,60 @@ import paddle.distributed as dist
 import paddle.nn.functional as F
 from paddle.autograd import PyLayer
 from paddle.distributed.fleet.meta_parallel import get_rng_state_tracker
+from paddlenlp.utils.log import logger
+
+from data import InputError
 
 MASKED = -65504.0  # what is added to the attention score of a hidden position: float16's lowest
 
 
+# ---------------------------------------------------------------------------------------------------------- device
+
+
+def use_device(name=""):
+    """Make ``name`` the device in use, as paddle.set_device does, or the CPU where Paddle can use no GPU.
+
+    Args:
+        name (str): gpu, gpu:N, cpu, xpu or npu; "": a GPU if there is one, else the CPU.
+
+    Returns:
+        str: the device in use. Raises InputError where there is no card N.
+    """
+    # Asked first, for paddle.set_device("gpu") without a GPU ends the process with nothing to catch.
+    cards = paddle.device.cuda.device_count() if paddle.is_compiled_with_cuda() else 0
+    if not name or (name.startswith("gpu") and not cards):
+        name = "gpu" if cards else "cpu"
+        if not cards:
+            logger.warning("Paddle can use no GPU here: running on the CPU")
+    if name.startswith("gpu:") and name[4:] not in map(str, range(cards)):
+        raise InputError(f"--device is {name}: the {cards} cards here are gpu:0 to gpu:{cards - 1}")
+    paddle.set_device(name)
+    # The position embeddings' gradients would be summed in another order on each tensor-parallel process of a GPU, and
+    # the copies, which are updated each by its own, drift apart.
+    with contextlib.suppress(ValueError):  # builds without GPU code have no such flag
+        paddle.set_flags({"FLAGS_embedding_deterministic": 1})
+    return name
+
+
+def on_cpu():
+    """Whether the device in use is the CPU."""
+    return paddle.get_device() == "cpu"
+
+
+def supports_dtype(name):
+    """Whether the device in use computes in ``name``, 'float16' or 'bfloat16', and gains by it.
+
+    On NVIDIA's cards from compute capability 7 and 8: those of 5.3 to 6.2 know float16, but most compute in it slower
+    than in float32.
+    """
+    kind = paddle.get_device().split(":")[0]
+    if kind == "gpu":
+        return paddle.device.cuda.get_device_capability() >= {"float16": (7, 0), "bfloat16": (8, 0)}[name]
+    return kind != "cpu" and getattr(paddle.amp, f"is_{name}_supported")()
+
+
 def use_the_whole_cpu():
-    """Let Paddle use the whole of a CPU. Before the first product.
+    """Let Paddle use the whole of a CPU. To be called before the first product.
 
     Paddle starts with one thread, its MKL takes a slow path on processors that are not Intel's, and glibc returns each
     large tensor to the system, so that the next one costs page faults again: more than many an operator itself. A
@@ -24,7 +77,8 @@ def use_the_whole_cpu():
     """
     os.environ.setdefault("MKL_DEBUG_CPU_TYPE", "5")
     libc = ctypes.CDLL(None)
-    if hasattr(libc, "mallopt"):  # glibc
+    # Beside a GPU the memory in which a checkpoint was read is better returned.
+    if on_cpu() and hasattr(libc, "mallopt"):  # glibc
         libc.mallopt(-4, 0)  # M_MMAP_MAX: large blocks come from the heap
         libc.mallopt(-1, -1)  # M_TRIM_THRESHOLD: and stay there for the next ones
     if "OMP_NUM_THREADS" in os.environ:
@@ -37,7 +91,7 @@ def use_the_whole_cpu():
 # ------------------------------------------------------------------------------------------------------------ loss
 
 
-def _log_sum_exp(logits, probabilities, group):
+def log_sum_exp(logits, probabilities, group):
     """Of the whole rows, of which each process of ``group`` holds a part: what it is here, and of all, float32 [...].
 
     From what is at hand: the likeliest token's log p is its logit less the log-sum-exp, and its p is at least 1 / V, so
@@ -76,14 +130,14 @@ class LabelSmoothedLoss(PyLayer):
         sums = paddle.stack([logits.reshape([-1]).gather(label_index) * here, logits.sum(-1)])
         largest = logits.max(-1)
         probabilities = F.softmax_(logits)
-        local, log_sum_exp = _log_sum_exp(largest, probabilities.max(-1), group)
+        local, whole = log_sum_exp(largest, probabilities.max(-1), group)
         ctx.vocab_size = part
         if group is not None:
             dist.all_reduce(sums, group=group)
             ctx.vocab_size *= group.nranks
         ctx.label_share, ctx.smooth_share = (1 - label_smoothing) * here, label_smoothing / ctx.vocab_size
-        ctx.save_for_backward(hidden_states, weight, probabilities, label_index, paddle.exp(local - log_sum_exp))
-        return log_sum_exp - (1 - label_smoothing) * sums[0] - ctx.smooth_share * sums[1]
+        ctx.save_for_backward(hidden_states, weight, probabilities, label_index, paddle.exp(local - whole))
+        return whole - (1 - label_smoothing) * sums[0] - ctx.smooth_share * sums[1]
 
     @staticmethod
     def backward(ctx, grad):
@@ -100,10 +154,11 @@ class LabelSmoothedLoss(PyLayer):
             dist.all_reduce(grad_hidden_states, group=ctx.group)
         return grad_hidden_states, grad_weight.astype(weight.dtype)
 
-# ------------------------------------------------------------------------------------------------- cached decoding
+
+# -------------------------------------------------------------------------------------------------------- attention
 
 
-def _attend(query, keys, values, mask, drop=None):
+def attend(query, keys, values, mask, drop=None):
     """Scaled dot-product attention, all [B, H, length, D].
 
     Args:
@@ -126,7 +181,7 @@ def _transposed_rows(shape, order):
 
 def _transpose_rows(inputs, order):
     """``inputs.transpose([*order, last])``: all but the last dimension change places."""
-    if not inputs.place.is_cpu_place():
+    if not on_cpu():
         return inputs.transpose([*order, len(order)])
     # The same from a gather, which copies rows whole, takes Paddle a tenth of the time on a CPU, and its gradient too.
     *shape, width = inputs.shape
@@ -134,8 +189,8 @@ def _transpose_rows(inputs, order):
     return inputs.reshape([-1, width]).gather(index).reshape([*new_shape, width])
 
 
-def _self_attention(attention, hidden_states, attend):
-    """A layer's attention on [B, Q, C], with its core given: ``attend(query, key, value)``, all [B, H, Q, D]."""
+def self_attention(attention, hidden_states, core):
+    """A layer's attention on [B, Q, C], with its core given: ``core(query, key, value)``, all [B, H, Q, D]."""
     batch_size, length, _ = hidden_states.shape
     heads, head_size = attention.num_attention_heads, attention.attention_head_size
     projected = attention.query_key_value(hidden_states)  # [B, Q, 3 * H * D]
@@ -143,7 +198,7 @@ def _self_attention(attention, hidden_states, attend):
         projected = _transpose_rows(projected.reshape([batch_size, length, heads, 3, head_size]), [3, 0, 2, 1])
     else:  # [all q | all k | all v]
         projected = _transpose_rows(projected.reshape([batch_size, length, 3, heads, head_size]), [2, 0, 3, 1])
-    context = attend(*paddle.unbind(projected))  # [B, H, Q, D]
+    context = core(*paddle.unbind(projected))  # [B, H, Q, D]
     return attention.dense(_transpose_rows(context, [0, 2, 1]).reshape([batch_size, length, heads * head_size]))
 
 
@@ -166,31 +221,33 @@ def _linear(layer, inputs):
 def prepare_for_training(model):
     """Change how PaddleNLP's layers compute, not what: the mask they are given is then 0 and MASKED, and added.
 
-    PaddleNLP multiplies the scores by a mask and adds another, made of it in every layer: three more passes over its
-    largest tensors, which it keeps for the backward pass.
+    The model then returns hidden states, through any wrapper; the head is applied to target positions alone. PaddleNLP
+    multiplies the scores by a mask and adds another, made of it in every layer: three more passes over its largest
+    tensors, which it keeps for the backward pass.
     """
 
     def forward(attention, hidden_states, mask, cache=None):
-        def attend(query, key, value):
+        def core(query, key, value):
             drop = functools.partial(_dropout, attention.attention_dropout, "local_seed")
-            return _attend(query, key, value, mask, drop)
+            return attend(query, key, value, mask, drop)
 
-        return _dropout(attention.output_dropout, "global_seed", _self_attention(attention, hidden_states, attend))
+        return _dropout(attention.output_dropout, "global_seed", self_attention(attention, hidden_states, core))
 
+    model.glm.output_predict = False
     for layer in model.glm.transformer.layers:
         layer.attention.forward = functools.partial(forward, layer.attention)
     # With tensor parallelism PaddleNLP draws this dropout from the generator that differs between the processes, as it
     # must for the split heads alone. Here they drop the same embeddings, and what follows is the same on all of them.
     dropout = model.glm.transformer.embedding_dropout
     dropout.forward = functools.partial(_dropout, dropout.forward, "embedding_seed")
-    if model.glm.word_embeddings.weight.place.is_cpu_place():
+    if on_cpu():
         for layer in model.sublayers():
             if isinstance(layer, paddle.nn.Linear):
                 layer.forward = functools.partial(_linear, layer)
 
 
-def _forward(model, input_ids, position_ids, attend):
-    """GLM's layers with their attention given: ``attend(layer number, query, key, value)``, all [B, H, Q, D].
+def forward(model, input_ids, position_ids, core):
+    """GLM's layers with their attention given: ``core(layer number, query, key, value)``, all [B, H, Q, D].
 
     PaddleNLP's own forward caches hidden states and projects the whole prefix to keys and values at every step.
 
@@ -207,9 +264,48 @@ def _forward(model, input_ids, position_ids, attend):
         + stack.block_position_embeddings(position_ids[:, 1])
     )  # [B, Q, C]
     for number, layer in enumerate(stack.layers):
-        attend_here = functools.partial(attend, number)
-        hidden_states = hidden_states + _self_attention(
-            layer.attention, layer.input_layernorm(hidden_states), attend_here
+        hidden_states = hidden_states + self_attention(
+            layer.attention, layer.input_layernorm(hidden_states), functools.partial(core, number)
         )
         hidden_states = hidden_states + layer.mlp(layer.post_attention_layernorm(hidden_states))
     return stack.final_layernorm(hidden_states)
+
+
+def target_losses(model, wrapped, inputs, label_smoothing, group=None):
+    """Label-smoothed losses of a batch's N targets, float32 [N].
+
+    Args:
+        model: the GLM, prepared for training. wrapped: the same, in what the Trainer has wrapped it in.
+        inputs: tensors, as ``data.DataCollator`` gives them. group: of tensor parallelism.
+    """
+    mask = (1 - inputs["attention_mask"].astype("float32")) * MASKED  # [B, 1, L, L]
+    if on_cpu():  # which is slow at broadcasting
+        mask = mask.tile([1, model.glm.transformer.layers[0].attention.num_attention_heads, 1, 1])
+    hidden_states = wrapped(input_ids=inputs["input_ids"], position_ids=inputs["position_ids"], attention_mask=mask)[0]
+    hidden_states = hidden_states.reshape([-1, hidden_states.shape[-1]]).gather(inputs["target_positions"])  # [N, C]
+    weight = model.glm.word_embeddings.weight
+    return LabelSmoothedLoss.apply(hidden_states, weight, inputs["labels"], label_smoothing, group)
+
+
+# --------------------------------------------------------------------------------------------------------- loading
+
+
+def load(loader, name, what, **kwargs):
+    """``loader.from_pretrained(name)``; an InputError that calls it ``what`` if it can't be loaded, or only in part."""
+    warnings = []
+    collector = logging.Handler()
+    collector.emit = lambda record: warnings.append(record.getMessage())
+    logger.logger.addHandler(collector)
+    try:
+        loaded = loader.from_pretrained(name, **kwargs)
+    except Exception as error:  # PaddleNLP and its hubs raise many kinds
+        raise InputError(
+            f"--model_name_or_path {name}: its {what} can't be loaded ({str(error)[:200]}): give a published model's "
+            "name, if its host can be reached, or a folder with config.json, model_state.pdparams and the tokenizer"
+        ) from error
+    finally:
+        logger.logger.removeHandler(collector)
+    missing = "".join(warning for warning in warnings if "newly initialized" in warning)
+    if "word_embeddings" in missing or ".layers." in missing:
+        raise InputError(f"--model_name_or_path {name}: its weights lack some of GLM's: give those of a GLM")
+    return loaded

@@ -1,4 +1,4 @@
-"""What the run calls: the metrics, the callbacks and GLMTrainer."""
+"""Training and evaluation as a whole: the metrics, whole checkpoints, the callbacks, GLMTrainer."""
 
 import contextlib
 import glob
@@ -9,7 +9,6 @@ import signal
 import sys
 import time
 import unicodedata
-import warnings
 
 import numpy as np
 import paddle
@@ -18,26 +17,19 @@ from paddle.distributed import fleet
 from paddle.distributed.fleet.meta_parallel import get_rng_state_tracker
 from paddlenlp.metrics import BLEU
 from paddlenlp.trainer import Trainer
-from paddlenlp.trainer.trainer_callback import (
-    PrinterCallback,
-    ProgressCallback,
-    TrainerCallback,
-    TrainerState,
-)
+from paddlenlp.trainer.trainer_callback import PrinterCallback, ProgressCallback, TrainerCallback, TrainerState
 from paddlenlp.trainer.trainer_utils import IntervalStrategy, SchedulerType, TrainOutput
 from paddlenlp.utils.log import logger
 from rouge import Rouge
 from tqdm import tqdm
 
-from data import GroupedBatchSampler, InputError, build_dataset, decode_target
+from data import GroupedBatchSampler, InputError, decode_target
 from generation import beam_search
-from modeling import MASKED, LabelSmoothedLoss, prepare_for_training, use_the_whole_cpu
-
-# The first is said again in our own words, the second is of no use to a user.
-warnings.filterwarnings("ignore", message="You are using GPU version Paddle|Setuptools is replacing distutils")
-use_the_whole_cpu()
+from modeling import prepare_for_training, target_losses
 
 NEVER = 2**62  # a step that is never reached
+CHECKPOINT_DONE = ".checkpoint_done"  # the last file of a checkpoint to be written
+ADVICE = "lower --learning_rate, or look at the data of that step"
 
 
 def prediction_row(tokenizer, record, token_ids, score):
@@ -46,20 +38,6 @@ def prediction_row(tokenizer, record, token_ids, score):
         "id": record["id"], "context": record["context"], "answer": record["answer"], "reference": record["question"],
         "prediction": decode_target(tokenizer, token_ids), "score": score, "token_ids": token_ids,
     }  # fmt: skip
-
-
-def predict_lines(model, tokenizer, records, src_length, generation, output):
-    """Answer each of ``records`` as it comes by a JSON line in the text stream ``output``."""
-    model.eval()
-    for record in records:
-        (features,) = build_dataset(tokenizer, [record], src_length, generation.tgt_length)
-        source_ids = features["input_ids"][: features["source_length"]]
-        ((token_ids, score),) = beam_search(
-            model, paddle.to_tensor(source_ids[None]), np.array([len(source_ids)]), generation,
-            tokenizer.sop_token_id, tokenizer.eop_token_id,
-        )  # fmt: skip
-        row = prediction_row(tokenizer, record, token_ids, score)
-        print(json.dumps(row, ensure_ascii=False), file=output, flush=True)
 
 
 # --------------------------------------------------------------------------------------------------------- metrics
@@ -94,7 +72,7 @@ def compute_metrics(predictions, references):
     return metrics
 
 
-# --------------------------------------------------------------------------------------------------------- trainer
+# ----------------------------------------------------------------------------------------------------- checkpoints
 
 
 class Fault(BaseException):  # as KeyboardInterrupt: a signal must pass what catches every Exception while loading
@@ -103,9 +81,6 @@ class Fault(BaseException):  # as KeyboardInterrupt: a signal must pass what cat
     def __init__(self, message, exit_code=1):
         super().__init__(message)
         self.exit_code = exit_code
-
-
-CHECKPOINT_DONE = ".checkpoint_done"  # the last file of a checkpoint to be written
 
 
 def last_whole_checkpoint(folder):
@@ -122,7 +97,7 @@ def last_whole_checkpoint(folder):
 
 
 @contextlib.contextmanager
-def _loading(checkpoint):
+def loading(checkpoint):
     """Tell a damaged checkpoint from a bug: what PaddleNLP raises in the block is an InputError."""
     try:
         yield
@@ -132,12 +107,25 @@ def _loading(checkpoint):
         ) from error
 
 
+def where_to_resume(args):
+    """What the last line of a run that ended early says, str."""
+    checkpoint = last_whole_checkpoint(args.output_dir)
+    if checkpoint is None:
+        return "there is no checkpoint to resume from"
+    without = " without --overwrite_output_dir" if args.overwrite_output_dir else ""
+    return f"the same command{without} goes on from {checkpoint}"
+
+
+# ------------------------------------------------------------------------------------------------------- callbacks
+
+
 class TrainingProgress(TrainerCallback):
     """A bar with loss and samples/s on a terminal; elsewhere a line for each log."""
 
     def on_train_begin(self, args, state, control, **kwargs):
         disable = args.disable_tqdm or not state.is_world_process_zero
-        self.bar = tqdm(total=state.max_steps, initial=state.global_step, desc="train", unit="step", disable=disable)
+        steps = {"total": state.max_steps, "initial": state.global_step, "unit": "step"}
+        self.bar = tqdm(desc="train", disable=disable, dynamic_ncols=True, **steps)
 
     def on_step_end(self, args, state, control, **kwargs):
         self.bar.update(state.global_step - self.bar.n)
@@ -175,6 +163,108 @@ class SeedEachStep(TrainerCallback):
         paddle.seed(seed)
 
 
+class StopBySignal(TrainerCallback):
+    """SIGINT and SIGTERM end training within a step, with a checkpoint of it.
+
+    At once where several processes would have to agree on a step, where evaluation takes long, or by a second signal.
+    """
+
+    number = None  # of the signal that training is to end by
+
+    def on_train_begin(self, args, state, control, model=None, **kwargs):
+        def note(number, _):
+            if args.world_size > 1 or self.number is not None or not model.training:
+                self.stop(number, args, state)
+            self.number = number
+
+        self.previous = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
+
+    def on_optimizer_end(self, args, state, control, **kwargs):
+        if self.number is not None:  # before on_step_end, where others act on what is to be saved
+            control.should_save = args.save_strategy != IntervalStrategy.NO
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if self.number is not None:
+            control.should_evaluate = False
+            if args.save_strategy == IntervalStrategy.NO:
+                self.stop(self.number, args, state)
+
+    def on_save(self, args, state, control, **kwargs):
+        if self.number is not None:
+            self.stop(self.number, args, state)
+
+    def on_train_end(self, args, state, control, **kwargs):
+        self.on_save(args, state, control)
+        for number, handler in self.previous.items():
+            signal.signal(number, handler)
+
+    @staticmethod
+    def stop(number, args, state):
+        name = signal.Signals(number).name
+        raise Fault(f"stopped by {name} at step {state.global_step}: {where_to_resume(args)}", 128 + number)
+
+
+class CheckFinite(TrainerCallback):
+    """A loss or a weight that is no number ends the run before anything is logged, evaluated or saved after it."""
+
+    def __init__(self):
+        self.first_bad_step = paddle.full([], NEVER, dtype="int64")
+
+    def note(self, loss, step):
+        """Remember the first ``step`` whose ``loss`` is no number, on the device, where nothing waits for it."""
+        step = paddle.where(paddle.isfinite(loss), NEVER, step).reshape([])
+        self.first_bad_step = paddle.minimum(self.first_bad_step, step)
+
+    def on_step_end(self, args, state, control, model=None, **kwargs):
+        if not (control.should_log or control.should_evaluate or control.should_save):
+            return
+        step = self.first_bad_step.item()
+        if step != NEVER:
+            raise Fault(f"the loss is not finite at step {step}: {ADVICE}; {where_to_resume(args)}")
+        if control.should_save and not all(paddle.isfinite(p).all().item() for p in model.parameters()):
+            step = state.global_step
+            raise Fault(f"the weights are not finite after step {step}: {ADVICE}; {where_to_resume(args)}")
+
+    on_epoch_end = on_step_end
+
+
+class WholeCheckpoints(TrainerCallback):
+    """A checkpoint gets a last file that says that all the others are whole; old ones go when the new one has it.
+
+    PaddleNLP removes old ones before the new one is whole, and on a single process none at all.
+    """
+
+    def __init__(self, limit):
+        self.limit = limit  # save_total_limit
+        self.folder = None  # the checkpoint that is being written
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if control.should_save:
+            self.folder = os.path.join(args.output_dir, f"checkpoint-{state.global_step}")  # as the Trainer calls it
+            with contextlib.suppress(FileNotFoundError):
+                os.remove(os.path.join(self.folder, CHECKPOINT_DONE))
+
+    on_epoch_end = on_step_end
+
+    def on_save(self, args, state, control, **kwargs):
+        # All processes have written theirs by now, for the last thing they do is to exchange random states.
+        if args.local_rank in (-1, 0):
+            open(os.path.join(self.folder, CHECKPOINT_DONE), "w").close()
+            self.remove_old_ones(args, state)
+        self.folder = None
+
+    def remove_old_ones(self, args, state):
+        checkpoints = glob.glob(os.path.join(glob.escape(args.output_dir), "checkpoint-*[0-9]"))
+        kept = {self.folder, state.best_model_checkpoint or self.folder}
+        count = len(checkpoints) - max(self.limit or NEVER, len(kept))
+        old = sorted((path for path in checkpoints if path not in kept), key=os.path.getmtime)
+        for path in old[: max(count, 0)]:
+            shutil.rmtree(path, ignore_errors=True)
+
+
+# --------------------------------------------------------------------------------------------------------- trainer
+
+
 class GLMTrainer(Trainer):
     """PaddleNLP's Trainer with the label-smoothed loss, the decaying schedule and evaluation by beam search.
 
@@ -187,32 +277,23 @@ class GLMTrainer(Trainer):
     def __init__(self, *args, generation, label_smoothing, lr_decay_ratio, **kwargs):
         super().__init__(*args, **kwargs)
         self.generation, self.label_smoothing, self.lr_decay_ratio = generation, label_smoothing, lr_decay_ratio
-        # Through any wrapper, the model then returns hidden states; the head is applied to target positions alone.
-        self.model.glm.output_predict = False
         prepare_for_training(self.model)
         self.tensor_parallel_group = None
         if self.args.tensor_parallel_degree > 1:
             self.tensor_parallel_group = fleet.get_hybrid_communicate_group().get_model_parallel_group()
         for callback in (ProgressCallback, PrinterCallback):
             self.pop_callback(callback)
-        self.add_callback(TrainingProgress)
-        self.add_callback(SeedEachStep)
-        self.stop_signal = None  # that training is to end by
-        self.first_bad_step = paddle.full([], NEVER, dtype="int64")
+        self.check_finite, self.checkpoints = CheckFinite(), WholeCheckpoints(self.args.save_total_limit)
+        self.args.save_total_limit = None  # or the Trainer would remove some too
+        # In this order: what is not finite is not saved, and a signal ends the run when its checkpoint is whole.
+        for callback in (TrainingProgress, SeedEachStep, self.check_finite, self.checkpoints, StopBySignal):
+            self.add_callback(callback)
+        self.evaluated = None  # the metrics of the weights as they are
+
+    def target_losses(self, model, inputs):
+        return target_losses(self.model, model, inputs, self.label_smoothing, self.tensor_parallel_group)
 
     # training
-
-    def _target_losses(self, model, inputs):
-        """Label-smoothed losses of the batch's N targets, float32 [N]."""
-        mask = (1 - inputs["attention_mask"].astype("float32")) * MASKED  # [B, 1, L, L]
-        if self.args.device == "cpu":  # which is slow at broadcasting
-            mask = mask.tile([1, self.model.glm.transformer.layers[0].attention.num_attention_heads, 1, 1])
-        outputs = model(input_ids=inputs["input_ids"], position_ids=inputs["position_ids"], attention_mask=mask)
-        hidden_states = outputs[0]  # [B, L, C]
-        hidden_states = hidden_states.reshape([-1, hidden_states.shape[-1]]).gather(inputs["target_positions"])
-        weight = self.model.glm.word_embeddings.weight
-        group = self.tensor_parallel_group
-        return LabelSmoothedLoss.apply(hidden_states, weight, inputs["labels"], self.label_smoothing, group)
 
     def compute_loss(self, model, inputs, return_outputs=False):
         """The mean over the batch's target tokens, the end token included.
@@ -220,7 +301,7 @@ class GLMTrainer(Trainer):
         In training the batch is the global one: this process's share of the sum, times the processes and passes that
         gradients are averaged over afterwards, over the number of its target tokens, which every process knows.
         """
-        losses = self._target_losses(model, inputs)
+        losses = self.target_losses(model, inputs)
         share = 1 / len(losses)
         if self.is_in_train:
             target_tokens = self.train_sampler.target_tokens
@@ -229,21 +310,18 @@ class GLMTrainer(Trainer):
         loss = losses.sum() * share
         return (loss, losses) if return_outputs else loss
 
-    def training_step(self, model, inputs):
-        """The Trainer's; the first step whose loss is no number is noted on the device, where nothing waits for it."""
-        loss = super().training_step(model, inputs)
-        step = paddle.where(paddle.isfinite(loss), NEVER, self.state.global_step + 1).reshape([])
-        self.first_bad_step = paddle.minimum(self.first_bad_step, step)
+    def training_step(self, *args, **kwargs):
+        """The Trainer's, with its loss noted."""
+        loss = super().training_step(*args, **kwargs)
+        self.check_finite.note(loss, self.state.global_step + 1)
+        self.evaluated = None
         return loss
 
     def train(self, resume_from_checkpoint=None, **kwargs):
-        """The Trainer's, ended by SIGINT or SIGTERM within a step, with a checkpoint of it.
-
-        A run that had come to its end is only loaded, for the Trainer would go one step further.
-        """
+        """The Trainer's. A run that had come to its end is only loaded, for the Trainer would go one step further."""
         first_step = 0
         if resume_from_checkpoint:
-            with _loading(resume_from_checkpoint):
+            with loading(resume_from_checkpoint):
                 state = TrainerState.load_from_json(os.path.join(resume_from_checkpoint, "trainer_state.json"))
             first_step = state.global_step
             steps_an_epoch = len(self._get_train_sampler()) // self.args.gradient_accumulation_steps
@@ -253,68 +331,21 @@ class GLMTrainer(Trainer):
                 self._load_from_checkpoint(best or resume_from_checkpoint)
                 self.state = state
                 return TrainOutput(first_step, None, {})
-        previous = {number: signal.signal(number, self._on_signal) for number in (signal.SIGINT, signal.SIGTERM)}
         try:
             output = super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
-        finally:
-            for number, handler in previous.items():
-                signal.signal(number, handler)
+        except OSError as error:
+            folder = self.checkpoints.folder
+            if folder is None or self.control.should_evaluate:  # it was not the checkpoint that failed
+                raise
+            shutil.rmtree(folder, ignore_errors=True)
+            resume = where_to_resume(self.args)
+            raise Fault(f"{folder} can't be written: {error.strerror or error}; {resume}") from error
+        best = self.state.best_model_checkpoint if self.args.load_best_model_at_end else None
+        if best and os.path.basename(best) != f"checkpoint-{self.state.global_step}":
+            self.evaluated = None  # other weights have been loaded
         # The Trainer divides what it summed up since it resumed by the steps of the whole run.
         output.metrics["train_loss"] *= output.global_step / (output.global_step - first_step)
         return output
-
-    def _on_signal(self, number, _):
-        # Several processes would have to agree on a step to save; a second signal is urgent; evaluation takes long.
-        if self.args.world_size > 1 or self.stop_signal is not None or not self.model.training:
-            self._stop(number)
-        self.stop_signal = number
-
-    def _stop(self, number):
-        name = signal.Signals(number).name
-        raise Fault(f"stopped by {name} at step {self.state.global_step}: {self._where_to_resume()}", 128 + number)
-
-    def _where_to_resume(self):
-        checkpoint = last_whole_checkpoint(self.args.output_dir)
-        if checkpoint is None:
-            return "there is no checkpoint to resume from"
-        without = " without --overwrite_output_dir" if self.args.overwrite_output_dir else ""
-        return f"the same command{without} goes on from {checkpoint}"
-
-    def _maybe_log_save_evaluate(self, *args, **kwargs):
-        """The Trainer's, at the end of each step; before it logs, evaluates or saves, see that training is sound."""
-        control = self.control
-        if self.stop_signal is not None:
-            control.should_evaluate, control.should_save = False, self.args.save_strategy != IntervalStrategy.NO
-        if control.should_log or control.should_evaluate or control.should_save:
-            step = self.first_bad_step.item()
-            advice = "lower --learning_rate, or look at the data of that step"
-            if step != NEVER:
-                raise Fault(f"the loss is not finite at step {step}: {advice}; {self._where_to_resume()}")
-            if control.should_save and not all(paddle.isfinite(p).all().item() for p in self.model.parameters()):
-                step = self.state.global_step
-                raise Fault(f"the weights are not finite after step {step}: {advice}; {self._where_to_resume()}")
-        super()._maybe_log_save_evaluate(*args, **kwargs)
-        if self.stop_signal is not None:
-            self._stop(self.stop_signal)
-
-    def _save_checkpoint(self, model, metrics=None):
-        """The Trainer's, with a last file that says that all the others are whole."""
-        folder = os.path.join(self.args.output_dir, f"checkpoint-{self.state.global_step}")
-        done = os.path.join(folder, CHECKPOINT_DONE)
-        with contextlib.suppress(FileNotFoundError):
-            os.remove(done)
-        try:
-            super()._save_checkpoint(model, metrics)
-            # All processes have written theirs by now, for the last thing they do is to exchange random states.
-            if self.args.local_rank in (-1, 0):
-                open(done, "w").close()
-                super()._rotate_checkpoints(use_mtime=True, output_dir=self.args.output_dir)
-        except OSError as error:
-            shutil.rmtree(folder, ignore_errors=True)
-            raise Fault(f"{folder} can't be written: {error.strerror or error}; {self._where_to_resume()}") from error
-
-    def _rotate_checkpoints(self, *args, **kwargs):
-        """Not where the Trainer calls it: before the new checkpoint is whole, and never on a single process."""
 
     def create_scheduler(self, num_training_steps):
         """linear: from 0 up to learning_rate, then straight down to lr_decay_ratio of it at the last step."""
@@ -331,36 +362,13 @@ class GLMTrainer(Trainer):
         self.lr_scheduler = paddle.optimizer.lr.LambdaDecay(self.args.learning_rate, factor)
         return self.lr_scheduler
 
-    def _get_train_sampler(self):
-        args = self.args
-        replicas, accumulation = args.dataset_world_size, args.gradient_accumulation_steps
-        batch_size = args.per_device_train_batch_size
-        self.train_sampler = GroupedBatchSampler(
-            self.train_dataset, batch_size, replicas, args.dataset_rank, batch_size * replicas * accumulation,
-            shuffle=True, group_by_length=args.group_by_length, seed=args.seed,
-        )  # fmt: skip
-        return self.train_sampler
-
-    def _load_from_checkpoint(self, resume_from_checkpoint=None):
-        with _loading(resume_from_checkpoint):
-            super()._load_from_checkpoint(resume_from_checkpoint)
-
-    def _load_optimizer_and_scheduler(self, checkpoint):
-        with _loading(checkpoint):
-            super()._load_optimizer_and_scheduler(checkpoint)
-
-    def _load_rng_state(self, checkpoint):
-        """Nothing to load: see SeedEachStep. The Trainer's own fails where the GPU build runs on a CPU."""
-
     # evaluation
 
-    def _get_eval_sampler(self, eval_dataset):
-        """From long to short, so that a batch has little padding."""
-        args, batch_size = self.args, self.args.per_device_eval_batch_size
-        return GroupedBatchSampler(
-            eval_dataset, batch_size, args.dataset_world_size, args.dataset_rank, batch_size * args.dataset_world_size,
-            shuffle=False, group_by_length=True, seed=args.seed,
-        )  # fmt: skip
+    def evaluate(self, *args, **kwargs):
+        """The Trainer's; weights that were evaluated already keep their results."""
+        if self.evaluated is None:
+            self.evaluated = super().evaluate(*args, **kwargs)
+        return self.evaluated
 
     def prediction_step(self, model, inputs, prediction_loss_only=None, ignore_keys=None):
         """Beam search and loss of one batch; ``evaluation_loop`` takes them from ``self.outputs``."""
@@ -373,7 +381,7 @@ class GLMTrainer(Trainer):
                 model, input_ids, source_length, self.generation, start_token_id, end_token_id,
                 group=self.tensor_parallel_group,
             )  # fmt: skip
-            losses = self._target_losses(model, inputs).numpy() if len(inputs["labels"]) else np.zeros(0)
+            losses = self.target_losses(model, inputs).numpy() if len(inputs["labels"]) else np.zeros(0)
         # The targets of a record stand side by side in the flattened batch, records in order.
         rows = inputs["target_positions"].numpy() // inputs["input_ids"].shape[1]
         for row, (index, (token_ids, score)) in enumerate(zip(inputs["index"].tolist(), hypotheses)):
@@ -389,7 +397,9 @@ class GLMTrainer(Trainer):
         self.generated_tokens, self.start = 0, time.time()
         disable = self.args.disable_tqdm or not self.is_world_process_zero()
         records = len(dataloader.dataset) // self.args.dataset_world_size
-        with tqdm(total=records, desc=metric_key_prefix, unit="record", leave=False, disable=disable) as self.bar:
+        with tqdm(
+            total=records, desc=metric_key_prefix, unit="record", leave=False, disable=disable, dynamic_ncols=True
+        ) as self.bar:
             output = super().evaluation_loop(
                 dataloader, description, *args, metric_key_prefix=metric_key_prefix, **kwargs
             )
@@ -428,3 +438,38 @@ class GLMTrainer(Trainer):
         finally:
             with contextlib.suppress(FileNotFoundError):
                 os.remove(temporary)
+
+    # What follows overrides private methods of PaddleNLP's Trainer, which its next release may rename.
+
+    # Its samplers shuffle otherwise on one process than on several, and don't group by length. The public way round
+    # them, get_train_dataloader and get_eval_dataloader, would be a copy of both.
+    def _get_train_sampler(self):
+        args = self.args
+        replicas, accumulation = args.dataset_world_size, args.gradient_accumulation_steps
+        batch_size = args.per_device_train_batch_size
+        self.train_sampler = GroupedBatchSampler(
+            self.train_dataset, batch_size, replicas, args.dataset_rank, batch_size * replicas * accumulation,
+            shuffle=True, group_by_length=args.group_by_length, seed=args.seed,
+        )  # fmt: skip
+        return self.train_sampler
+
+    def _get_eval_sampler(self, eval_dataset):
+        """From long to short, so that a batch has little padding."""
+        args, batch_size = self.args, self.args.per_device_eval_batch_size
+        return GroupedBatchSampler(
+            eval_dataset, batch_size, args.dataset_world_size, args.dataset_rank, batch_size * args.dataset_world_size,
+            shuffle=False, group_by_length=True, seed=args.seed,
+        )  # fmt: skip
+
+    # A damaged checkpoint raises whatever its format does, amid PaddleNLP's loading.
+    def _load_from_checkpoint(self, resume_from_checkpoint=None):
+        with loading(resume_from_checkpoint):
+            super()._load_from_checkpoint(resume_from_checkpoint)
+
+    def _load_optimizer_and_scheduler(self, checkpoint):
+        with loading(checkpoint):
+            super()._load_optimizer_and_scheduler(checkpoint)
+
+    # The Trainer's fails where the GPU build runs on a CPU, and SeedEachStep needs no state.
+    def _load_rng_state(self, checkpoint):
+        """Nothing to load."""

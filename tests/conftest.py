@@ -9,6 +9,10 @@ from paddlenlp.transformers import AutoTokenizer, GLMConfig, GLMForConditionalGe
 
 from data import DataCollator, build_features
 from finetune_generation import GenerationArguments
+from modeling import use_device, use_the_whole_cpu
+
+use_device("cpu")
+use_the_whole_cpu()
 
 ROOT = Path(__file__).resolve().parent.parent
 TINY_GLM = ROOT / "tests/fixtures/tiny-glm"

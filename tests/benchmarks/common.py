@@ -75,6 +75,9 @@ def save_model(folder, layers):
 def load_model(folder):
     from paddlenlp.transformers import AutoModelForConditionalGeneration
 
+    from modeling import use_the_whole_cpu
+
+    use_the_whole_cpu()
     return AutoModelForConditionalGeneration.from_pretrained(folder)
 
 
@@ -122,7 +125,7 @@ def children(args, workers):
     """Run each worker in a process of its own on the same weights. Returns {worker: what it printed}."""
     results = {}
     with tempfile.TemporaryDirectory() as folder:
-        code = f"import sys; sys.path.insert(0, {str(Path(__file__).parent)!r}); import common, utils\n"
+        code = f"import sys; sys.path.insert(0, {str(Path(__file__).parent)!r}); import common\n"
         code += f"common.save_model({folder!r}, {args.layers})"
         subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
         for worker, flags in workers.items():
