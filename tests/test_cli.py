@@ -110,6 +110,50 @@ def test_scores_are_those_of_the_plain_forward_in_float64(finished_run):
         paddle.set_default_dtype("float32")
 
 
+def test_eval_loss_is_the_mean_over_tokens(finished_run):
+    """Of all dev records' targets, by PaddleNLP's own forward of the saved weights; not the mean of records' means."""
+    import paddle
+    from paddlenlp.transformers import AutoModelForConditionalGeneration, AutoTokenizer
+
+    from data import DataCollator, build_dataset, read_records
+
+    folder, out = finished_run[0], finished_run[0] / "out"
+    dataset = build_dataset(AutoTokenizer.from_pretrained(str(out)), read_records(str(folder / "data"), "dev"), 160, 24)
+    model = AutoModelForConditionalGeneration.from_pretrained(str(out))
+    model.eval()
+    losses = []
+    for features in dataset:
+        batch = DataCollator(0)([features])
+        logits = model(
+            input_ids=paddle.to_tensor(batch["input_ids"]),
+            position_ids=paddle.to_tensor(batch["position_ids"]),
+            attention_mask=paddle.to_tensor(batch["attention_mask"].astype("float32")),
+            return_dict=True,
+        ).logits.numpy()[0, batch["target_positions"]]
+        log_p = log_softmax(logits)
+        losses.append(-0.9 * log_p[np.arange(len(log_p)), batch["labels"]] - 0.1 * log_p.mean(-1))
+    loss = json.loads((out / "eval_results.json").read_text())["eval_loss"]
+    assert len({len(part) for part in losses}) > 1
+    assert loss == pytest.approx(np.concatenate(losses).mean(), abs=1e-5)
+    assert loss != pytest.approx(np.mean([part.mean() for part in losses]), abs=1e-4)
+
+
+def test_the_last_step_is_evaluated_once(finished_run, tmp_path):
+    folder, result = finished_run
+    state = json.loads((folder / "out/trainer_state.json").read_text())
+    # Again where load_best_model_at_end has brought the weights of another step.
+    expected = 1 if state["best_model_checkpoint"].endswith("checkpoint-6") else 2
+    assert result.stderr.count("eval at step 6:") == expected
+    result = run("--model_name_or_path", TINY_GLM, "--task_name", folder / "data", "--output_dir", tmp_path, *FAST,
+                 "--do_train", "--do_eval", "--max_steps", 2, "--evaluation_strategy", "steps", "--eval_steps", 1,
+                 "--save_strategy", "no")  # fmt: skip
+    assert [result.stderr.count(f"eval at step {step}:") for step in (1, 2)] == [1, 1]
+    results = json.loads((tmp_path / "eval_results.json").read_text())
+    rows = read_jsonl(tmp_path / "eval_predictions.jsonl")
+    scores = compute_metrics([row["prediction"] for row in rows], [row["reference"] for row in rows])
+    assert results["eval_rougel"] == pytest.approx(scores["rougel"]) and results["eval_samples"] == 5
+
+
 def test_resuming_equals_an_unbroken_run(finished_run, tmp_path):
     folder, _ = finished_run
     common = ["--model_name_or_path", TINY_GLM, "--task_name", folder / "data", "--do_train", "--logging_steps", 1,

@@ -12,11 +12,14 @@ import subprocess
 import sys
 import termios
 import time
+from types import SimpleNamespace
 
+import paddle
 import pytest
 from conftest import MINI, ROOT, TINY_GLM
+from paddle.distributed.fleet.meta_parallel import get_rng_state_tracker
 
-from utils import CHECKPOINT_DONE, last_whole_checkpoint
+from utils import CHECKPOINT_DONE, SeedEachStep, WholeCheckpoints, last_whole_checkpoint
 
 FLAGS = ["--task_name", MINI, "--src_length", 160, "--tgt_length", 24, "--min_tgt_length", 0, "--num_beams", 2,
          "--do_train", "--learning_rate", 1e-3, "--per_device_train_batch_size", 4, "--logging_steps", 1]  # fmt: skip
@@ -149,17 +152,33 @@ def test_a_model_beside_a_torn_checkpoint_is_not_written_over(tmp_path):
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_ends_the_run_within_a_step(tmp_path, number):
-    args = ["--model_name_or_path", TINY_GLM, "--output_dir", tmp_path, "--max_steps", 40, "--save_steps", 100]
-    process = start(*args)
-    wait_for_line(process, "step 3/40")
-    process.send_signal(number)
-    code, lines = finish(process)
+    """Sent from within the third step, so that how fast the machine is does not matter."""
+    args = ["--model_name_or_path", TINY_GLM, "--output_dir", tmp_path, "--max_steps", 6, "--save_steps", 100]
+    code = "import os, utils, finetune_generation as f\nold = utils.GLMTrainer.training_step\n"
+    code += "def new(self, *args):\n    if self.state.global_step == 2:\n"
+    code += f"        os.kill(os.getpid(), {int(number)})\n    return old(self, *args)\n"
+    code, lines = finish(start(*args, code=code + "utils.GLMTrainer.training_step = new\nf.main()"))
     assert code == 128 + number
-    step = int(re.search(r"stopped by SIG\w+ at step (\d+)", lines[-1])[1])
-    assert step < 20 and lines[-1].endswith(f"the same command goes on from {tmp_path}/checkpoint-{step}")
+    name = signal.Signals(number).name
+    ending = f"stopped by {name} at step 3: the same command goes on from {tmp_path}/checkpoint-3"
+    assert lines[-1].endswith(ending) and (tmp_path / "checkpoint-3" / CHECKPOINT_DONE).exists()
     code, lines = finish(start(*args))
-    assert code == 0 and any(f"resuming from {tmp_path}/checkpoint-{step}" in line for line in lines)
-    assert sorted(losses(tmp_path)) == list(range(1, 41))
+    assert code == 0 and any(f"resuming from {tmp_path}/checkpoint-3" in line for line in lines)
+    assert sorted(losses(tmp_path)) == list(range(1, 7))
+
+
+@pytest.mark.parametrize("strategy, whole", [("no", False), ("epoch", True)])
+def test_a_signal_in_the_last_step(tmp_path, strategy, whole):
+    """No evaluation is begun; without checkpoints there is none."""
+    args = ["--model_name_or_path", TINY_GLM, "--output_dir", tmp_path, "--max_steps", 2, "--save_strategy", strategy]
+    args += ["--evaluation_strategy", "steps", "--eval_steps", 2, "--do_eval"]
+    code = "import os, utils, finetune_generation as f\nold = utils.GLMTrainer.training_step\n"
+    code += "def new(self, *args):\n    if self.state.global_step == 1:\n        os.kill(os.getpid(), 15)\n"
+    code += "    return old(self, *args)\nutils.GLMTrainer.training_step = new\nf.main()"
+    code, lines = finish(start(*args, code=code))
+    assert code == 143 and "stopped by SIGTERM at step 2" in lines[-1]
+    assert (last_whole_checkpoint(str(tmp_path)) == f"{tmp_path}/checkpoint-2") == whole
+    assert not (tmp_path / "model_state.pdparams").exists() and not (tmp_path / "eval_predictions.jsonl").exists()
 
 
 def test_a_signal_in_an_evaluation_ends_it(tmp_path):
@@ -206,6 +225,13 @@ def test_predictions_appear_whole_or_not_at_all(tmp_path):
                                "--do_eval", "--per_device_eval_batch_size", 30))  # fmt: skip
     assert code == 1 and "can't write: No space left on device" in lines[-1]
     assert (tmp_path / "eval_predictions.jsonl").read_text() == "those of the last run\n"
+    (tmp_path / "eval_predictions.jsonl.tmp").unlink(missing_ok=True)
+    # Replaced, not written over: who has the old file open, or a link to it, goes on seeing it whole.
+    os.link(tmp_path / "eval_predictions.jsonl", tmp_path / "link")
+    assert finish(start("--model_name_or_path", TINY_GLM, "--output_dir", tmp_path, "--do_train", "False",
+                        "--do_eval", "--per_device_eval_batch_size", 30))[0] == 0  # fmt: skip
+    assert (tmp_path / "link").read_text() == "those of the last run\n"
+    assert len((tmp_path / "eval_predictions.jsonl").read_text(encoding="utf-8").splitlines()) == 60
 
 
 def test_only_as_many_checkpoints_as_wanted_stay(tmp_path):
@@ -320,3 +346,53 @@ def test_a_reader_that_leaves_ends_the_pipe(tmp_path):
     process.stdout.close()
     code, lines = finish(process)
     assert code == -signal.SIGPIPE and "Traceback" not in "".join(lines)
+
+
+def test_each_step_draws_anew_and_a_resumed_one_alike():
+    tracker, seen = get_rng_state_tracker(), []
+    for step, seed, rank in ((0, 1, 0), (1, 1, 0), (2, 1, 0), (0, 2, 0), (0, 1, 1), (1, 1, 0)):
+        args = SimpleNamespace(seed=seed, dataset_rank=0, tensor_parallel_rank=rank)
+        SeedEachStep().on_step_begin(args, SimpleNamespace(global_step=step), None)
+        draws = [paddle.rand([4]).tolist()]
+        for name in ("embedding_seed", "global_seed", "local_seed"):
+            with tracker.rng_state(name):
+                draws.append(paddle.rand([4]).tolist())
+        seen.append(draws)
+    tracker.reset()
+    first, second, third, other_seed, other_rank, again = seen
+    assert second == again
+    for other in (second, third, other_seed):
+        assert all(a != b for a, b in zip(first, other))
+    assert len({tuple(draw) for draw in first}) == 4
+    # Processes of tensor parallelism share all but what they drop in their own heads.
+    assert first[:3] == other_rank[:3] and first[3] != other_rank[3]
+
+
+def test_a_checkpoint_that_is_written_anew_is_not_whole_meanwhile(tmp_path):
+    args = SimpleNamespace(output_dir=str(tmp_path), local_rank=-1)
+    state, control = SimpleNamespace(global_step=4, best_model_checkpoint=None), SimpleNamespace(should_save=False)
+    done = tmp_path / "checkpoint-4" / CHECKPOINT_DONE
+    done.parent.mkdir()
+    done.touch()
+    callback = WholeCheckpoints(None)
+    callback.on_step_end(args, state, control)
+    assert done.exists()
+    control.should_save = True
+    callback.on_step_end(args, state, control)
+    assert not done.exists() and last_whole_checkpoint(str(tmp_path)) is None
+    callback.on_save(args, state, control)
+    assert done.exists()
+
+
+@pytest.mark.parametrize("limit, best, kept", [(2, None, [3, 4]), (2, 1, [1, 4]), (1, 1, [1, 4]), (1, None, [4]),
+                                               (3, 2, [2, 3, 4]), (9, None, [1, 2, 3, 4])])  # fmt: skip
+def test_the_newest_and_the_best_checkpoint_stay(tmp_path, limit, best, kept):
+    for number in range(1, 5):
+        (tmp_path / f"checkpoint-{number}").mkdir()
+        os.utime(tmp_path / f"checkpoint-{number}", (1000 + number, 1000 + number))
+    callback = WholeCheckpoints(limit)
+    args = SimpleNamespace(output_dir=str(tmp_path), local_rank=-1)
+    state = SimpleNamespace(global_step=4, best_model_checkpoint=best and f"{tmp_path}/checkpoint-{best}")
+    callback.on_step_end(args, state, SimpleNamespace(should_save=True))
+    callback.on_save(args, state, None)
+    assert sorted(path.name for path in tmp_path.iterdir()) == [f"checkpoint-{number}" for number in kept]

@@ -213,6 +213,8 @@ def test_top_k_and_top_p_filter_the_draw():
         ({"top_k": 3}, [0, 1, 2]),
         ({"top_p": 0.6}, [0, 1]),  # 0.4 is not enough, 0.7 is
         ({"top_p": 0.4 - 1e-3}, [0]),
+        ({"top_p": 0.42}, [0, 1]),
+        ({"top_p": 0.68}, [0, 1]),
         ({"top_k": 2, "top_p": 0.99}, [0, 1]),
         ({"top_k": 9, "top_p": 1.0}, [0, 1, 2, 3, 4]),
     ):
@@ -237,3 +239,50 @@ def test_drawn_beams_keep_the_rules_and_repeat_with_the_seed():
     assert results[0] == results[1] != results[2]
     for tokens, _ in results[0] + results[2]:
         assert 5 <= len(tokens) <= 12 and END not in tokens and not repeats_ngram(tokens, 2)
+
+
+@pytest.mark.parametrize("filters", [{"top_k": 1}, {"top_k": 3}, {"top_p": 0.5}, {"top_k": 4, "top_p": 0.7}])
+@pytest.mark.parametrize("garbage", [False, True])  # as topk's ids of -inf entries are on a GPU
+def test_filtered_and_banned_tokens_are_never_chosen(monkeypatch, filters, garbage):
+    """Every live beam's last token is one that its parent's distribution leaves after the filters, and not banned."""
+    topk = paddle.topk
+
+    def gpu_topk(values, k):
+        keys, token_ids = topk(values, k)
+        return keys, paddle.where(keys == -inf, paddle.full_like(token_ids, -1 if k % 2 else 2**40), token_ids)
+
+    if garbage:
+        monkeypatch.setattr(paddle, "topk", gpu_topk)
+    sources, input_ids, lengths = make_sources((9, 5))
+    model = random_glm(3, num_layers=1)
+    generation = generation_arguments(
+        tgt_length=7, num_beams=5, select_topk=False, no_repeat_ngram_size=2, min_tgt_length=3, **filters
+    )
+    advance, live = Beams.advance, []
+
+    def checked(beams, candidates):
+        keys, log_probabilities, token_ids = candidates
+        assert ((token_ids >= 0) & (token_ids < 24)).all()
+        assert ((keys == -inf) == (log_probabilities == -inf)).all()
+        before, examples, count = beams.tokens.copy(), beams.example.copy(), beams.step
+        rows = advance(beams, candidates)
+        for row, beam in zip(*np.nonzero(beams.sums > -inf)):
+            live.append((int(beams.example[row]), beams.tokens[row, beam, : count + 1].tolist()))
+        assert before.shape[0] == len(examples)
+        return rows
+
+    monkeypatch.setattr(Beams, "advance", checked)
+    paddle.seed(1)
+    results = beam_search(model, input_ids, lengths, generation, START, END)
+    assert all(np.isfinite(score) for _, score in results) and len(live) > 10
+    for example, tokens in live:
+        log_p = plain_log_probabilities(model, sources[example], tokens[:-1])
+        if len(tokens) <= 3:
+            log_p[END] = -inf
+        for token in range(24):
+            if repeats_ngram((*tokens[:-1], token), 2):
+                log_p[token] = -inf
+        order = np.argsort(-log_p)[: filters.get("top_k", 24)]
+        p = np.exp(log_p[order]) / np.exp(log_p[order]).sum()
+        allowed = order[(np.cumsum(p) - p < filters.get("top_p", 1.0)) & (p > 0)]
+        assert tokens[-1] in allowed and not repeats_ngram(tokens, 2)

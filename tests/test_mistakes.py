@@ -145,6 +145,8 @@ MISTAKES = [
     ("--pipeline_parallel_degree 2", None, "--pipeline_parallel_degree is 2"),
     ("--optim adafactor", None, "--optim is adafactor: PaddleNLP has adamw alone"),
     ("--to_static", None, "--to_static: the training code here is dynamic"),
+    ("--sharding stage3", None, "--sharding is stage3: this project runs with stage1 alone"),
+    ("--sharding stage2", None, "--sharding is stage2: this project runs with stage1 alone"),
     ("--past_index 0", None, "--past_index is 0: PaddleNLP's GLM can't be run this way"),
     ("--hybrid_parallel_topo_order up", None, "by its rule: assert self.hybrid_parallel_topo_order in"),
     ("--do_train maybe", None, "Truthy value expected: got maybe"),
@@ -159,6 +161,8 @@ MISTAKES = [
     ("--output_dir {folder}/data/dev.json", None, "dev.json is not a folder: give another one"),
     ("--output_dir {folder}/data/dev.json/out", None, "dev.json is not a folder: give another one"),
     ("--output_dir {folder}/data", None, "and nothing of a run: give a folder of its own, or --overwrite_output_dir"),
+    ("--output_dir {folder}/texts", write("texts/thesis.txt", "mine"), "holds thesis.txt and nothing of a run"),
+    ("--output_dir {folder}/texts", write("texts/notes.log", "mine"), "holds notes.log and nothing of a run"),
     ("--output_dir {folder}/model", None, "holds a model and no checkpoint to resume from"),
     ("--output_dir=", None, "--output_dir is missing"),
     ("--resume_from_checkpoint {folder}/data", None, "data has no model[-_]*: give a run's checkpoint-N"),
@@ -213,6 +217,22 @@ def test_a_mistake_ends_with_one_line(folder, monkeypatch, capsys, flags, damage
     assert lines[-1].startswith("finetune_generation.py: error: ") and message in lines[-1]
     assert not any("Traceback" in line for line in lines)
     assert files(folder) == before and not (folder / "out").exists()
+
+
+def test_a_run_may_log_into_its_own_folder(folder):
+    (folder / "out").mkdir()
+    command = [sys.executable, "finetune_generation.py", "--model_name_or_path", folder / "model", "--task_name",
+               folder / "data", "--output_dir", folder / "out", "--do_train", "--max_steps", "1"]  # fmt: skip
+    with open(folder / "out/train.log", "w") as log:
+        assert subprocess.run(list(map(str, command)), cwd=ROOT, stdout=log, stderr=log).returncode == 0
+    assert (folder / "out/model_state.pdparams").exists()
+
+
+def test_one_card_for_several_processes(folder, monkeypatch, capsys):
+    monkeypatch.setattr(finetune_generation, "use_device", lambda name: name)
+    monkeypatch.setattr(finetune_generation.paddle.distributed, "get_world_size", lambda: 2)
+    code, lines = main(monkeypatch, capsys, "--output_dir", folder / "out", "--do_train", "--device", "gpu:1")
+    assert code == 2 and "--device gpu:1 puts all 2 processes on one card: leave it out" in lines[-1]
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")

@@ -1,0 +1,107 @@
+"""What modeling.py says of a device, against a machine that is made up: no test has a GPU."""
+
+import ctypes
+
+import paddle
+import pytest
+
+import modeling
+from data import InputError
+
+
+@pytest.fixture
+def cards(monkeypatch):
+    """Pretend that Paddle has two GPUs. Returns what it was told."""
+    told = []
+    monkeypatch.setattr(paddle, "is_compiled_with_cuda", lambda: True)
+    monkeypatch.setattr(paddle.device.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(paddle, "set_device", lambda name: told.append(name))
+    monkeypatch.setattr(paddle, "set_flags", lambda flags: told.append(flags))
+    return told
+
+
+@pytest.mark.parametrize("name, used", [("", "gpu"), ("gpu", "gpu"), ("gpu:1", "gpu:1"), ("cpu", "cpu")])
+def test_the_device_that_is_used(cards, name, used):
+    assert modeling.use_device(name) == used
+    assert cards == [used, {"FLAGS_embedding_deterministic": 1}]
+
+
+@pytest.mark.parametrize("name", ["gpu:2", "gpu:-1", "gpu:x", "gpu:"])
+def test_a_card_that_is_not_there(cards, name):
+    with pytest.raises(InputError, match=f"--device is {name}: the 2 cards here are gpu:0 to gpu:1"):
+        modeling.use_device(name)
+    assert cards == []
+
+
+def test_no_card(monkeypatch):
+    monkeypatch.setattr(paddle.device.cuda, "device_count", lambda: 0)
+    assert [modeling.use_device(name) for name in ("", "gpu", "gpu:1", "cpu")] == ["cpu"] * 4
+    assert modeling.on_cpu() and not modeling.supports_dtype("float16") and not modeling.supports_dtype("bfloat16")
+
+
+@pytest.mark.parametrize(
+    "capability, float16, bfloat16",
+    [((5, 3), False, False), ((6, 1), False, False), ((7, 0), True, False), ((7, 5), True, False), ((8, 0), True, True),
+     ((8, 6), True, True), ((9, 0), True, True), ((10, 0), True, True)],
+)  # fmt: skip
+def test_types_by_compute_capability(monkeypatch, capability, float16, bfloat16):
+    monkeypatch.setattr(paddle, "get_device", lambda: "gpu:0")
+    monkeypatch.setattr(paddle.device.cuda, "get_device_capability", lambda *device: capability)
+    assert not modeling.on_cpu()
+    assert (modeling.supports_dtype("float16"), modeling.supports_dtype("bfloat16")) == (float16, bfloat16)
+
+
+@pytest.mark.parametrize("cpu", [True, False])
+def test_the_allocator_is_left_alone_beside_a_gpu(monkeypatch, cpu):
+    calls = []
+
+    class Library:
+        def __init__(self, name):
+            pass
+
+        def mallopt(self, parameter, value):
+            calls.append((parameter, value))
+
+    monkeypatch.setattr(ctypes, "CDLL", Library)
+    monkeypatch.setattr(modeling, "on_cpu", lambda: cpu)
+    monkeypatch.setenv("OMP_NUM_THREADS", "2")
+    modeling.use_the_whole_cpu()
+    assert calls == ([(-4, 0), (-1, -1)] if cpu else [])
+
+
+def test_nothing_happens_at_import():
+    """Environment, signals, threads and allocator are as they were; the order of the imports does not matter."""
+    import os
+    import subprocess
+    import sys
+
+    from conftest import ROOT
+
+    code = (
+        "import os, signal, sys, threading, warnings, ctypes, paddle, paddlenlp.trainer, rouge, tqdm.contrib.logging\n"
+        "import paddlenlp.transformers, paddlenlp.metrics\n"
+        "calls = []\nctypes.CDLL = paddle.base.core.set_num_threads = calls.append\n"
+        "paddle.set_flags = paddle.set_device = calls.append\n"
+        "state = lambda: (dict(os.environ), [signal.getsignal(n) for n in (2, 13, 15)], threading.excepthook,\n"
+        "                 warnings.filters[:], sys.getrecursionlimit(), paddle.get_device())\n"
+        "before = state()\nfor name in sys.argv[1:]: __import__(name)\n"
+        "assert state() == before and not calls, (before, state(), calls)\n"
+    )
+    names = ["finetune_generation", "utils", "generation", "modeling", "data"]
+    for order in (names, names[::-1]):
+        subprocess.run(
+            [sys.executable, "-c", code, *order], cwd=ROOT, check=True, env={**os.environ, "PYTHONPATH": "."}
+        )
+
+
+def test_imports_run_downwards():
+    import ast
+
+    from conftest import ROOT
+
+    rooms = ["data", "modeling", "generation", "utils", "finetune_generation"]
+    for number, room in enumerate(rooms):
+        tree = ast.parse((ROOT / f"{room}.py").read_text(encoding="utf-8"))
+        imported = {node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)}
+        imported |= {alias.name for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names}
+        assert not imported & set(rooms[number:]), room
