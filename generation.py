@@ -1,77 +1,134 @@
 """Cached decoding and beam search."""
 
-from collections import defaultdict
+from collections import Counter, defaultdict
 
 import numpy as np
 import paddle
 import paddle.distributed as dist
 import paddle.nn.functional as F
 
-from modeling import MASKED, attend, forward, log_sum_exp
+from modeling import MASKED, additive_mask, attend, forward, log_sum_exp, on_cpu, residual_biases
+
+GROWTH = 16  # tokens by which the room in a cache grows: what is not written yet is attended over too, under the mask
 
 
-def _additive_mask(model, visible, num_queries):
-    """bool numpy [B, 1 or queries, keys] to a tensor [B, H, queries, keys]: 0 where visible, else MASKED.
+class Cache:
+    """Keys and values of a batch, and what of them each beam sees. A: examples; K: beams; H: heads; D: a head's size.
 
-    Whole, and once for all layers, for Paddle is slow at broadcasting on a CPU.
+    The source's part is stored once per example, for all its beams. Behind it every beam has a slot for every step,
+    written once and never moved: when beams branch, only the mask changes, which says what a beam descends from.
+
+    Attributes:
+        layers (list): of each layer keys and values in one tensor, [2, A, H, slots, D], and views of either.
+        mask: 0 where a beam sees a slot, else MASKED, [A, K, slots], in the type of the weights.
+        used (int): the slots that are written.
     """
-    dtype = model.glm.word_embeddings.weight.dtype
-    mask = paddle.to_tensor(np.where(visible, 0.0, MASKED), dtype=dtype).unsqueeze(1)
-    heads = model.glm.transformer.layers[0].attention.num_attention_heads
-    return mask.tile([1, heads, num_queries // mask.shape[2], 1])
+
+    def __init__(self, model, seen, num_beams, tgt_length):
+        self.layers, self.num_beams, self.rest = [], num_beams, tgt_length
+        self.heads = model.glm.transformer.layers[0].attention.num_attention_heads if on_cpu() else 1
+        self.dtype = model.glm.word_embeddings.weight.dtype
+        self.used = seen.shape[1]
+        self.mask = additive_mask(seen, self.dtype).unsqueeze(1).tile([1, num_beams, 1])
+        # A beam sees its own slot of a step, and none of the other beams'.
+        self.own = additive_mask(paddle.eye(num_beams), self.dtype)  # [K, K]
+        self.biases = [residual_biases(layer, [len(seen), num_beams]) for layer in model.glm.transformer.layers]
+
+    def set_layer(self, number, keys_values):
+        """Keep [2, A, H, slots, D] as the layer ``number``."""
+        self.layers[number : number + 1] = [(keys_values, keys_values[:1], keys_values[1:])]
+
+    def open_slots(self):
+        """Let each beam see the slot that its next token is about to be written to. Returns the first of them."""
+        num_beams, slot = self.num_beams, self.used
+        if slot == self.mask.shape[2]:
+            self.make_room(min(GROWTH, self.rest) * num_beams)
+            self.rest -= GROWTH
+            slot = self.used
+        self.mask[:, :, slot : slot + num_beams] = self.own
+        self.used += num_beams
+        return slot
+
+    def make_room(self, room):
+        """Add ``room`` slots, and leave out those that no beam of their example sees any more, or ever did."""
+        seen = (self.mask == 0).any(axis=1).numpy()  # [A, slots]
+        self.used = seen.sum(1).max()
+        kept = paddle.to_tensor(
+            np.argsort(~seen, axis=1, kind="stable")[:, : self.used]
+        )  # [A, used]; fillers are unseen
+        shape = [*self.mask.shape[:2], room]
+        mask = paddle.take_along_axis(self.mask, kept.unsqueeze(1).tile([1, self.num_beams, 1]), axis=2)
+        self.mask = paddle.concat([mask, paddle.full(shape, MASKED, self.dtype)], axis=2)
+        # The same slots of every head, as row numbers of a layer's [2 * A * H * slots, D]: whole rows are copied fast.
+        *shape, slots, head_size = self.layers[0][0].shape
+        rows = (paddle.arange(int(np.prod(shape))) * slots).reshape([*shape, 1]) + kept.unsqueeze(1)
+        rows = paddle.concat([rows, rows[..., :1].tile([1, 1, 1, room])], axis=3)  # in the room anything may stand
+        for number, (keys_values, _, _) in enumerate(self.layers):
+            self.set_layer(number, F.embedding(rows, keys_values.reshape([-1, head_size])))
+
+    def follow(self, origins):
+        """Go on with other beams: ``origins`` int64 [A', K] are their numbers among the A * K of now, row by row."""
+        num_rows, num_beams, slots = self.mask.shape
+        self.mask = self.mask.reshape([-1, slots]).index_select(origins.reshape([-1])).reshape([-1, num_beams, slots])
+        if len(origins) < num_rows:  # finished examples leave the batch
+            rows = origins[:, 0] // num_beams
+            for number, layer in enumerate(self.layers):
+                self.set_layer(number, layer[0].index_select(rows, axis=1))
+            self.biases = [[bias if bias is None else bias[: len(origins)] for bias in pair] for pair in self.biases]
 
 
-def prefill(model, input_ids, source_length, num_slots):
+def prefill(model, input_ids, source_length, num_beams, tgt_length):
     """Run the sources once and keep their keys and values.
 
     Args:
         input_ids: int64 [B, S], sources padded on the right. source_length: numpy int64 [B].
-        num_slots (int): room for generated tokens, tgt_length * num_beams.
+        num_beams, tgt_length (int): of each source's beams, and of the tokens that each may generate.
 
     Returns:
-        list: the cache, of each layer keys and values, [B, H, S + num_slots, D], allocated here once. The source's part
-        is stored once per example, for all its beams. Behind it every beam has a slot for every step, written once and
-        never moved: when beams branch, only the mask changes that says what a beam descends from.
+        Cache.
     """
-    batch_size, length = input_ids.shape
-    position_ids = paddle.stack([paddle.arange(length), paddle.zeros([length], "int64")]).unsqueeze(0)
-    visible = np.arange(length) < source_length[:, None, None]  # [B, 1, S]
-    mask = None if visible.all() else _additive_mask(model, visible, length)
-    cache = []
+    length = input_ids.shape[1]
+    positions = paddle.arange(length)
+    seen = (positions < paddle.to_tensor(source_length).unsqueeze(1)).astype("float32")  # [B, S]
+    cache, mask = Cache(model, seen, num_beams, tgt_length), None
+    if source_length.min() < length:
+        mask = additive_mask(seen, cache.dtype)[:, None, None, :]  # [B, 1, 1, S]
+        # Whole on a CPU, and once for all layers, for Paddle is slow at broadcasting there.
+        mask = mask.tile([1, cache.heads, length if on_cpu() else 1, 1])
 
-    def core(_, query, key, value):
-        shape = [batch_size, key.shape[1], length + num_slots, key.shape[3]]
-        cache.append((paddle.zeros(shape, key.dtype), paddle.zeros(shape, key.dtype)))
-        cache[-1][0][:, :, :length], cache[-1][1][:, :, :length] = key, value
-        return attend(query, key, value, mask)
+    def core(number, query, keys_values):
+        cache.set_layer(number, keys_values)
+        return attend(query, *cache.layers[number][1:], mask)
 
-    forward(model, input_ids, position_ids.tile([batch_size, 1, 1]), core)
+    forward(model, input_ids, paddle.stack([positions, paddle.zeros_like(positions)]).unsqueeze(0), core)
     return cache
 
 
-def decode_one_token(model, cache, token_ids, position_ids, slot, visible):
+def decode_one_token(model, cache, token_ids, position_ids):
     """Feed one token to every beam: its keys and values enter the cache, its logits come out.
 
     The beams of an example are so many queries on one shared cache, which is why the source is stored once.
 
     Args:
-        token_ids: int64 [B, K], the beams' last tokens. position_ids: int64 [B, 2], theirs.
-        slot (int): where in the cache the beams write, slot to slot + K - 1.
-        visible: numpy bool [B, K, S + num_slots], what each beam sees of it.
+        token_ids: int64 [A, K], the beams' last tokens. position_ids: int64 [A, 2], theirs.
 
     Returns:
-        logits of the next token, [B, K, V].
+        logits of the next token, [A, K, V].
     """
-    num_beams = token_ids.shape[1]
-    mask = _additive_mask(model, visible, num_beams)
+    slot = cache.open_slots()
+    mask = cache.mask.unsqueeze(1)  # [A, 1, K, slots]
+    if cache.heads > 1:
+        mask = mask.tile([1, cache.heads, 1, 1])
 
-    def core(number, query, key, value):
-        keys, values = cache[number]
-        keys[:, :, slot : slot + num_beams], values[:, :, slot : slot + num_beams] = key, value
+    def core(number, query, keys_values):
+        layer, keys, values = cache.layers[number]
+        layer[:, :, :, slot : slot + cache.num_beams] = keys_values  # and so in the views
         return attend(query, keys, values, mask)
 
-    hidden_states = forward(model, token_ids, position_ids.unsqueeze(-1).tile([1, 1, num_beams]), core)
-    return paddle.matmul(hidden_states, model.glm.word_embeddings.weight, transpose_y=True)
+    hidden_states = forward(model, token_ids, position_ids.unsqueeze(-1), core, cache.biases)
+    rows = hidden_states.reshape([-1, hidden_states.shape[-1]])  # or Paddle would read the weight once an example
+    logits = paddle.matmul(rows, model.glm.word_embeddings.weight, transpose_y=True)
+    return logits.reshape([*token_ids.shape, -1])
 
 
 # ----------------------------------------------------------------------------------------------------- beam search
@@ -90,34 +147,39 @@ def next_token_candidates(logits, banned, count, select_topk=True, top_k=0, top_
         select_topk, top_k, top_p: see finetune_generation.GenerationArguments. group: of tensor parallelism.
 
     Returns:
-        numpy float64 [3, B, K, min(count, V), or that of every process]: sort keys (the largest are chosen),
+        numpy float64 [3, B, K, M], where M is about ``count``, of every process: sort keys (the largest are chosen),
         log-probabilities, token ids. Where a beam has fewer possible tokens, the rest are -inf, -inf and some valid id.
         The keys are the log-probabilities; for a draw, those plus Gumbel noise, since the
         n largest of the sums are a draw of n without replacement in proportion to the probabilities (arXiv 1903.06059).
     """
-    logits = logits.astype("float32")
+    if logits.dtype != paddle.float32:
+        logits = logits.astype("float32")
     if group is not None and not select_topk:
         logits, group = _all_gather(logits, group), None
     part = logits.shape[-1]
     first = 0 if group is None else group.rank * part  # token of this part
-    minus_infinity = paddle.full([1], -float("inf"))
-    _, whole = log_sum_exp(logits.max(-1), F.softmax(logits).max(-1), group)  # [B, K]
-    banned = [(row, beam, token - first) for row, beam, token in banned if first <= token < first + part]
-    if banned:
-        logits[tuple(paddle.to_tensor(index) for index in np.array(banned, dtype="int64").T)] = -float("inf")
-    scores = logits
+    if select_topk:  # enough that ``count`` are left when the banned ones are taken out
+        count += max(Counter((row, beam) for row, beam, _ in banned).values(), default=0)
+    keys, token_ids = paddle.topk(logits, min(count, part) if select_topk else 1)
+    likeliest = paddle.take_along_axis(F.softmax(logits), token_ids[..., :1], axis=-1)
+    _, whole = log_sum_exp(keys[..., :1], likeliest, group)  # [B, K, 1]
+    chosen = keys
     if not select_topk:
+        minus_infinity = paddle.full([1], -float("inf"))
+        if banned:
+            logits[tuple(paddle.to_tensor(index) for index in np.array(banned, dtype="int64").T)] = -float("inf")
         gumbel = -paddle.log(-paddle.log(paddle.uniform(logits.shape, min=1e-20, max=1.0)))
-        scores = paddle.where(logits >= _lowest_logit_to_draw(logits, top_k, top_p), logits + gumbel, minus_infinity)
-    keys, token_ids = paddle.topk(scores, min(count, part))
-    impossible = keys == -float("inf")  # banned or filtered; on a GPU topk gives such an entry any number for an id
-    token_ids = paddle.where(impossible, paddle.zeros_like(token_ids), token_ids)
-    chosen = keys if select_topk else paddle.take_along_axis(logits, token_ids, axis=-1)
-    chosen = paddle.where(impossible, minus_infinity, chosen)
-    whole = whole.unsqueeze(-1)
+        noisy = paddle.where(logits >= _lowest_logit_to_draw(logits, top_k, top_p), logits + gumbel, minus_infinity)
+        keys, token_ids = paddle.topk(noisy, min(count, part))
+        impossible = keys == -float("inf")  # filtered or banned; on a GPU topk gives such an entry any number for an id
+        token_ids = paddle.where(impossible, paddle.zeros_like(token_ids), token_ids)
+        chosen = paddle.where(impossible, minus_infinity, paddle.take_along_axis(logits, token_ids, axis=-1))
     table = paddle.stack([column.astype("float64") for column in (keys - whole, chosen - whole, token_ids + first)])
     # One copy from the device a step, of this small table.
-    return (table if group is None else _all_gather(table, group)).numpy()
+    table = (table if group is None else _all_gather(table, group)).numpy()
+    for row, beam, token in banned if select_topk else []:
+        table[:2, row, beam, table[2, row, beam] == token] = -np.inf
+    return table
 
 
 def _all_gather(tensor, group):
@@ -147,35 +209,22 @@ class Beams:
     A: examples not done yet; K: beams; T: tgt_length.
     """
 
-    def __init__(self, source_length, length, generation, end_token_id):
+    def __init__(self, batch_size, generation, end_token_id):
         self.generation, self.end_token_id = generation, end_token_id
-        batch_size, num_beams, tgt_length = len(source_length), generation.num_beams, generation.tgt_length
+        num_beams, tgt_length = generation.num_beams, generation.tgt_length
         self.step = 0  # tokens generated so far
         self.example = np.arange(batch_size)  # [A], which of the batch each row is
         self.tokens = np.zeros([batch_size, num_beams, tgt_length], dtype="int64")
         self.sums = np.full([batch_size, num_beams], -np.inf)  # of log-probabilities
         self.sums[:, 0] = 0  # all beams start alike: only the first may branch
-        self.source_slots = length
-        # [A, K, S + T * K], what a beam sees of the cache: its source and the slots of its own past
-        self.visible = np.zeros([batch_size, num_beams, length + tgt_length * num_beams], dtype=bool)
-        self.visible[:, :, :length] = np.arange(length) < np.asarray(source_length)[:, None, None]
+        # [A, K, T * K], the past of each beam: in step t beam k of an example takes the slot t * K + k
+        self.past = np.zeros([batch_size, num_beams, tgt_length * num_beams], dtype=bool)
         self.finished_tokens = np.zeros_like(self.tokens)
         self.finished_lengths = np.zeros([batch_size, num_beams], dtype="int64")
         self.finished_scores = np.full([batch_size, num_beams], -np.inf)
         # For each example: the last n - 1 tokens -> slots in which such a sequence ended, in whatever beam.
         self.seen = [defaultdict(list) for _ in range(batch_size)]
         self.results = [None] * batch_size
-
-    def open_slots(self):
-        """Let each beam see the slot that its last token is about to be written to.
-
-        Returns:
-            the first of these slots, and ``visible``.
-        """
-        num_beams = self.sums.shape[1]
-        slot = self.source_slots + self.step * num_beams
-        self.visible[:, np.arange(num_beams), slot + np.arange(num_beams)] = True
-        return slot, self.visible
 
     def banned(self):
         """The impossible next tokens, list of (row, beam, token): the end before min_tgt_length, repeated n-grams.
@@ -192,8 +241,7 @@ class Beams:
             tokens = self.tokens[row, beam]
             slots = self.seen[self.example[row]][tuple(tokens[step - n + 1 : step])]
             # A slot of step s holds token s - 1, so what followed it is token s.
-            visible = self.visible[row, beam, self.source_slots :]
-            bans += [(row, beam, tokens[slot // num_beams]) for slot in slots if visible[slot]]
+            bans += [(row, beam, tokens[slot // num_beams]) for slot in slots if self.past[row, beam, slot]]
             slots.append(step * num_beams + beam)
         return bans
 
@@ -210,7 +258,8 @@ class Beams:
         """Take one step with the ``candidates`` of ``next_token_candidates``, [3, A, K, M].
 
         Returns:
-            numpy int64 [A'], the rows still running; the others' results are ready.
+            numpy int64 [A', K], the beams that the running ones go on from, by their numbers among the A * K of now;
+            the results of the A - A' other examples are ready.
         """
         num_rows, num_beams, count = candidates.shape[1:]
         step, penalty = self.step, self.generation.length_penalty
@@ -229,7 +278,7 @@ class Beams:
         # "Worst no worse than the best running sum": of all candidates and over the length before this step, as THUDM
         # has it, so that one beam is greedy search.
         worst = self.finished_scores[:, -1]
-        done = (worst > -np.inf) & (worst >= sums[:, 0] / max(step, 1) ** penalty)
+        done = worst >= sums[:, 0] / max(step, 1) ** penalty
 
         sums = np.where(ends, -np.inf, sums)
         live = np.argsort(ends, axis=1, kind="stable")[:, :num_beams]  # the first that are no end tokens
@@ -243,13 +292,15 @@ class Beams:
             self._finish(*self._running(stuck & (self.finished_scores == -np.inf).all(axis=1)))
         done |= stuck
 
-        self.sums, self.tokens, self.visible = sums, self.tokens[row, parents], self.visible[row, parents]
+        beam = np.arange(num_beams)
+        self.past[:, beam, step * num_beams + beam] = True
+        self.sums, self.tokens, self.past = sums, self.tokens[row, parents], self.past[row, parents]
         self.tokens[:, :, step] = token_ids
         self.step += 1
         if self.step == self.generation.tgt_length:
             self._finish(*self._running(~done))
             done[:] = True
-        return self._drop(done)
+        return (row * num_beams + parents)[self._drop(done)]
 
     def _running(self, rows):
         """The running beams of ``rows`` (bool [A]) as hypotheses with their own scores."""
@@ -257,13 +308,14 @@ class Beams:
         return self.tokens, np.full(scores.shape, self.step), scores
 
     def _drop(self, done):
+        """Take the best hypotheses of the rows that are ``done`` (bool [A]). Returns the other rows, int [A']."""
         for row in np.nonzero(done)[0]:
             length = self.finished_lengths[row, 0]
             tokens = self.finished_tokens[row, 0, :length].tolist()
             self.results[self.example[row]] = (tokens, float(self.finished_scores[row, 0]))
         rows = np.nonzero(~done)[0]
         if done.any():
-            for name in ("example", "tokens", "sums", "visible"):
+            for name in ("example", "tokens", "sums", "past"):
                 setattr(self, name, getattr(self, name)[rows])
             for name in ("finished_tokens", "finished_lengths", "finished_scores"):
                 setattr(self, name, getattr(self, name)[rows])
@@ -283,20 +335,17 @@ def beam_search(model, input_ids, source_length, generation, start_token_id, end
         list of (token ids without start and end token, score), one per source; the score is the sum of the natural
         logarithms of the probabilities, the end token's included, over length ** length_penalty.
     """
-    num_beams, length = generation.num_beams, input_ids.shape[1]
-    cache = prefill(model, input_ids, source_length, generation.tgt_length * num_beams)
-    beams = Beams(source_length, length, generation, end_token_id)
+    num_beams = generation.num_beams
+    draw = (generation.select_topk, generation.top_k, generation.top_p)
+    cache = prefill(model, input_ids, source_length, num_beams, generation.tgt_length)
+    beams = Beams(len(source_length), generation, end_token_id)
     token_ids = paddle.full([len(source_length), num_beams], start_token_id, dtype="int64")
-    while len(beams.example):
+    while True:
         position_ids = np.stack([source_length[beams.example] - 2, np.full(len(beams.example), beams.step + 1)], axis=1)
-        slot, visible = beams.open_slots()
-        logits = decode_one_token(model, cache, token_ids, paddle.to_tensor(position_ids), slot, visible)
-        draw = (generation.select_topk, generation.top_k, generation.top_p)
+        logits = decode_one_token(model, cache, token_ids, paddle.to_tensor(position_ids))
         candidates = next_token_candidates(logits, beams.banned(), 2 * num_beams, *draw, group=group)
-        num_rows = len(beams.example)
-        rows = beams.advance(candidates)
-        if 0 < len(rows) < num_rows:  # finished examples leave the batch
-            rows = paddle.to_tensor(rows)
-            cache = [(keys.index_select(rows), values.index_select(rows)) for keys, values in cache]
+        origins = beams.advance(candidates)
+        if not len(origins):
+            return beams.results
+        cache.follow(paddle.to_tensor(origins))
         token_ids = paddle.to_tensor(beams.tokens[:, :, beams.step - 1])
-    return beams.results

@@ -81,7 +81,12 @@ def use_the_whole_cpu():
     if on_cpu() and hasattr(libc, "mallopt"):  # glibc
         libc.mallopt(-4, 0)  # M_MMAP_MAX: large blocks come from the heap
         libc.mallopt(-1, -1)  # M_TRIM_THRESHOLD: and stay there for the next ones
-    if "OMP_NUM_THREADS" in os.environ:
+    try:  # importing paddle sets the variable, to 1, in os.environ: what the user gave is what the process began with
+        with open("/proc/self/environ", "rb") as file:
+            given = b"\0OMP_NUM_THREADS=" in b"\0" + file.read()
+    except OSError:
+        given = False
+    if given:
         return
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     # By this call, not by OMP_NUM_THREADS, whose use makes paddle print a warning at import.
@@ -158,8 +163,13 @@ class LabelSmoothedLoss(PyLayer):
 # -------------------------------------------------------------------------------------------------------- attention
 
 
+def additive_mask(visible, dtype):
+    """0 where ``visible`` is 1, MASKED where it is 0: what is added to attention scores. Made on the device."""
+    return ((1 - visible) * MASKED).astype(dtype)
+
+
 def attend(query, keys, values, mask, drop=None):
-    """Scaled dot-product attention, all [B, H, length, D].
+    """Scaled dot-product attention, all [..., H, length, D].
 
     Args:
         mask: 0 or MASKED, [B, H or 1, queries, keys], or None where every key is visible.
@@ -172,34 +182,35 @@ def attend(query, keys, values, mask, drop=None):
     return paddle.matmul(weights if drop is None else drop(weights), values)
 
 
-@functools.lru_cache(maxsize=16)
+@functools.lru_cache(maxsize=64)
 def _transposed_rows(shape, order):
-    """Where the rows of [*shape, D] come from when its dimensions but the last change places, and their new shape."""
-    index = np.arange(np.prod(shape)).reshape(shape).transpose(order)
-    return paddle.to_tensor(index.reshape(-1)), list(index.shape)
+    """Where the rows of [*shape, D] come from when its dimensions but the last change places, int64 of the new shape."""
+    return paddle.to_tensor(np.arange(np.prod(shape)).reshape(shape).transpose(order))
 
 
 def _transpose_rows(inputs, order):
     """``inputs.transpose([*order, last])``: all but the last dimension change places."""
     if not on_cpu():
         return inputs.transpose([*order, len(order)])
-    # The same from a gather, which copies rows whole, takes Paddle a tenth of the time on a CPU, and its gradient too.
-    *shape, width = inputs.shape
-    index, new_shape = _transposed_rows(tuple(shape), tuple(order))
-    return inputs.reshape([-1, width]).gather(index).reshape([*new_shape, width])
+    # The same from a look-up, which copies rows whole, takes Paddle a tenth of the time on a CPU, and its gradient too.
+    return F.embedding(_transposed_rows(tuple(inputs.shape[:-1]), tuple(order)), inputs.reshape([-1, inputs.shape[-1]]))
 
 
-def self_attention(attention, hidden_states, core):
-    """A layer's attention on [B, Q, C], with its core given: ``core(query, key, value)``, all [B, H, Q, D]."""
-    batch_size, length, _ = hidden_states.shape
+def _split_heads(attention, projected):
+    """What query_key_value gives, [B, Q, 3 * H * D], as queries, keys and values in one tensor, [3, B, H, Q, D]."""
+    batch_size, length, _ = projected.shape
     heads, head_size = attention.num_attention_heads, attention.attention_head_size
-    projected = attention.query_key_value(hidden_states)  # [B, Q, 3 * H * D]
     if attention.config.tensor_parallel_degree > 1:  # laid out head by head, [q k v] [q k v] ...
-        projected = _transpose_rows(projected.reshape([batch_size, length, heads, 3, head_size]), [3, 0, 2, 1])
-    else:  # [all q | all k | all v]
-        projected = _transpose_rows(projected.reshape([batch_size, length, 3, heads, head_size]), [2, 0, 3, 1])
-    context = core(*paddle.unbind(projected))  # [B, H, Q, D]
-    return attention.dense(_transpose_rows(context, [0, 2, 1]).reshape([batch_size, length, heads * head_size]))
+        return _transpose_rows(projected.reshape([batch_size, length, heads, 3, head_size]), [3, 0, 2, 1])
+    # [all q | all k | all v]
+    return _transpose_rows(projected.reshape([batch_size, length, 3, heads, head_size]), [2, 0, 3, 1])
+
+
+def _merge_heads(context):
+    """[..., B, H, Q, D] to [B, Q, H * D]."""
+    *rest, heads, length, head_size = context.shape
+    last = len(rest)
+    return _transpose_rows(context, [*range(last), last + 1, last]).reshape([-1, length, heads * head_size])
 
 
 def _dropout(dropout, state, inputs):
@@ -227,11 +238,10 @@ def prepare_for_training(model):
     """
 
     def forward(attention, hidden_states, mask, cache=None):
-        def core(query, key, value):
-            drop = functools.partial(_dropout, attention.attention_dropout, "local_seed")
-            return attend(query, key, value, mask, drop)
-
-        return _dropout(attention.output_dropout, "global_seed", self_attention(attention, hidden_states, core))
+        query, key, value = paddle.unbind(_split_heads(attention, attention.query_key_value(hidden_states)))
+        drop = functools.partial(_dropout, attention.attention_dropout, "local_seed")
+        context = _merge_heads(attend(query, key, value, mask, drop))
+        return _dropout(attention.output_dropout, "global_seed", attention.dense(context))
 
     model.glm.output_predict = False
     for layer in model.glm.transformer.layers:
@@ -246,13 +256,36 @@ def prepare_for_training(model):
                 layer.forward = functools.partial(_linear, layer)
 
 
-def forward(model, input_ids, position_ids, core):
-    """GLM's layers with their attention given: ``core(layer number, query, key, value)``, all [B, H, Q, D].
+def _linear_forward(layer, inputs):
+    """What ``layer`` computes: a plain one without what training adds, another (tensor-parallel, LoRA) by itself."""
+    return F.linear(inputs, layer.weight, layer.bias) if type(layer) is paddle.nn.Linear else layer(inputs)
+
+
+def residual_biases(layer, shape):
+    """The biases of a layer's two plain linears that end in a sum, each as a tensor [*shape, C]; None for others.
+
+    ``forward`` then needs one operator for that sum, not two.
+    """
+    linears = (layer.attention.dense, layer.mlp.dense_4h_to_h)
+    return [linear.bias.expand([*shape, -1]) if type(linear) is paddle.nn.Linear else None for linear in linears]
+
+
+def _add_linear(residual, layer, inputs, bias):
+    """``residual`` + what ``layer`` computes, whose ``bias`` may be given as ``residual_biases`` does."""
+    if bias is None:
+        return residual + _linear_forward(layer, inputs)
+    return paddle.add_n([residual, paddle.matmul(inputs, layer.weight), bias])
+
+
+def forward(model, input_ids, position_ids, core, biases=None):
+    """GLM's layers without dropout, with their attention given: ``core(layer number, query, keys and values)``.
 
     PaddleNLP's own forward caches hidden states and projects the whole prefix to keys and values at every step.
 
     Args:
-        input_ids int64 [B, Q], position_ids int64 [B, 2, Q].
+        input_ids int64 [B, Q], position_ids int64 [B or 1, 2, Q or 1].
+        core: of queries [1, B, H, Q, D] and keys and values in one tensor [2, B, H, Q, D] makes [1, B, H, Q, D].
+        biases (list): of each layer what ``residual_biases`` gives, if any.
 
     Returns:
         hidden states after the last layer norm, [B, Q, C].
@@ -264,10 +297,14 @@ def forward(model, input_ids, position_ids, core):
         + stack.block_position_embeddings(position_ids[:, 1])
     )  # [B, Q, C]
     for number, layer in enumerate(stack.layers):
-        hidden_states = hidden_states + self_attention(
-            layer.attention, layer.input_layernorm(hidden_states), functools.partial(core, number)
-        )
-        hidden_states = hidden_states + layer.mlp(layer.post_attention_layernorm(hidden_states))
+        attention, mlp = layer.attention, layer.mlp
+        dense_bias, mlp_bias = biases[number] if biases else (None, None)
+        projected = _linear_forward(attention.query_key_value, layer.input_layernorm(hidden_states))
+        heads = _split_heads(attention, projected)
+        context = _merge_heads(core(number, heads[:1], heads[1:]))  # views, where a split would copy
+        hidden_states = _add_linear(hidden_states, attention.dense, context, dense_bias)
+        inner = _linear_forward(mlp.dense_h_to_4h, layer.post_attention_layernorm(hidden_states))
+        hidden_states = _add_linear(hidden_states, mlp.dense_4h_to_h, F.gelu(inner, approximate=True), mlp_bias)
     return stack.final_layernorm(hidden_states)
 
 
@@ -278,7 +315,7 @@ def target_losses(model, wrapped, inputs, label_smoothing, group=None):
         model: the GLM, prepared for training. wrapped: the same, in what the Trainer has wrapped it in.
         inputs: tensors, as ``data.DataCollator`` gives them. group: of tensor parallelism.
     """
-    mask = (1 - inputs["attention_mask"].astype("float32")) * MASKED  # [B, 1, L, L]
+    mask = additive_mask(inputs["attention_mask"].astype("float32"), "float32")  # [B, 1, L, L]
     if on_cpu():  # which is slow at broadcasting
         mask = mask.tile([1, model.glm.transformer.layers[0].attention.num_attention_heads, 1, 1])
     hidden_states = wrapped(input_ids=inputs["input_ids"], position_ids=inputs["position_ids"], attention_mask=mask)[0]

@@ -29,29 +29,69 @@ def test_cached_decoding_equals_the_plain_forward_at_every_step():
     model, num_beams, steps = random_glm(), 3, 6
     sources, input_ids, lengths = make_sources()
     rng = np.random.default_rng(1)
-    cache = prefill(model, input_ids, lengths, steps * num_beams)
-    beams = Beams(lengths, 12, generation_arguments(tgt_length=steps, num_beams=num_beams), END)
+    cache = prefill(model, input_ids, lengths, num_beams, steps)
     paths = [[[] for _ in range(num_beams)] for _ in sources]
     fed = np.full([3, num_beams], START)
     for step in range(steps):
         positions = paddle.to_tensor(np.stack([lengths - 2, np.full(3, step + 1)], axis=1))
-        logits = decode_one_token(model, cache, paddle.to_tensor(fed), positions, *beams.open_slots())
+        logits = decode_one_token(model, cache, paddle.to_tensor(fed), positions)
         for row, beam in itertools.product(range(3), range(num_beams)):
             expected = plain_log_probabilities(model, sources[row], paths[row][beam])
             np.testing.assert_allclose(log_softmax(logits.numpy()[row, beam]), expected, atol=1e-4)
         parents = rng.integers(0, num_beams, [3, num_beams])
         fed = rng.integers(3, 24, [3, num_beams])
-        beams.visible = beams.visible[np.arange(3)[:, None], parents]
-        beams.step += 1
+        cache.follow(paddle.to_tensor(np.arange(3)[:, None] * num_beams + parents))
         paths = [[[*paths[r][parents[r, k]], int(fed[r, k])] for k in range(num_beams)] for r in range(3)]
 
 
+@paddle.no_grad()
+def test_slots_that_no_beam_sees_are_left_out():
+    """All beams go on from the first: of each past step one slot stays, where a batch's sources differ no padding."""
+    model, num_beams = random_glm(), 3
+    _, input_ids, lengths = make_sources((9, 7))
+    input_ids = paddle.concat([input_ids, paddle.zeros([2, 4], "int64")], axis=1)  # padding that nobody sees
+    cache = prefill(model, input_ids, lengths, num_beams, 40)
+    for step in range(33):
+        positions = paddle.to_tensor(np.stack([lengths - 2, np.full(2, step + 1)], axis=1))
+        decode_one_token(model, cache, paddle.full([2, num_beams], 5, dtype="int64"), positions)
+        cache.follow(paddle.to_tensor([[0] * num_beams, [num_beams] * num_beams]))
+    # 9 of the source, of 32 steps one slot each, and the room for the last 8.
+    assert cache.layers[0][0].shape == [2, 2, 4, 9 + 32 + 8 * num_beams, 8] and cache.used == 9 + 32 + num_beams
+
+
+@pytest.mark.parametrize("growth", [1, 2, 5, 16])
+def test_a_cache_that_grows_while_examples_leave(monkeypatch, growth):
+    """The same hypotheses whatever the room is that is added at a time."""
+    _, input_ids, lengths = make_sources((9, 5, 12, 7))
+    model = random_glm(1, num_layers=2)
+    louder = model.glm.word_embeddings.weight.numpy()
+    louder[END] *= 2  # so that hypotheses finish at different steps
+    model.glm.word_embeddings.weight.set_value(louder)
+    generation = generation_arguments(tgt_length=11, num_beams=3, no_repeat_ngram_size=2)
+    expected = [beam_search(model, input_ids[i : i + 1, :n], lengths[i : i + 1], generation, START, END)[0]
+                for i, n in enumerate(lengths.tolist())]  # fmt: skip
+    monkeypatch.setattr("generation.GROWTH", growth)
+    for (tokens, score), (expected_tokens, expected_score) in zip(
+        beam_search(model, input_ids, lengths, generation, START, END), expected
+    ):
+        assert tokens == expected_tokens and score == pytest.approx(expected_score, abs=1e-4)
+
+
+@paddle.no_grad()
 def test_the_source_is_stored_once_per_example():
     model = random_glm()
     _, input_ids, lengths = make_sources()
     for num_beams in (1, 7):
-        cache = prefill(model, input_ids, lengths, 5 * num_beams)
-        assert [part.shape for layer in cache for part in layer] == [[3, 4, 12 + 5 * num_beams, 8]] * 4
+        cache = prefill(model, input_ids, lengths, num_beams, 20)
+        assert [layer[0].shape for layer in cache.layers] == [[2, 3, 4, 12, 8]] * 2
+        for step, steps in ((0, 16), (16, 20)):  # the room grows by 16 steps, and never past tgt_length
+            cache.used = 12 + step * num_beams
+            cache.mask[:, :, : cache.used] = 0.0  # as if every slot were seen by some beam
+            assert cache.open_slots() == 12 + step * num_beams
+            assert [layer[0].shape for layer in cache.layers] == [[2, 3, 4, 12 + steps * num_beams, 8]] * 2
+            for keys_values, keys, values in cache.layers:  # one tensor, of which these are views
+                keys_values[:, :, :, -1:] = float(step + 1)
+                assert keys[0, 0, 0, -1, 0] == values[0, 0, 0, -1, 0] == step + 1
 
 
 def repeats_ngram(tokens, n):

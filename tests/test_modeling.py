@@ -1,9 +1,14 @@
 """What modeling.py says of a device, against a machine that is made up: no test has a GPU."""
 
+import ast
 import ctypes
+import os
+import subprocess
+import sys
 
 import paddle
 import pytest
+from conftest import ROOT
 
 import modeling
 from data import InputError
@@ -64,19 +69,30 @@ def test_the_allocator_is_left_alone_beside_a_gpu(monkeypatch, cpu):
 
     monkeypatch.setattr(ctypes, "CDLL", Library)
     monkeypatch.setattr(modeling, "on_cpu", lambda: cpu)
-    monkeypatch.setenv("OMP_NUM_THREADS", "2")
+    monkeypatch.setattr(paddle.base.core, "set_num_threads", lambda count: None)
     modeling.use_the_whole_cpu()
     assert calls == ([(-4, 0), (-1, -1)] if cpu else [])
 
 
+@pytest.mark.parametrize("given, processes, threads", [({}, 1, 6), ({}, 4, 1), ({}, 9, 1), ({}, 2, 3),
+                                                       ({"OMP_NUM_THREADS": "1"}, 1, None)])  # fmt: skip
+def test_threads(given, processes, threads):
+    """The cores, shared by the processes of a launch; importing paddle has set OMP_NUM_THREADS by then."""
+    code = (
+        "import os, paddle, modeling\nassert os.environ['OMP_NUM_THREADS'] == '1'\n"
+        "os.sched_getaffinity = lambda process: range(6)\n"
+        "paddle.base.core.set_num_threads = lambda count: print('threads', count)\nmodeling.use_the_whole_cpu()"
+    )
+    env = {name: value for name, value in os.environ.items() if name != "OMP_NUM_THREADS"}
+    env.update(given, PADDLE_LOCAL_SIZE=str(processes))
+    output = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=env, check=True, capture_output=True, text=True)
+    assert [line for line in output.stdout.splitlines() if "threads" in line] == (
+        [f"threads {threads}"] if threads else []
+    )
+
+
 def test_nothing_happens_at_import():
     """Environment, signals, threads and allocator are as they were; the order of the imports does not matter."""
-    import os
-    import subprocess
-    import sys
-
-    from conftest import ROOT
-
     code = (
         "import os, signal, sys, threading, warnings, ctypes, paddle, paddlenlp.trainer, rouge, tqdm.contrib.logging\n"
         "import paddlenlp.transformers, paddlenlp.metrics\n"
@@ -95,10 +111,6 @@ def test_nothing_happens_at_import():
 
 
 def test_imports_run_downwards():
-    import ast
-
-    from conftest import ROOT
-
     rooms = ["data", "modeling", "generation", "utils", "finetune_generation"]
     for number, room in enumerate(rooms):
         tree = ast.parse((ROOT / f"{room}.py").read_text(encoding="utf-8"))
