@@ -13,6 +13,7 @@ import sys
 import threading
 import traceback
 from dataclasses import dataclass, field
+from typing import Optional
 
 import numpy as np
 import paddle
@@ -103,6 +104,9 @@ class GLMTrainingArguments(TrainingArguments):
     group_by_length: bool = field(
         default=True, metadata={"help": "Train on batches of records of like length, in an order left to chance."}
     )
+    amp_master_grad: Optional[bool] = field(
+        default=None, metadata={"help": "Gradients in float32; by default in O2, where float16 ones would overflow."}
+    )
     log_level: str = field(
         default="train",
         metadata={"help": "debug, info, train, eval or warning: train shows the run, info PaddleNLP's own lines too."},
@@ -120,6 +124,8 @@ class GLMTrainingArguments(TrainingArguments):
         if self.fp16 != self.bf16 and not supports_dtype({"fp16": "float16", "bf16": "bfloat16"}[name]):
             logger.warning(f"{name} needs a GPU: running in float32")
             self.fp16 = self.bf16 = False
+        if self.amp_master_grad is None:
+            self.amp_master_grad = self.fp16_opt_level == "O2" and (self.fp16 or self.bf16)
         self._check()
         # do_eval alone would make PaddleNLP evaluate every eval_steps; here, as elsewhere, evaluation_strategy says so.
         do_eval, self.do_eval = self.do_eval, False
@@ -129,8 +135,8 @@ class GLMTrainingArguments(TrainingArguments):
         self.disable_tqdm = self.disable_tqdm or not sys.stderr.isatty()  # no bars in files
 
     def weights_dtype(self):
-        """In which type the weights are loaded."""
-        if self.fp16_opt_level == "O2" and (self.fp16 or self.bf16):
+        """In which type the weights are loaded: in half precision, but for O1, which trains float32 weights."""
+        if (self.fp16 or self.bf16) and (self.fp16_opt_level == "O2" or not self.do_train):
             return "float16" if self.fp16 else "bfloat16"
         return "float32"
 

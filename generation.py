@@ -7,7 +7,7 @@ import paddle
 import paddle.distributed as dist
 import paddle.nn.functional as F
 
-from modeling import MASKED, additive_mask, attend, forward, log_sum_exp, on_cpu, residual_biases
+from modeling import MASKED, additive_mask, attend, forward, log_sum_exp, on_cpu
 
 GROWTH = 16  # tokens by which the room in a cache grows: what is not written yet is attended over too, under the mask
 
@@ -32,7 +32,6 @@ class Cache:
         self.mask = additive_mask(seen, self.dtype).unsqueeze(1).tile([1, num_beams, 1])
         # A beam sees its own slot of a step, and none of the other beams'.
         self.own = additive_mask(paddle.eye(num_beams), self.dtype)  # [K, K]
-        self.biases = [residual_biases(layer, [len(seen), num_beams]) for layer in model.glm.transformer.layers]
 
     def set_layer(self, number, keys_values):
         """Keep [2, A, H, slots, D] as the layer ``number``."""
@@ -74,7 +73,6 @@ class Cache:
             rows = origins[:, 0] // num_beams
             for number, layer in enumerate(self.layers):
                 self.set_layer(number, layer[0].index_select(rows, axis=1))
-            self.biases = [[bias if bias is None else bias[: len(origins)] for bias in pair] for pair in self.biases]
 
 
 def prefill(model, input_ids, source_length, num_beams, tgt_length):
@@ -125,7 +123,7 @@ def decode_one_token(model, cache, token_ids, position_ids):
         layer[:, :, :, slot : slot + cache.num_beams] = keys_values  # and so in the views
         return attend(query, keys, values, mask)
 
-    hidden_states = forward(model, token_ids, position_ids.unsqueeze(-1), core, cache.biases)
+    hidden_states = forward(model, token_ids, position_ids.unsqueeze(-1), core)
     rows = hidden_states.reshape([-1, hidden_states.shape[-1]])  # or Paddle would read the weight once an example
     logits = paddle.matmul(rows, model.glm.word_embeddings.weight, transpose_y=True)
     return logits.reshape([*token_ids.shape, -1])

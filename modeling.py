@@ -9,6 +9,7 @@ import ctypes
 import functools
 import logging
 import os
+import re
 
 import numpy as np
 import paddle
@@ -184,7 +185,7 @@ def attend(query, keys, values, mask, drop=None):
 
 @functools.lru_cache(maxsize=64)
 def _transposed_rows(shape, order):
-    """Where the rows of [*shape, D] come from when its dimensions but the last change places, int64 of the new shape."""
+    """Where the rows of [*shape, D] come from when all dimensions but the last change places, of the new shape."""
     return paddle.to_tensor(np.arange(np.prod(shape)).reshape(shape).transpose(order))
 
 
@@ -206,6 +207,22 @@ def _split_heads(attention, projected):
     return _transpose_rows(projected.reshape([batch_size, length, 3, heads, head_size]), [2, 0, 3, 1])
 
 
+def _split_queries(attention, projected):
+    """The same without gradients, as queries [1, B, H, Q, D] and keys and values [2, B, H, Q, D]: two views."""
+    if on_cpu():
+        heads = _split_heads(attention, projected)
+        return heads[:1], heads[1:]
+    batch_size, length, width = projected.shape
+    heads, size = attention.num_attention_heads, attention.attention_head_size
+    kind, head = heads * size, size  # steps in memory from queries to keys to values, and from head to head
+    if attention.config.tensor_parallel_degree > 1:
+        kind, head = size, 3 * size
+    step = [kind, length * width, head, width, 1]
+    query = paddle.as_strided(projected, [1, batch_size, heads, length, size], step)
+    offset = kind * projected.element_size()  # in bytes
+    return query, paddle.as_strided(projected, [2, batch_size, heads, length, size], step, offset)
+
+
 def _merge_heads(context):
     """[..., B, H, Q, D] to [B, Q, H * D]."""
     *rest, heads, length, head_size = context.shape
@@ -220,7 +237,7 @@ def _dropout(dropout, state, inputs):
         return dropout(inputs)
 
 
-def _linear(layer, inputs):
+def _linear_of_cpu(layer, inputs):
     """``inputs @ weight + bias``, with the bias as a product, for then its gradient is one.
 
     Paddle's gradient of a bias, a sum over rows, takes a CPU as long as those of the inputs and the weight together.
@@ -253,31 +270,15 @@ def prepare_for_training(model):
     if on_cpu():
         for layer in model.sublayers():
             if isinstance(layer, paddle.nn.Linear):
-                layer.forward = functools.partial(_linear, layer)
+                layer.forward = functools.partial(_linear_of_cpu, layer)
 
 
-def _linear_forward(layer, inputs):
+def linear(layer, inputs):
     """What ``layer`` computes: a plain one without what training adds, another (tensor-parallel, LoRA) by itself."""
     return F.linear(inputs, layer.weight, layer.bias) if type(layer) is paddle.nn.Linear else layer(inputs)
 
 
-def residual_biases(layer, shape):
-    """The biases of a layer's two plain linears that end in a sum, each as a tensor [*shape, C]; None for others.
-
-    ``forward`` then needs one operator for that sum, not two.
-    """
-    linears = (layer.attention.dense, layer.mlp.dense_4h_to_h)
-    return [linear.bias.expand([*shape, -1]) if type(linear) is paddle.nn.Linear else None for linear in linears]
-
-
-def _add_linear(residual, layer, inputs, bias):
-    """``residual`` + what ``layer`` computes, whose ``bias`` may be given as ``residual_biases`` does."""
-    if bias is None:
-        return residual + _linear_forward(layer, inputs)
-    return paddle.add_n([residual, paddle.matmul(inputs, layer.weight), bias])
-
-
-def forward(model, input_ids, position_ids, core, biases=None):
+def forward(model, input_ids, position_ids, core):
     """GLM's layers without dropout, with their attention given: ``core(layer number, query, keys and values)``.
 
     PaddleNLP's own forward caches hidden states and projects the whole prefix to keys and values at every step.
@@ -285,7 +286,6 @@ def forward(model, input_ids, position_ids, core, biases=None):
     Args:
         input_ids int64 [B, Q], position_ids int64 [B or 1, 2, Q or 1].
         core: of queries [1, B, H, Q, D] and keys and values in one tensor [2, B, H, Q, D] makes [1, B, H, Q, D].
-        biases (list): of each layer what ``residual_biases`` gives, if any.
 
     Returns:
         hidden states after the last layer norm, [B, Q, C].
@@ -298,13 +298,11 @@ def forward(model, input_ids, position_ids, core, biases=None):
     )  # [B, Q, C]
     for number, layer in enumerate(stack.layers):
         attention, mlp = layer.attention, layer.mlp
-        dense_bias, mlp_bias = biases[number] if biases else (None, None)
-        projected = _linear_forward(attention.query_key_value, layer.input_layernorm(hidden_states))
-        heads = _split_heads(attention, projected)
-        context = _merge_heads(core(number, heads[:1], heads[1:]))  # views, where a split would copy
-        hidden_states = _add_linear(hidden_states, attention.dense, context, dense_bias)
-        inner = _linear_forward(mlp.dense_h_to_4h, layer.post_attention_layernorm(hidden_states))
-        hidden_states = _add_linear(hidden_states, mlp.dense_4h_to_h, F.gelu(inner, approximate=True), mlp_bias)
+        projected = linear(attention.query_key_value, layer.input_layernorm(hidden_states))
+        context = _merge_heads(core(number, *_split_queries(attention, projected)))
+        hidden_states = hidden_states + linear(attention.dense, context)
+        inner = F.gelu(linear(mlp.dense_h_to_4h, layer.post_attention_layernorm(hidden_states)), approximate=True)
+        hidden_states = hidden_states + linear(mlp.dense_4h_to_h, inner)
     return stack.final_layernorm(hidden_states)
 
 
@@ -346,3 +344,62 @@ def load(loader, name, what, **kwargs):
     if "word_embeddings" in missing or ".layers." in missing:
         raise InputError(f"--model_name_or_path {name}: its weights lack some of GLM's: give those of a GLM")
     return loaded
+
+
+def _saved_dtype(value):
+    return "bfloat16" if value.dtype == np.uint16 else str(value.dtype)  # numpy has none: its bits are saved
+
+
+def _float32(value):
+    """A saved array as a float32 tensor."""
+    if _saved_dtype(value) == "bfloat16":
+        value = (value.astype("uint32") << 16).view("float32")
+    return paddle.to_tensor(value.astype("float32"))
+
+
+def cast_weights(state_dict, model):
+    """A checkpoint's weights, numpy by their names, in the types of the model's."""
+    result, casts = dict(state_dict), set()
+    for name, parameter in model.state_dict().items():
+        wanted = str(parameter.dtype).split(".")[-1]
+        if name in result and _saved_dtype(result[name]) != wanted:
+            casts.add(f"from {_saved_dtype(result[name])} to {wanted}")
+            result[name] = _float32(result[name]).astype(wanted)
+    if casts:
+        logger.train(f"the checkpoint's weights are cast {', '.join(sorted(casts))}")
+    return result
+
+
+def convert_optimizer_state(state, model, master_weights, read_weights):
+    """An AdamW's state from training in any precision, for one that has float32 ``master_weights``, or has none.
+
+    Moments are float32 in every precision, but called by what they are of: the weight, or its master weight. Where this
+    run's weights are of another type than the checkpoint's were, its master weights are taken for them, which are more
+    exact. Those that are wanted and missing are made of ``read_weights()``: the checkpoint's weights, numpy by name.
+    """
+    masters = state.get("master_weights") or {}
+    weights = {parameter.name: (name, parameter) for name, parameter in model.state_dict().items()}
+    for name, master in masters.items():
+        if name in weights:
+            weights[name][1].set_value(master.astype(weights[name][1].dtype))
+    if bool(masters) == master_weights:
+        return state
+    if master_weights:
+        logger.train("the checkpoint has no master weights: they are its weights")
+        saved = read_weights()
+        for name, (key, weight) in weights.items():
+            if weight.dtype != paddle.float32:
+                masters[name] = _float32(saved[key])
+                masters[name].name = f"{name}_fp32_master_0"  # as the optimizer would call it
+    else:
+        logger.train("the checkpoint has master weights: this run goes on with them as its weights")
+        masters = {}
+    converted = {"master_weights": masters} if masters else {}
+    for key, value in state.items():
+        moment = re.fullmatch(r"(.+?)(?:_fp32_master_0)?_((?:moment|beta)\d.*)", key)
+        if moment:
+            key = f"{moment[1]}{'_fp32_master_0' if moment[1] in masters else ''}_{moment[2]}"
+        converted.setdefault(key, value)
+    if not masters:
+        converted.pop("master_weights")
+    return converted

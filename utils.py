@@ -1,6 +1,7 @@
 """Training and evaluation as a whole: the metrics, whole checkpoints, the callbacks, GLMTrainer."""
 
 import contextlib
+import functools
 import glob
 import json
 import os
@@ -25,10 +26,11 @@ from tqdm import tqdm
 
 from data import GroupedBatchSampler, InputError, decode_target
 from generation import beam_search
-from modeling import prepare_for_training, target_losses
+from modeling import cast_weights, convert_optimizer_state, prepare_for_training, target_losses
 
 NEVER = 2**62  # a step that is never reached
 CHECKPOINT_DONE = ".checkpoint_done"  # the last file of a checkpoint to be written
+MOST_SKIPPED = 10  # losses in a row that may be no numbers, if gradients are scaled
 ADVICE = "lower --learning_rate, or look at the data of that step"
 
 
@@ -96,17 +98,6 @@ def last_whole_checkpoint(folder):
     return max(whole, key=whole.get, default=None)
 
 
-@contextlib.contextmanager
-def loading(checkpoint):
-    """Tell a damaged checkpoint from a bug: what PaddleNLP raises in the block is an InputError."""
-    try:
-        yield
-    except Exception as error:
-        raise InputError(
-            f"{checkpoint} can't be loaded ({str(error)[:200]}): remove it to go on from the checkpoint before it"
-        ) from error
-
-
 def where_to_resume(args):
     """What the last line of a run that ended early says, str."""
     checkpoint = last_whole_checkpoint(args.output_dir)
@@ -170,6 +161,7 @@ class StopBySignal(TrainerCallback):
     """
 
     number = None  # of the signal that training is to end by
+    previous = None  # the handlers before training began
 
     def on_train_begin(self, args, state, control, model=None, **kwargs):
         def note(number, _):
@@ -204,16 +196,56 @@ class StopBySignal(TrainerCallback):
         raise Fault(f"stopped by {name} at step {state.global_step}: {where_to_resume(args)}", 128 + number)
 
 
+class MasterGradients(TrainerCallback):
+    """Half-precision gradients become float32 before they are unscaled, clipped and used.
+
+    In float16 what is small would vanish when it is unscaled, and a squared norm past 65504 overflow, so that clipping
+    makes the update zero.
+    """
+
+    def on_optimizer_begin(self, args, state, control, model=None, **kwargs):
+        # What paddle.amp.decorate(master_grad=True) does at the end of a backward pass, of which recompute has many.
+        paddle.base.core.eager.set_master_grads([p for p in model.parameters() if p.grad is not None])
+
+
 class CheckFinite(TrainerCallback):
-    """A loss or a weight that is no number ends the run before anything is logged, evaluated or saved after it."""
+    """A loss or a weight that is no number ends the run before anything is logged, evaluated or saved after it.
+
+    Where gradients are scaled (fp16), the GradScaler leaves out the update of such a step, as of one whose gradients
+    overflow: the run then ends after MOST_SKIPPED losses in a row that are no numbers.
+    """
 
     def __init__(self):
+        self.skipped = self.in_a_row = 0  # steps without an update, since training began or was resumed
+        self.forget()
+
+    def forget(self):
         self.first_bad_step = paddle.full([], NEVER, dtype="int64")
 
     def note(self, loss, step):
         """Remember the first ``step`` whose ``loss`` is no number, on the device, where nothing waits for it."""
         step = paddle.where(paddle.isfinite(loss), NEVER, step).reshape([])
         self.first_bad_step = paddle.minimum(self.first_bad_step, step)
+
+    def on_step_begin(self, args, state, control, lr_scheduler=None, **kwargs):
+        self.rate_step = lr_scheduler.last_epoch
+
+    def on_optimizer_end(self, args, state, control, lr_scheduler=None, scaler=None, **kwargs):
+        if scaler is None:
+            return
+        if lr_scheduler.last_epoch != self.rate_step:  # the Trainer steps the rate after an update alone
+            self.in_a_row = 0
+            return
+        lr_scheduler.step()  # the rate depends on the step, and ends where it is to end, however many are left out
+        self.skipped += 1
+        bad = (self.first_bad_step != NEVER).astype("int64")
+        if args.world_size > 1:  # of all, for they must end together
+            dist.all_reduce(bad, dist.ReduceOp.MAX)
+        self.in_a_row = self.in_a_row + 1 if bad.item() else 0
+        self.forget()
+        if self.in_a_row == MOST_SKIPPED:
+            where = f"in {MOST_SKIPPED} steps in a row, the last of them step {state.global_step + 1}"
+            raise Fault(f"the loss is not finite {where}: {ADVICE}; {where_to_resume(args)}")
 
     def on_step_end(self, args, state, control, model=None, **kwargs):
         if not (control.should_log or control.should_evaluate or control.should_save):
@@ -274,8 +306,11 @@ class GLMTrainer(Trainer):
         lr_decay_ratio (float): the share of the peak rate that a linear schedule ends at.
     """
 
-    def __init__(self, *args, generation, label_smoothing, lr_decay_ratio, **kwargs):
-        super().__init__(*args, **kwargs)
+    def __init__(self, *, args, generation, label_smoothing, lr_decay_ratio, **kwargs):
+        # The Trainer's own way leaves main gradients unscaled on one process, and removes checkpoints too early.
+        master_grad, args.amp_master_grad = args.amp_master_grad, False
+        save_total_limit, args.save_total_limit = args.save_total_limit, None
+        super().__init__(args=args, **kwargs)
         self.generation, self.label_smoothing, self.lr_decay_ratio = generation, label_smoothing, lr_decay_ratio
         prepare_for_training(self.model)
         self.tensor_parallel_group = None
@@ -283,11 +318,13 @@ class GLMTrainer(Trainer):
             self.tensor_parallel_group = fleet.get_hybrid_communicate_group().get_model_parallel_group()
         for callback in (ProgressCallback, PrinterCallback):
             self.pop_callback(callback)
-        self.check_finite, self.checkpoints = CheckFinite(), WholeCheckpoints(self.args.save_total_limit)
-        self.args.save_total_limit = None  # or the Trainer would remove some too
+        self.check_finite, self.checkpoints = CheckFinite(), WholeCheckpoints(save_total_limit)
         # In this order: what is not finite is not saved, and a signal ends the run when its checkpoint is whole.
-        for callback in (TrainingProgress, SeedEachStep, self.check_finite, self.checkpoints, StopBySignal):
+        self.stop_by_signal = StopBySignal()
+        for callback in (TrainingProgress, SeedEachStep, self.check_finite, self.checkpoints, self.stop_by_signal):
             self.add_callback(callback)
+        if master_grad:
+            self.add_callback(MasterGradients)
         self.evaluated = None  # the metrics of the weights as they are
 
     def target_losses(self, model, inputs):
@@ -321,18 +358,20 @@ class GLMTrainer(Trainer):
         """The Trainer's. A run that had come to its end is only loaded, for the Trainer would go one step further."""
         first_step = 0
         if resume_from_checkpoint:
-            with loading(resume_from_checkpoint):
+            with self.loading(resume_from_checkpoint):
                 state = TrainerState.load_from_json(os.path.join(resume_from_checkpoint, "trainer_state.json"))
             first_step = state.global_step
             steps_an_epoch = len(self._get_train_sampler()) // self.args.gradient_accumulation_steps
             last_step = self.args.max_steps if self.args.max_steps > 0 else steps_an_epoch * self.args.num_train_epochs
             if first_step >= int(last_step):
                 best = state.best_model_checkpoint if self.args.load_best_model_at_end else None
-                self._load_from_checkpoint(best or resume_from_checkpoint)
+                with self.loading(best or resume_from_checkpoint):
+                    self._load_from_checkpoint(best or resume_from_checkpoint)
                 self.state = state
                 return TrainOutput(first_step, None, {})
         try:
-            output = super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
+            with self.loading(resume_from_checkpoint):
+                output = super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
         except OSError as error:
             folder = self.checkpoints.folder
             if folder is None or self.control.should_evaluate:  # it was not the checkpoint that failed
@@ -345,7 +384,26 @@ class GLMTrainer(Trainer):
             self.evaluated = None  # other weights have been loaded
         # The Trainer divides what it summed up since it resumed by the steps of the whole run.
         output.metrics["train_loss"] *= output.global_step / (output.global_step - first_step)
+        output.metrics["train_skipped_steps"] = self.check_finite.skipped
         return output
+
+    @contextlib.contextmanager
+    def loading(self, checkpoint):
+        """Tell a damaged checkpoint from a bug: what PaddleNLP raises before training begins is an InputError."""
+        try:
+            yield
+        except Exception as error:
+            if checkpoint is None or self.stop_by_signal.previous is not None:  # training has begun
+                raise
+            raise InputError(
+                f"{checkpoint} can't be loaded ({str(error)[:200]}): remove it to go on from the checkpoint before it"
+            ) from error
+
+    def read_weights(self, checkpoint):
+        """The weights in a checkpoint by their names, numpy, in the type they were saved in."""
+        suffix = self.args.weight_name_suffix
+        name = f"model_state.{suffix}.pdparams" if suffix else "model_state.pdparams"
+        return paddle.load(os.path.join(checkpoint, name), return_numpy=True)
 
     def create_scheduler(self, num_training_steps):
         """linear: from 0 up to learning_rate, then straight down to lr_decay_ratio of it at the last step."""
@@ -376,7 +434,8 @@ class GLMTrainer(Trainer):
         source_length = inputs["source_length"].numpy()
         input_ids = inputs["input_ids"][:, : source_length.max()]
         start_token_id, end_token_id = self.tokenizer.sop_token_id, self.tokenizer.eop_token_id
-        with paddle.no_grad(), self.autocast_smart_context_manager():
+        # Without autocast, which would cast every weight and the whole cache again at each token.
+        with paddle.no_grad():
             hypotheses = beam_search(
                 model, input_ids, source_length, self.generation, start_token_id, end_token_id,
                 group=self.tensor_parallel_group,
@@ -461,14 +520,20 @@ class GLMTrainer(Trainer):
             shuffle=False, group_by_length=True, seed=args.seed,
         )  # fmt: skip
 
-    # A damaged checkpoint raises whatever its format does, amid PaddleNLP's loading.
-    def _load_from_checkpoint(self, resume_from_checkpoint=None):
-        with loading(resume_from_checkpoint):
-            super()._load_from_checkpoint(resume_from_checkpoint)
+    # A checkpoint may be of another precision than this run.
+    def _set_state_dict_in_model(self, state_dict):
+        super()._set_state_dict_in_model(cast_weights(state_dict, self.model))
 
     def _load_optimizer_and_scheduler(self, checkpoint):
-        with loading(checkpoint):
-            super()._load_optimizer_and_scheduler(checkpoint)
+        def set_state_dict(state):
+            del self.optimizer.set_state_dict  # the one there was shows again
+            exact = functools.partial(self.read_weights, checkpoint)
+            self.optimizer.set_state_dict(convert_optimizer_state(state, self.model, master_weights, exact))
+
+        # multi_precision: O2 trains float32 master weights of the half-precision ones.
+        master_weights = self.args.fp16_opt_level == "O2" and (self.args.fp16 or self.args.bf16)
+        self.optimizer.set_state_dict = set_state_dict
+        super()._load_optimizer_and_scheduler(checkpoint)
 
     # The Trainer's fails where the GPU build runs on a CPU, and SeedEachStep needs no state.
     def _load_rng_state(self, checkpoint):

@@ -44,6 +44,33 @@ def test_cached_decoding_equals_the_plain_forward_at_every_step():
         paths = [[[*paths[r][parents[r, k]], int(fed[r, k])] for k in range(num_beams)] for r in range(3)]
 
 
+def test_the_branches_of_a_gpu_decode_alike(monkeypatch):
+    _, input_ids, lengths = make_sources((9, 5, 12, 7))
+    generation = generation_arguments(tgt_length=10, num_beams=4, no_repeat_ngram_size=2)
+    model = random_glm(4)
+    expected = beam_search(model, input_ids, lengths, generation, START, END)
+    for room in ("modeling", "generation"):
+        monkeypatch.setattr(f"{room}.on_cpu", lambda: False)
+    for (tokens, score), (other, other_score) in zip(
+        beam_search(model, input_ids, lengths, generation, START, END), expected
+    ):
+        assert tokens == other and score == pytest.approx(other_score, abs=1e-5)
+
+
+def test_draws_are_ranked_by_their_sums():
+    """Drawn by their keys, then ranked by log-probability: which of them are the first num_beams depends on it."""
+    generation = generation_arguments(num_beams=2, select_topk=False, length_penalty=0.0)
+    beams = Beams(1, generation, END)
+    # The first beam's candidates: keys say 3, END, 4, 5, 6 (6 is not drawn); log-probabilities say 5, 4, 3, END.
+    keys, log_p = [9.0, 8.0, 7.0, 6.0, 5.0], [-3.0, -4.0, -2.0, -1.0, -0.5]
+    dead = [-np.inf] * 5
+    candidates = np.array([[[keys, dead]], [[log_p, dead]], [[[3, END, 4, 5, 6], [0] * 5]]])
+    origins = beams.advance(candidates)
+    assert beams.tokens[0, :, 0].tolist() == [5, 4] and beams.sums[0].tolist() == [-1.0, -2.0]
+    assert beams.finished_scores[0].tolist() == [-np.inf] * 2  # END is the last of the four, not of the first two
+    assert origins.tolist() == [[0, 0]]
+
+
 @paddle.no_grad()
 def test_slots_that_no_beam_sees_are_left_out():
     """All beams go on from the first: of each past step one slot stays, where a batch's sources differ no padding."""

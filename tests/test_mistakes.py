@@ -12,6 +12,7 @@ import pytest
 from conftest import MINI, ROOT, TINY_GLM
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from paddlenlp.utils.log import logger
 
 import finetune_generation
 from data import DataCollator, InputError, build_dataset, parse_lines
@@ -33,6 +34,7 @@ def main(monkeypatch, capsys, *args):
     """Run the script in this process. Returns its exit code and the lines of its standard error."""
     handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     hook = threading.excepthook
+    log_handlers = logger.logger.handlers[:]
     monkeypatch.setenv("NO_COLOR", "1")
     monkeypatch.setattr(sys, "argv", ["finetune_generation.py", *map(str, args)])
     try:
@@ -44,6 +46,7 @@ def main(monkeypatch, capsys, *args):
         threading.excepthook = hook
         for number, handler in handlers.items():
             signal.signal(number, handler)
+        assert logger.logger.handlers == log_handlers
     return code, capsys.readouterr().err.strip().splitlines()
 
 

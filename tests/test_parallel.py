@@ -151,7 +151,7 @@ GLMTrainer.compute_loss = checked
 def test_split_loss_and_gradients_against_float64(tmp_path):
     rng = np.random.default_rng(0)
     hidden, weight = rng.normal(size=[6, 16]).astype("float32") * 3, rng.normal(size=[40, 16]).astype("float32")
-    labels = rng.integers(0, 40, [6])
+    labels = np.array([0, 19, 20, 39, *rng.integers(0, 40, [2])])  # the edges of both parts, too
     np.savez(tmp_path / "in.npz", hidden=hidden, weight=weight, labels=labels)
     hook = tmp_path / "hook.py"
     hook.write_text(f"""

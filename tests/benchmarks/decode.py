@@ -86,8 +86,16 @@ def ours(args, model=None):
                 break
         cache_mb = sum(layer[0].numel().item() * 4 for layer in cache.layers) / 2**20
     assert all(len(tokens) == args.tokens for tokens, _ in results)
-    return {"total": total, "prefill": prefill_seconds, "step": np.mean(steps), "limit": np.mean(products), "peak": peak,
-            "decoding_peak": peak_mb(), "source_cache": source_mb, "slots": cache_mb - source_mb}  # fmt: skip
+    return {
+        "total": total,
+        "prefill": prefill_seconds,
+        "step": np.mean(steps),
+        "limit": np.mean(products),
+        "peak": peak,
+        "decoding_peak": peak_mb(),
+        "source_cache": source_mb,
+        "slots": cache_mb - source_mb,
+    }
 
 
 def growth(args):
