@@ -20,7 +20,7 @@ import paddle
 from paddle.distributed.fleet.utils import log_util
 from paddlenlp.trainer import PdArgumentParser, TrainingArguments, set_seed
 from paddlenlp.trainer.integrations import get_available_reporting_integrations
-from paddlenlp.transformers import AutoConfig, AutoModelForConditionalGeneration, AutoTokenizer, GLMConfig
+from paddlenlp.transformers import AutoConfig, AutoModelForConditionalGeneration, GLMConfig, GLMTokenizer
 from paddlenlp.utils.log import logger
 from tqdm.contrib.logging import logging_redirect_tqdm
 
@@ -330,7 +330,7 @@ def run(model_args, data_args, generation, args, output=None):
     name, degree = model_args.model_name_or_path, max(args.tensor_parallel_degree, 1)
     config = load(AutoConfig, name, "config.json")
     check_config(config, model_args, data_args, generation, degree)
-    tokenizer = load(AutoTokenizer, name, "tokenizer")
+    tokenizer = load(GLMTokenizer, name, "tokenizer")  # AutoTokenizer of PaddleNLP 3 does not know the Chinese one
     check_tokenizer(tokenizer, config, name)
 
     def read(split, source=data_args.task_name):

@@ -387,6 +387,13 @@ class GLMTrainer(Trainer):
         output.metrics["train_skipped_steps"] = self.check_finite.skipped
         return output
 
+    def log(self, logs, **kwargs):
+        """The Trainer's, which in PaddleNLP 3 empties the history that trainer_state.json and a resumed run hold."""
+        history, self.state.log_history = self.state.log_history, []
+        super().log(logs, **kwargs)
+        history.append({**logs, "step": self.state.global_step})
+        self.state.log_history = history
+
     @contextlib.contextmanager
     def loading(self, checkpoint):
         """Tell a damaged checkpoint from a bug: what PaddleNLP raises before training begins is an InputError."""

@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 import paddle
 import pytest
-from paddlenlp.transformers import AutoTokenizer, GLMConfig, GLMForConditionalGeneration
+from paddlenlp.transformers import GLMConfig, GLMForConditionalGeneration, GLMTokenizer
 
 from data import DataCollator, build_features
 from finetune_generation import GenerationArguments
@@ -21,7 +21,7 @@ MINI = ROOT / "tests/fixtures/dureader_qg_mini"
 
 @pytest.fixture(scope="session")
 def tokenizer():
-    return AutoTokenizer.from_pretrained(str(TINY_GLM))
+    return GLMTokenizer.from_pretrained(str(TINY_GLM))
 
 
 def random_glm(seed=0, vocab_size=24, num_layers=2, hidden_size=32, heads=4, spread=0.35):

@@ -81,12 +81,12 @@ def test_what_a_run_leaves_behind(finished_run):
 
 def test_scores_are_those_of_the_plain_forward_in_float64(finished_run):
     import paddle
-    from paddlenlp.transformers import AutoModelForConditionalGeneration, AutoTokenizer
+    from paddlenlp.transformers import AutoModelForConditionalGeneration, GLMTokenizer
 
     from data import DataCollator, build_features, encode_source
 
     out = finished_run[0] / "out"
-    tokenizer = AutoTokenizer.from_pretrained(str(out))
+    tokenizer = GLMTokenizer.from_pretrained(str(out))
     paddle.set_default_dtype("float64")
     try:
         model = AutoModelForConditionalGeneration.from_pretrained(str(out)).to(dtype="float64")
@@ -113,12 +113,12 @@ def test_scores_are_those_of_the_plain_forward_in_float64(finished_run):
 def test_eval_loss_is_the_mean_over_tokens(finished_run):
     """Of all dev records' targets, by PaddleNLP's own forward of the saved weights; not the mean of records' means."""
     import paddle
-    from paddlenlp.transformers import AutoModelForConditionalGeneration, AutoTokenizer
+    from paddlenlp.transformers import AutoModelForConditionalGeneration, GLMTokenizer
 
     from data import DataCollator, build_dataset, read_records
 
     folder, out = finished_run[0], finished_run[0] / "out"
-    dataset = build_dataset(AutoTokenizer.from_pretrained(str(out)), read_records(str(folder / "data"), "dev"), 160, 24)
+    dataset = build_dataset(GLMTokenizer.from_pretrained(str(out)), read_records(str(folder / "data"), "dev"), 160, 24)
     model = AutoModelForConditionalGeneration.from_pretrained(str(out))
     model.eval()
     losses = []

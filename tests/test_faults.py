@@ -194,7 +194,7 @@ def test_a_signal_in_an_evaluation_ends_it(tmp_path):
     assert not list(tmp_path.glob("*_predictions*"))
 
 
-@pytest.mark.parametrize("loader", ["AutoTokenizer", "AutoModelForConditionalGeneration"])
+@pytest.mark.parametrize("loader", ["GLMTokenizer", "AutoModelForConditionalGeneration"])
 def test_a_signal_while_loading_is_no_mistake_of_the_user(tmp_path, loader):
     code = "import os, signal, finetune_generation as f\n"
     code += "def interrupted(*args, **kwargs):\n    os.kill(os.getpid(), signal.SIGTERM)\n"
