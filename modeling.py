@@ -21,6 +21,7 @@ from paddlenlp.utils.log import logger
 
 from data import InputError
 
+PADDLE_2_ARCHS = (61, 70, 75, 80, 86)  # what PyPI's wheel of 2.6.2 has code for, read from it: it can't be asked
 MASKED = -65504.0  # what is added to the attention score of a hidden position: float16's lowest
 
 
@@ -44,12 +45,35 @@ def use_device(name=""):
             logger.warning("Paddle can use no GPU here: running on the CPU")
     if name.startswith("gpu:") and name[4:] not in map(str, range(cards)):
         raise InputError(f"--device is {name}: the {cards} cards here are gpu:0 to gpu:{cards - 1}")
+    if name.startswith("gpu"):
+        check_card(int(name[4:] or os.environ.get("FLAGS_selected_gpus", "0").split(",")[0]))
     paddle.set_device(name)
     # The position embeddings' gradients would be summed in another order on each tensor-parallel process of a GPU, and
     # the copies, which are updated each by its own, drift apart.
     with contextlib.suppress(ValueError):  # builds without GPU code have no such flag
         paddle.set_flags({"FLAGS_embedding_deterministic": 1})
     return name
+
+
+def check_card(card):
+    """Raise InputError where the installed Paddle has no machine code for the GPU number ``card``; else kernels fail.
+
+    Code runs on cards of its own major compute capability whose minor one is not lower. Paddle 3 says what it has code
+    for; it may also hold PTX for newer cards, which is compiled when first used: those are a warning.
+    """
+    major, minor = paddle.device.cuda.get_device_capability(card)
+    compiled = paddle.version.cuda_archs() if hasattr(paddle.version, "cuda_archs") else PADDLE_2_ARCHS
+    compiled = [divmod(int(arch), 10) for arch in compiled]
+    if not compiled or any(major == arch[0] and minor >= arch[1] for arch in compiled):
+        return
+    stack, newer = "requirements.txt", (major, minor) > max(compiled)
+    if (major, minor) > divmod(PADDLE_2_ARCHS[-1], 10):
+        stack = "requirements-paddle3.txt and the GPU wheel of your CUDA version that it names"
+    text = f"Paddle {paddle.__version__} has no code for a card of compute capability {major}.{minor}: install {stack}"
+    if newer and hasattr(paddle.version, "cuda_archs"):
+        logger.warning(text + ", if this run fails at its first kernel")
+    else:
+        raise InputError(text)
 
 
 def on_cpu():

@@ -227,6 +227,12 @@ class CheckFinite(TrainerCallback):
         step = paddle.where(paddle.isfinite(loss), NEVER, step).reshape([])
         self.first_bad_step = paddle.minimum(self.first_bad_step, step)
 
+    def end(self, args):
+        """End the run if there was such a loss."""
+        step = self.first_bad_step.item()
+        if step != NEVER:
+            raise Fault(f"the loss is not finite at step {step}: {ADVICE}; {where_to_resume(args)}")
+
     def on_step_begin(self, args, state, control, lr_scheduler=None, **kwargs):
         self.rate_step = lr_scheduler.last_epoch
 
@@ -250,9 +256,7 @@ class CheckFinite(TrainerCallback):
     def on_step_end(self, args, state, control, model=None, **kwargs):
         if not (control.should_log or control.should_evaluate or control.should_save):
             return
-        step = self.first_bad_step.item()
-        if step != NEVER:
-            raise Fault(f"the loss is not finite at step {step}: {ADVICE}; {where_to_resume(args)}")
+        self.end(args)
         if control.should_save and not all(paddle.isfinite(p).all().item() for p in model.parameters()):
             step = state.global_step
             raise Fault(f"the weights are not finite after step {step}: {ADVICE}; {where_to_resume(args)}")
@@ -372,6 +376,9 @@ class GLMTrainer(Trainer):
         try:
             with self.loading(resume_from_checkpoint):
                 output = super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
+        except ValueError:  # so PaddleNLP 3 ends a run, after each step, without saying which
+            self.check_finite.end(self.args)
+            raise
         except OSError as error:
             folder = self.checkpoints.folder
             if folder is None or self.control.should_evaluate:  # it was not the checkpoint that failed

@@ -22,7 +22,42 @@ def cards(monkeypatch):
     monkeypatch.setattr(paddle.device.cuda, "device_count", lambda: 2)
     monkeypatch.setattr(paddle, "set_device", lambda name: told.append(name))
     monkeypatch.setattr(paddle, "set_flags", lambda flags: told.append(flags))
+    monkeypatch.setattr(paddle.device.cuda, "get_device_capability", lambda card: (8, 0))
     return told
+
+
+@pytest.mark.parametrize(
+    "archs, capability, outcome",
+    [
+        (None, (6, 1), None),
+        (None, (8, 0), None),
+        (None, (8, 9), None),  # Ada runs what is compiled for 8.6
+        (None, (7, 2), None),
+        (None, (6, 0), "requirements.txt"),
+        (None, (9, 0), "requirements-paddle3.txt and the GPU wheel"),
+        (None, (12, 0), "requirements-paddle3.txt and the GPU wheel"),
+        ([80, 86, 90, 100], (9, 0), None),
+        ([80, 86, 90, 100], (10, 3), None),
+        ([80, 86, 90, 100], (7, 5), "requirements.txt"),
+        ([80, 86, 90], (12, 0), "warning"),  # it may hold PTX
+        ([], (9, 0), None),
+    ],
+)
+def test_a_card_that_paddle_has_no_code_for(monkeypatch, archs, capability, outcome):
+    warnings = []
+    monkeypatch.delattr(paddle.version, "cuda_archs", raising=False)
+    if archs is not None:
+        monkeypatch.setattr(paddle.version, "cuda_archs", lambda: archs, raising=False)
+    monkeypatch.setattr(paddle.device.cuda, "get_device_capability", lambda card: capability)
+    monkeypatch.setattr(modeling.logger, "warning", warnings.append)
+    if outcome in (None, "warning"):
+        modeling.check_card(0)
+        assert len(warnings) == (outcome == "warning")
+        return
+    with pytest.raises(InputError) as error:
+        modeling.check_card(0)
+    number = ".".join(map(str, capability))
+    assert f"has no code for a card of compute capability {number}: install {outcome}" in str(error.value)
 
 
 @pytest.mark.parametrize("name, used", [("", "gpu"), ("gpu", "gpu"), ("gpu:1", "gpu:1"), ("cpu", "cpu")])

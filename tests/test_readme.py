@@ -64,7 +64,7 @@ def test_both_languages_have_the_same_commands_figures_and_sections():
 
 def test_every_command_is_run_here():
     here = open(__file__, encoding="utf-8").read()
-    starts = re.findall(r'command\(\n?\s*"(.*?)"\)', here)
+    starts = re.findall(r"command\(\n?\s*[\"'](.*?)[\"']\)", here)
     for block in COMMANDS:
         assert sum(block.startswith(start) for start in starts) == 1, block
 
@@ -76,6 +76,14 @@ def test_install_and_demo(tmp_path):
     shell(command("python tests/fixtures/plot_demo.py"), (tmp_path / "demo"),
           add=f"{tmp_path}/demo/trainer_state.json {tmp_path}/curves.png")  # fmt: skip
     assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_other_stack_and_the_card(tmp_path):
+    text = command("pip install -r requirements-paddle3.txt && python finetune_generation.py")
+    shell(text, tmp_path, add=f"--output_dir {tmp_path}/demo --max_steps 2 --evaluation_strategy no --do_predict False")
+    assert len(read_jsonl(tmp_path / "demo/eval_predictions.jsonl")) == 60
+    printed = shell(command('python -c "import paddle; print(paddle.device.get_device())'), tmp_path)
+    assert printed.splitlines()[0] == "cpu" and "PaddlePaddle is installed successfully" in printed
 
 
 def test_the_tests(tmp_path):
@@ -183,12 +191,16 @@ def test_benchmarks(tmp_path):
     lines = command("python tests/benchmarks/decode.py").splitlines()
     assert [line.split()[1:] for line in lines] == [
         ["tests/benchmarks/decode.py"],
-        ["tests/benchmarks/decode.py", "--layers", "24", "--tokens", "4"],
+        ["tests/benchmarks/decode.py", "--layers", "24"],
         ["tests/benchmarks/decode.py", "--growth"],
         ["tests/benchmarks/train.py"],
     ]
     for line, small, words in [
-        (lines[0], "--layers 1 --tokens 4 --source 64", ["PaddleNLP generate()", "ratio", "ours / products"]),
+        (
+            lines[0],
+            "--layers 1 --tokens 4 --source 64 --peer_tokens 3",
+            ["PaddleNLP generate()", "ratio", "ours / products"],
+        ),
         (lines[2], "--layers 1 --tokens 2 --source 64", ["source cache MB"]),
         (
             lines[3],
