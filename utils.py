@@ -285,9 +285,19 @@ class WholeCheckpoints(TrainerCallback):
     def on_save(self, args, state, control, **kwargs):
         # All processes have written theirs by now, for the last thing they do is to exchange random states.
         if args.local_rank in (-1, 0):
+            self.make_state_readable()
             open(os.path.join(self.folder, CHECKPOINT_DONE), "w").close()
             self.remove_old_ones(args, state)
         self.folder = None
+
+    def make_state_readable(self):
+        """Take out of the trainer's state what PaddleNLP 3 adds and PaddleNLP 2 refuses; neither needs it here."""
+        path = os.path.join(self.folder, "trainer_state.json")
+        with open(path, encoding="utf-8") as file:
+            state = json.load(file)
+        if state.pop("consumed_samples", None) is not None:
+            with open(path, "w", encoding="utf-8") as file:
+                json.dump(state, file, indent=2, sort_keys=True)
 
     def remove_old_ones(self, args, state):
         checkpoints = glob.glob(os.path.join(glob.escape(args.output_dir), "checkpoint-*[0-9]"))
