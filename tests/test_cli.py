@@ -190,7 +190,10 @@ def test_packages_import_after_paddle():
 
 
 def test_defaults():
-    sys_argv, sys.argv = sys.argv, ["finetune_generation.py", "--output_dir", "unused"]
+    sys_argv, sys.argv = (
+        sys.argv,
+        ["finetune_generation.py", "--output_dir", "unused", "--do_eval", "--eval_steps", "4"],
+    )
     try:
         model_args, data_args, generation, training_args = finetune_generation.parse_arguments()
     finally:
@@ -199,6 +202,8 @@ def test_defaults():
     assert (generation.tgt_length, generation.min_tgt_length, generation.num_beams) == (160, 55, 5)
     assert (generation.length_penalty, generation.select_topk) == (0.7, True)
     assert (model_args.label_smoothing, model_args.lr_decay_ratio) == (0.1, 0.1)
+    # --do_eval alone evaluates after training; PaddleNLP would every eval_steps.
+    assert training_args.do_eval and training_args.evaluation_strategy == "no"
     assert training_args.device == "cpu" or training_args.device.startswith("gpu")
 
 

@@ -19,7 +19,7 @@ import pytest
 from conftest import MINI, ROOT, TINY_GLM
 from paddle.distributed.fleet.meta_parallel import get_rng_state_tracker
 
-from utils import CHECKPOINT_DONE, SeedEachStep, WholeCheckpoints, last_whole_checkpoint
+from utils import CHECKPOINT_DONE, Fault, SeedEachStep, StopBySignal, WholeCheckpoints, last_whole_checkpoint
 
 FLAGS = ["--task_name", MINI, "--src_length", 160, "--tgt_length", 24, "--min_tgt_length", 0, "--num_beams", 2,
          "--do_train", "--learning_rate", 1e-3, "--per_device_train_batch_size", 4, "--logging_steps", 1]  # fmt: skip
@@ -400,3 +400,20 @@ def test_the_newest_and_the_best_checkpoint_stay(tmp_path, limit, best, kept):
     callback.on_step_end(args, state, SimpleNamespace(should_save=True))
     callback.on_save(args, state, None)
     assert sorted(path.name for path in tmp_path.iterdir()) == [f"checkpoint-{number}" for number in kept]
+
+
+@pytest.mark.parametrize("world_size, training, signals", [(1, True, 2), (1, False, 1), (2, True, 1)])
+def test_when_a_signal_ends_at_once(tmp_path, world_size, training, signals):
+    """A second one; the first in an evaluation, and where several processes would have to agree on a step."""
+    args = SimpleNamespace(world_size=world_size, output_dir=str(tmp_path), overwrite_output_dir=False)
+    state, callback = SimpleNamespace(global_step=7), StopBySignal()
+    callback.on_train_begin(args, state, None, model=SimpleNamespace(training=training))
+    try:
+        for _ in range(signals - 1):
+            os.kill(os.getpid(), signal.SIGTERM)
+        with pytest.raises(Fault, match="stopped by SIGTERM at step 7: there is no checkpoint") as fault:
+            os.kill(os.getpid(), signal.SIGTERM)
+        assert fault.value.exit_code == 143
+    finally:
+        callback.number = None
+        callback.on_train_end(args, state, None)

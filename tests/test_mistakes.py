@@ -7,15 +7,19 @@ import signal
 import subprocess
 import sys
 import threading
+from types import SimpleNamespace
 
 import pytest
 from conftest import MINI, ROOT, TINY_GLM
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from paddlenlp.transformers import GLMConfig
 from paddlenlp.utils.log import logger
 
 import finetune_generation
-from data import DataCollator, InputError, build_dataset, parse_lines
+from data import DataArguments, DataCollator, InputError, build_dataset, parse_lines
+from finetune_generation import GenerationArguments, ModelArguments
+from utils import CHECKPOINT_DONE
 
 RECORD = {"context": "明霜峰高1205米。", "answer": "1205米", "question": "明霜峰有多高？"}
 
@@ -133,6 +137,7 @@ MISTAKES = [
     ("--eval_steps 0", None, "--eval_steps is 0"),
     ("--save_total_limit 0", None, "--save_total_limit is 0"),
     ("--seed -1", None, "--seed is -1"),
+    ("--seed 2147483648", None, "--seed is 2147483648: it must be a finite number of at least 0 and under 2147483648"),
     ("--dataloader_num_workers -1", None, "--dataloader_num_workers is -1"),
     ("--dataloader_num_workers 1000", None, "--dataloader_num_workers is 1000"),
     ("--fp16 --bf16", None, "At most one of fp16 and bf16"),
@@ -220,6 +225,56 @@ def test_a_mistake_ends_with_one_line(folder, monkeypatch, capsys, flags, damage
     assert lines[-1].startswith("finetune_generation.py: error: ") and message in lines[-1]
     assert not any("Traceback" in line for line in lines)
     assert files(folder) == before and not (folder / "out").exists()
+
+
+def test_processes_that_the_degree_does_not_divide(folder, monkeypatch, capsys):
+    monkeypatch.setattr(finetune_generation.paddle.distributed, "get_world_size", lambda: 3)
+    code, lines = main(monkeypatch, capsys, "--output_dir", folder / "out", "--do_train", "--tensor_parallel_degree", 2)
+    assert code == 2 and "--tensor_parallel_degree 2 does not divide the 3 processes" in lines[-1]
+
+
+def test_the_edges_of_what_fits_a_model():
+    def check(heads=4, vocab_size=100, positions=168, src_length=160, tgt_length=8, num_beams=100, degree=2):
+        config = GLMConfig(num_attention_heads=heads, vocab_size=vocab_size, max_sequence_length=positions)
+        generation = GenerationArguments(tgt_length=tgt_length, min_tgt_length=0, num_beams=num_beams)
+        finetune_generation.check_config(
+            config, ModelArguments(), DataArguments(src_length=src_length), generation, degree
+        )
+
+    check()
+    for changes, message in (
+        ({"heads": 5}, "does not divide the 5 attention heads"),
+        ({"vocab_size": 101}, "does not divide the 101 vocabulary entries"),
+        ({"tgt_length": 9}, "is over the 168 positions"),
+        ({"num_beams": 101}, "is over the 100 entries"),
+    ):
+        with pytest.raises(InputError, match=message):
+            check(**changes)
+
+
+def test_who_may_write_into_a_folder(tmp_path):
+    """Results may go where other files are; a run that writes over another does not go on with it."""
+    (tmp_path / "thesis.txt").write_text("mine")
+    args = SimpleNamespace(output_dir=str(tmp_path), do_train=False, overwrite_output_dir=False)
+    finetune_generation.check_output_dir(args, None)
+    args.do_train = True
+    with pytest.raises(InputError, match="nothing of a run"):
+        finetune_generation.check_output_dir(args, None)
+    args.overwrite_output_dir, args.resume_from_checkpoint, args.tensor_parallel_degree = True, None, 1
+    finetune_generation.check_output_dir(args, None)
+    checkpoint = tmp_path / "checkpoint-2"
+    checkpoint.mkdir()
+    for name in (
+        "model_state.pdparams",
+        "optimizer.pdopt",
+        "scheduler.pdparams",
+        "trainer_state.json",
+        CHECKPOINT_DONE,
+    ):
+        (checkpoint / name).touch()
+    assert finetune_generation.find_last_checkpoint(args) is None
+    args.overwrite_output_dir = False
+    assert finetune_generation.find_last_checkpoint(args) == str(checkpoint)
 
 
 def test_a_run_may_log_into_its_own_folder(folder):

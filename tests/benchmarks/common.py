@@ -123,6 +123,9 @@ def reset_peak():
 
 def children(args, workers):
     """Run each worker in a process of its own on the same weights. Returns {worker: what it printed}."""
+    # As this process began: importing paddle has set OMP_NUM_THREADS to 1, which a child would take for the user's.
+    with open("/proc/self/environ") as file:
+        environment = dict(line.split("=", 1) for line in file.read().split("\0") if "=" in line)
     results = {}
     with tempfile.TemporaryDirectory() as folder:
         code = f"import sys; sys.path.insert(0, {str(Path(__file__).parent)!r}); import common\n"
@@ -130,7 +133,7 @@ def children(args, workers):
         subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
         for worker, flags in workers.items():
             command = [sys.executable, *sys.argv, "--worker", worker, "--model", folder, *map(str, flags)]
-            output = subprocess.run(command, capture_output=True, text=True)
+            output = subprocess.run(command, capture_output=True, text=True, env=environment)
             if output.returncode:
                 raise SystemExit(f"{worker} failed:\n{output.stderr[-3000:]}")
             results[worker] = json.loads(output.stdout.splitlines()[-1])
