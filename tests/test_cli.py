@@ -203,7 +203,7 @@ def test_defaults():
     assert (generation.length_penalty, generation.select_topk) == (0.7, True)
     assert (model_args.label_smoothing, model_args.lr_decay_ratio) == (0.1, 0.1)
     # --do_eval alone evaluates after training; PaddleNLP would every eval_steps.
-    assert training_args.do_eval and training_args.evaluation_strategy == "no"
+    assert training_args.do_eval and training_args.evaluation_strategy.value == "no"
     assert training_args.device == "cpu" or training_args.device.startswith("gpu")
 
 
