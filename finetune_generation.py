@@ -194,6 +194,14 @@ def parse_arguments():
         raise InputError(str(error) or f"PaddleNLP refuses these arguments, by its rule: {line}") from error
 
 
+def is_own_output(path):
+    """Whether what this run prints goes to the file ``path``."""
+    try:
+        return any(os.path.samestat(os.fstat(number), os.stat(path)) for number in (1, 2))
+    except OSError:  # a link to nowhere, or an output that is closed
+        return False
+
+
 def check_output_dir(args, checkpoint):
     """Raise InputError where the output can't be written, or would be mixed with what is not a run's.
 
@@ -216,12 +224,10 @@ def check_output_dir(args, checkpoint):
             f"--output_dir {args.output_dir} holds a model and no checkpoint to resume from: "
             "give another folder, or --overwrite_output_dir"
         )
-    # The launcher's logs may lie there, and what this run's own output goes to.
+    # The launcher's logs may lie there, and what this run prints.
     traces = ("checkpoint-*", "runs/*", "*_results.json", "*_predictions.jsonl*", "workerlog.*", "*/workerlog.*")
     found = [path for pattern in traces for path in glob.glob(os.path.join(glob.escape(args.output_dir), pattern))]
-    own = [os.fstat(number) for number in (1, 2)]
-    found += [name for name in names if os.stat(os.path.join(args.output_dir, name)) in own]
-    if names and not found:
+    if names and not found and not any(is_own_output(os.path.join(args.output_dir, name)) for name in names):
         raise InputError(
             f"--output_dir {args.output_dir} holds {names[0]} and nothing of a run: "
             "give a folder of its own, or --overwrite_output_dir"

@@ -52,9 +52,8 @@ class Cache:
         """Add ``room`` slots, and leave out those that no beam of their example sees any more, or ever did."""
         seen = (self.mask == 0).any(axis=1).numpy()  # [A, slots]
         self.used = seen.sum(1).max()
-        kept = paddle.to_tensor(
-            np.argsort(~seen, axis=1, kind="stable")[:, : self.used]
-        )  # [A, used]; fillers are unseen
+        # [A, used], the seen ones first: where an example has fewer, unseen ones fill up.
+        kept = paddle.to_tensor(np.argsort(~seen, axis=1, kind="stable")[:, : self.used])
         shape = [*self.mask.shape[:2], room]
         mask = paddle.take_along_axis(self.mask, kept.unsqueeze(1).tile([1, self.num_beams, 1]), axis=2)
         self.mask = paddle.concat([mask, paddle.full(shape, MASKED, self.dtype)], axis=2)
@@ -147,8 +146,8 @@ def next_token_candidates(logits, banned, count, select_topk=True, top_k=0, top_
     Returns:
         numpy float64 [3, B, K, M], where M is about ``count``, of every process: sort keys (the largest are chosen),
         log-probabilities, token ids. Where a beam has fewer possible tokens, the rest are -inf, -inf and some valid id.
-        The keys are the log-probabilities; for a draw, those plus Gumbel noise, since the
-        n largest of the sums are a draw of n without replacement in proportion to the probabilities (arXiv 1903.06059).
+        The keys are the log-probabilities; for a draw, those plus Gumbel noise, since the n largest of the sums are a
+        draw of n without replacement in proportion to the probabilities (arXiv 1903.06059).
     """
     if logits.dtype != paddle.float32:
         logits = logits.astype("float32")

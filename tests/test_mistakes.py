@@ -277,6 +277,13 @@ def test_who_may_write_into_a_folder(tmp_path):
     assert finetune_generation.find_last_checkpoint(args) == str(checkpoint)
 
 
+def test_a_link_to_nowhere_is_nothing_of_a_run(tmp_path):
+    (tmp_path / "link").symlink_to(tmp_path / "nowhere")
+    args = SimpleNamespace(output_dir=str(tmp_path), do_train=True, overwrite_output_dir=False)
+    with pytest.raises(InputError, match="holds link and nothing of a run"):
+        finetune_generation.check_output_dir(args, None)
+
+
 def test_a_run_may_log_into_its_own_folder(folder):
     (folder / "out").mkdir()
     command = [sys.executable, "finetune_generation.py", "--model_name_or_path", folder / "model", "--task_name",
