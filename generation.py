@@ -7,7 +7,7 @@ import paddle
 import paddle.distributed as dist
 import paddle.nn.functional as F
 
-from modeling import MASKED, additive_mask, attend, forward, log_sum_exp, on_cpu
+from modeling import MASKED, additive_mask, attend, forward, laid_out_by_head, log_sum_exp, on_cpu, split_heads
 
 GROWTH = 16  # tokens by which the room in a cache grows: what is not written yet is attended over too, under the mask
 
@@ -19,59 +19,70 @@ class Cache:
     written once and never moved: when beams branch, only the mask changes, which says what a beam descends from.
 
     Attributes:
-        layers (list): of each layer keys and values in one tensor, [2, A, H, slots, D], and views of either.
+        layers (list): of each layer one tensor [rows, D], and its parts: keys and values, both [1, A, H, slots, D], and
+            the queries of the tokens at hand, [1, A, H, K, D].
         mask: 0 where a beam sees a slot, else MASKED, [A, K, slots], in the type of the weights.
         used (int): the slots that are written.
+        new_rows: where in a layer the rows of query_key_value's output belong, int64 [A * K * 3 * H].
     """
 
     def __init__(self, model, seen, num_beams, tgt_length):
+        attention = model.glm.transformer.layers[0].attention
         self.layers, self.num_beams, self.rest = [], num_beams, tgt_length
-        self.heads = model.glm.transformer.layers[0].attention.num_attention_heads if on_cpu() else 1
+        self.num_heads, self.head_size = attention.num_attention_heads, attention.attention_head_size
+        self.by_head = laid_out_by_head(attention)
         self.dtype = model.glm.word_embeddings.weight.dtype
         self.used = seen.shape[1]
         self.mask = additive_mask(seen, self.dtype).unsqueeze(1).tile([1, num_beams, 1])
         # A beam sees its own slot of a step, and none of the other beams'.
         self.own = additive_mask(paddle.eye(num_beams), self.dtype)  # [K, K]
 
-    def set_layer(self, number, keys_values):
-        """Keep [2, A, H, slots, D] as the layer ``number``."""
-        self.layers[number : number + 1] = [(keys_values, keys_values[:1], keys_values[1:])]
-
     def open_slots(self):
-        """Let each beam see the slot that its next token is about to be written to. Returns the first of them."""
-        num_beams, slot = self.num_beams, self.used
-        if slot == self.mask.shape[2]:
-            self.make_room(min(GROWTH, self.rest) * num_beams)
+        """Let each beam see the slot that its next token is about to be written to."""
+        if self.used == self.mask.shape[2]:
+            self.arrange(np.arange(len(self.mask)), min(GROWTH, self.rest) * self.num_beams)
             self.rest -= GROWTH
-            slot = self.used
-        self.mask[:, :, slot : slot + num_beams] = self.own
-        self.used += num_beams
-        return slot
+        self.mask[:, :, self.used : self.used + self.num_beams] = self.own
+        self.used += self.num_beams
+        self.new_rows = self.new_rows + self.moves
 
-    def make_room(self, room):
-        """Add ``room`` slots, and leave out those that no beam of their example sees any more, or ever did."""
-        seen = (self.mask == 0).any(axis=1).numpy()  # [A, slots]
+    def arrange(self, examples, room):
+        """Keep of ``examples`` (numpy int64 [A'], those of the layers) the slots that a beam sees, and add ``room``."""
+        num_beams, (_, num_rows, _, slots, _) = self.num_beams, self.layers[0][1].shape
+        seen = (self.mask == 0).any(axis=1).numpy()  # [A', slots]
         self.used = seen.sum(1).max()
-        # [A, used], the seen ones first: where an example has fewer, unseen ones fill up.
-        kept = paddle.to_tensor(np.argsort(~seen, axis=1, kind="stable")[:, : self.used])
-        shape = [*self.mask.shape[:2], room]
-        mask = paddle.take_along_axis(self.mask, kept.unsqueeze(1).tile([1, self.num_beams, 1]), axis=2)
-        self.mask = paddle.concat([mask, paddle.full(shape, MASKED, self.dtype)], axis=2)
-        # The same slots of every head, as row numbers of a layer's [2 * A * H * slots, D]: whole rows are copied fast.
-        *shape, slots, head_size = self.layers[0][0].shape
-        rows = (paddle.arange(int(np.prod(shape))) * slots).reshape([*shape, 1]) + kept.unsqueeze(1)
-        rows = paddle.concat([rows, rows[..., :1].tile([1, 1, 1, room])], axis=3)  # in the room anything may stand
-        for number, (keys_values, _, _) in enumerate(self.layers):
-            self.set_layer(number, F.embedding(rows, keys_values.reshape([-1, head_size])))
+        # [A', used], the seen ones first: where an example has fewer, unseen ones fill up.
+        kept = np.argsort(~seen, axis=1, kind="stable")[:, : self.used]
+        mask = paddle.take_along_axis(self.mask, paddle.to_tensor(kept).unsqueeze(1).tile([1, num_beams, 1]), axis=2)
+        self.mask = paddle.concat([mask, paddle.full([len(examples), num_beams, room], MASKED, self.dtype)], axis=2)
+        # The same slots of every head, as numbers of a layer's rows: whole rows are copied fast.
+        kind, head = np.ogrid[:2, : self.num_heads]
+        old = ((kind * num_rows + examples[:, None, None]) * self.num_heads + head) * slots  # [A', 2, H]
+        rows = old.swapaxes(0, 1)[..., None] + kept[:, None]
+        rows = np.pad(rows, [(0, 0)] * 3 + [(0, room)]).reshape(-1)  # what is not written yet may hold anything
+        queries, slots = len(rows), self.used + room
+        rows = paddle.to_tensor(np.pad(rows, (0, len(examples) * self.num_heads * num_beams)))
+        shape = [len(examples), self.num_heads, slots, self.head_size]
+        for number, (layer, *_) in enumerate(self.layers):
+            layer = F.embedding(rows, layer)
+            keys_values = layer[:queries].reshape([2, *shape])  # a view, as the others
+            query = layer[queries:].reshape([1, *shape[:2], num_beams, self.head_size])
+            self.layers[number] = (layer, keys_values[:1], keys_values[1:], query)
+
+        example, beam, head = np.ogrid[: len(examples), :num_beams, : self.num_heads]
+        key = (example * self.num_heads + head) * slots + self.used - num_beams + beam
+        query = queries + (example * self.num_heads + head) * num_beams + beam
+        rows = np.stack([query, key, key + queries // 2], axis=3 if self.by_head else 2).reshape(-1)
+        self.new_rows = paddle.to_tensor(rows)
+        self.moves = paddle.to_tensor(np.where(rows < queries, num_beams, 0))  # from one token to the next
 
     def follow(self, origins):
-        """Go on with other beams: ``origins`` int64 [A', K] are their numbers among the A * K of now, row by row."""
+        """Go on with other beams: ``origins`` numpy int64 [A', K], their numbers among the A * K of now, row by row."""
         num_rows, num_beams, slots = self.mask.shape
-        self.mask = self.mask.reshape([-1, slots]).index_select(origins.reshape([-1])).reshape([-1, num_beams, slots])
+        beams = paddle.to_tensor(origins.reshape(-1))
+        self.mask = self.mask.reshape([-1, slots]).index_select(beams).reshape([-1, num_beams, slots])
         if len(origins) < num_rows:  # finished examples leave the batch
-            rows = origins[:, 0] // num_beams
-            for number, layer in enumerate(self.layers):
-                self.set_layer(number, layer[0].index_select(rows, axis=1))
+            self.arrange(origins[:, 0] // num_beams, slots - self.used)
 
 
 def prefill(model, input_ids, source_length, num_beams, tgt_length):
@@ -91,11 +102,14 @@ def prefill(model, input_ids, source_length, num_beams, tgt_length):
     if source_length.min() < length:
         mask = additive_mask(seen, cache.dtype)[:, None, None, :]  # [B, 1, 1, S]
         # Whole on a CPU, and once for all layers, for Paddle is slow at broadcasting there.
-        mask = mask.tile([1, cache.heads, length if on_cpu() else 1, 1])
+        if on_cpu():
+            mask = mask.tile([1, cache.num_heads, length, 1])
 
-    def core(number, query, keys_values):
-        cache.set_layer(number, keys_values)
-        return attend(query, *cache.layers[number][1:], mask)
+    def core(number, attention, projected):
+        heads = split_heads(attention, projected)  # [3, B, H, S, D]
+        query, keys, values = heads[:1], heads[1:2], heads[2:]
+        cache.layers.append((heads[1:].reshape([-1, cache.head_size]), keys, values))
+        return attend(query, keys, values, mask)
 
     forward(model, input_ids, paddle.stack([positions, paddle.zeros_like(positions)]).unsqueeze(0), core)
     return cache
@@ -112,14 +126,14 @@ def decode_one_token(model, cache, token_ids, position_ids):
     Returns:
         logits of the next token, [A, K, V].
     """
-    slot = cache.open_slots()
+    cache.open_slots()
     mask = cache.mask.unsqueeze(1)  # [A, 1, K, slots]
-    if cache.heads > 1:
-        mask = mask.tile([1, cache.heads, 1, 1])
+    if on_cpu():
+        mask = mask.tile([1, cache.num_heads, 1, 1])
 
-    def core(number, query, keys_values):
-        layer, keys, values = cache.layers[number]
-        layer[:, :, :, slot : slot + cache.num_beams] = keys_values  # and so in the views
+    def core(number, attention, projected):
+        layer, keys, values, query = cache.layers[number]
+        layer.scatter_(cache.new_rows, projected.reshape([-1, cache.head_size]))  # and so in the views
         return attend(query, keys, values, mask)
 
     hidden_states = forward(model, token_ids, position_ids.unsqueeze(-1), core)
@@ -344,5 +358,5 @@ def beam_search(model, input_ids, source_length, generation, start_token_id, end
         origins = beams.advance(candidates)
         if not len(origins):
             return beams.results
-        cache.follow(paddle.to_tensor(origins))
+        cache.follow(origins)
         token_ids = paddle.to_tensor(beams.tokens[:, :, beams.step - 1])

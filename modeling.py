@@ -221,30 +221,18 @@ def _transpose_rows(inputs, order):
     return F.embedding(_transposed_rows(tuple(inputs.shape[:-1]), tuple(order)), inputs.reshape([-1, inputs.shape[-1]]))
 
 
-def _split_heads(attention, projected):
+def laid_out_by_head(attention):
+    """Whether query_key_value gives [q k v] of one head after the other, or all q, all k, all v."""
+    return attention.config.tensor_parallel_degree > 1
+
+
+def split_heads(attention, projected):
     """What query_key_value gives, [B, Q, 3 * H * D], as queries, keys and values in one tensor, [3, B, H, Q, D]."""
     batch_size, length, _ = projected.shape
     heads, head_size = attention.num_attention_heads, attention.attention_head_size
-    if attention.config.tensor_parallel_degree > 1:  # laid out head by head, [q k v] [q k v] ...
+    if laid_out_by_head(attention):
         return _transpose_rows(projected.reshape([batch_size, length, heads, 3, head_size]), [3, 0, 2, 1])
-    # [all q | all k | all v]
     return _transpose_rows(projected.reshape([batch_size, length, 3, heads, head_size]), [2, 0, 3, 1])
-
-
-def _split_queries(attention, projected):
-    """The same without gradients, as queries [1, B, H, Q, D] and keys and values [2, B, H, Q, D]: two views."""
-    if on_cpu():
-        heads = _split_heads(attention, projected)
-        return heads[:1], heads[1:]
-    batch_size, length, width = projected.shape
-    heads, size = attention.num_attention_heads, attention.attention_head_size
-    kind, head = heads * size, size  # steps in memory from queries to keys to values, and from head to head
-    if attention.config.tensor_parallel_degree > 1:
-        kind, head = size, 3 * size
-    step = [kind, length * width, head, width, 1]
-    query = paddle.as_strided(projected, [1, batch_size, heads, length, size], step)
-    offset = kind * projected.element_size()  # in bytes
-    return query, paddle.as_strided(projected, [2, batch_size, heads, length, size], step, offset)
 
 
 def _merge_heads(context):
@@ -279,7 +267,7 @@ def prepare_for_training(model):
     """
 
     def forward(attention, hidden_states, mask, cache=None):
-        query, key, value = paddle.unbind(_split_heads(attention, attention.query_key_value(hidden_states)))
+        query, key, value = paddle.unbind(split_heads(attention, attention.query_key_value(hidden_states)))
         drop = functools.partial(_dropout, attention.attention_dropout, "local_seed")
         context = _merge_heads(attend(query, key, value, mask, drop))
         return _dropout(attention.output_dropout, "global_seed", attention.dense(context))
@@ -303,13 +291,13 @@ def linear(layer, inputs):
 
 
 def forward(model, input_ids, position_ids, core):
-    """GLM's layers without dropout, with their attention given: ``core(layer number, query, keys and values)``.
+    """GLM's layers without dropout, with their attention given: ``core(number, attention, projected)``.
 
     PaddleNLP's own forward caches hidden states and projects the whole prefix to keys and values at every step.
 
     Args:
         input_ids int64 [B, Q], position_ids int64 [B or 1, 2, Q or 1].
-        core: of queries [1, B, H, Q, D] and keys and values in one tensor [2, B, H, Q, D] makes [1, B, H, Q, D].
+        core: of a layer's number, its attention and what that projects, [B, Q, 3 * H * D], makes [1, B, H, Q, D].
 
     Returns:
         hidden states after the last layer norm, [B, Q, C].
@@ -323,7 +311,7 @@ def forward(model, input_ids, position_ids, core):
     for number, layer in enumerate(stack.layers):
         attention, mlp = layer.attention, layer.mlp
         projected = linear(attention.query_key_value, layer.input_layernorm(hidden_states))
-        context = _merge_heads(core(number, *_split_queries(attention, projected)))
+        context = _merge_heads(core(number, attention, projected))
         hidden_states = hidden_states + linear(attention.dense, context)
         inner = F.gelu(linear(mlp.dense_h_to_4h, layer.post_attention_layernorm(hidden_states)), approximate=True)
         hidden_states = hidden_states + linear(mlp.dense_4h_to_h, inner)

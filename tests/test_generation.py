@@ -40,7 +40,7 @@ def test_cached_decoding_equals_the_plain_forward_at_every_step():
             np.testing.assert_allclose(log_softmax(logits.numpy()[row, beam]), expected, atol=1e-4)
         parents = rng.integers(0, num_beams, [3, num_beams])
         fed = rng.integers(3, 24, [3, num_beams])
-        cache.follow(paddle.to_tensor(np.arange(3)[:, None] * num_beams + parents))
+        cache.follow(np.arange(3)[:, None] * num_beams + parents)
         paths = [[[*paths[r][parents[r, k]], int(fed[r, k])] for k in range(num_beams)] for r in range(3)]
 
 
@@ -81,9 +81,32 @@ def test_slots_that_no_beam_sees_are_left_out():
     for step in range(33):
         positions = paddle.to_tensor(np.stack([lengths - 2, np.full(2, step + 1)], axis=1))
         decode_one_token(model, cache, paddle.full([2, num_beams], 5, dtype="int64"), positions)
-        cache.follow(paddle.to_tensor([[0] * num_beams, [num_beams] * num_beams]))
+        cache.follow(np.array([[0] * num_beams, [num_beams] * num_beams]))
     # 9 of the source, of 32 steps one slot each, and the room for the last 8.
-    assert cache.layers[0][0].shape == [2, 2, 4, 9 + 32 + 8 * num_beams, 8] and cache.used == 9 + 32 + num_beams
+    assert cache.layers[0][1].shape == [1, 2, 4, 9 + 32 + 8 * num_beams, 8] and cache.used == 9 + 32 + num_beams
+
+
+@paddle.no_grad()
+@pytest.mark.parametrize("by_head", [False, True])
+def test_where_a_token_goes_in_the_cache(by_head):
+    """Each number that query_key_value gives, in either layout, after an example has left."""
+    num_beams, heads, size = 3, 4, 8
+    _, input_ids, lengths = make_sources((9, 7))
+    cache = prefill(random_glm(), input_ids, lengths, num_beams, 5)
+    cache.by_head = by_head
+    cache.open_slots()
+    cache.follow(np.array([[3, 4, 5]]))  # the second example alone goes on
+    cache.open_slots()
+    projected = np.arange(num_beams * 3 * heads * size, dtype="float32") + 1000
+    for layer, keys, values, query in cache.layers:
+        layer.scatter_(cache.new_rows, paddle.to_tensor(projected).reshape([-1, size]))
+        columns = (heads, 3, size) if by_head else (3, heads, size)
+        for beam, numbers in enumerate(projected.reshape(num_beams, *columns)):
+            numbers = numbers if not by_head else numbers.swapaxes(0, 1)  # [3, H, D]
+            slot = cache.used - num_beams + beam
+            for part, where, expected in zip((query, keys, values), (beam, slot, slot), numbers):
+                np.testing.assert_array_equal(part[0, 0, :, where].numpy(), expected)
+        assert (layer >= 1000).sum() == projected.size  # and nowhere else
 
 
 @pytest.mark.parametrize("growth", [1, 2, 5, 16])
@@ -110,15 +133,18 @@ def test_the_source_is_stored_once_per_example():
     _, input_ids, lengths = make_sources()
     for num_beams in (1, 7):
         cache = prefill(model, input_ids, lengths, num_beams, 20)
-        assert [layer[0].shape for layer in cache.layers] == [[2, 3, 4, 12, 8]] * 2
+        assert [layer[1].shape for layer in cache.layers] == [[1, 3, 4, 12, 8]] * 2
         for step, steps in ((0, 16), (16, 20)):  # the room grows by 16 steps, and never past tgt_length
             cache.used = 12 + step * num_beams
             cache.mask[:, :, : cache.used] = 0.0  # as if every slot were seen by some beam
-            assert cache.open_slots() == 12 + step * num_beams
-            assert [layer[0].shape for layer in cache.layers] == [[2, 3, 4, 12 + steps * num_beams, 8]] * 2
-            for keys_values, keys, values in cache.layers:  # one tensor, of which these are views
-                keys_values[:, :, :, -1:] = float(step + 1)
-                assert keys[0, 0, 0, -1, 0] == values[0, 0, 0, -1, 0] == step + 1
+            cache.open_slots()
+            assert cache.used == 12 + (step + 1) * num_beams
+            slots = 12 + steps * num_beams
+            assert [part.shape for part in cache.layers[1][1:]] == [[1, 3, 4, n, 8] for n in (slots, slots, num_beams)]
+            for layer, keys, values, query in cache.layers:  # one tensor, of which these are views
+                assert len(layer) == 3 * 4 * (2 * slots + num_beams)
+                layer[:] = float(step + 1)
+                assert keys[0, 0, 0, -1, 0] == values[0, 0, 0, -1, 0] == query[0, 0, 0, 0, 0] == step + 1
 
 
 def repeats_ngram(tokens, n):

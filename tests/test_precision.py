@@ -214,16 +214,3 @@ def test_optimizer_states_with_and_without_master_weights(had, wanted, dtype):
         for name, weight in model.state_dict().items():
             exact = paddle.to_tensor(EXACT[name]).astype(weight.dtype).astype("float32")
             np.testing.assert_array_equal(weight.astype("float32").numpy(), exact.numpy())
-
-
-@pytest.mark.parametrize("degree", [1, 2])
-def test_views_of_queries_keys_and_values(monkeypatch, degree):
-    """Without the CPU's copies, in either layout of query_key_value."""
-    attention = SimpleNamespace(
-        num_attention_heads=4, attention_head_size=8, config=SimpleNamespace(tensor_parallel_degree=degree)
-    )
-    projected = paddle.randn([2, 5, 96])
-    expected = modeling._split_queries(attention, projected)
-    monkeypatch.setattr(modeling, "on_cpu", lambda: False)
-    for ours, theirs in zip(modeling._split_queries(attention, projected), expected):
-        np.testing.assert_array_equal(ours.numpy(), theirs.numpy())

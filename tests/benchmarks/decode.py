@@ -65,7 +65,7 @@ def ours(args, model=None):
         start = time.time()
         cache = prefill(model, full, everything, args.beams, args.tokens)
         prefill_seconds = time.time() - start
-        source_mb = sum(layer[0].numel().item() * 4 for layer in cache.layers) / 2**20
+        source_mb = sum(layer[1].numel().item() * 8 for layer in cache.layers) / 2**20
         beams = Beams(len(lengths), generation(args), END)
         steps, products = [], []
         limit = matrix_products(model, args.batch_size * args.beams, args.batch_size * args.beams)
@@ -76,7 +76,7 @@ def ours(args, model=None):
             logits = decode_one_token(model, cache, token_ids, position_ids)
             origins = beams.advance(next_token_candidates(logits, beams.banned(), 2 * args.beams))
             if len(origins):
-                cache.follow(paddle.to_tensor(origins))
+                cache.follow(origins)
                 token_ids = paddle.to_tensor(beams.tokens[:, :, beams.step - 1])
             steps.append(time.time() - start)
             start = time.time()
@@ -84,7 +84,7 @@ def ours(args, model=None):
             products.append(time.time() - start)
             if not len(origins):
                 break
-        cache_mb = sum(layer[0].numel().item() * 4 for layer in cache.layers) / 2**20
+        cache_mb = sum(layer[1].numel().item() * 8 for layer in cache.layers) / 2**20
     assert all(len(tokens) == args.tokens for tokens, _ in results)
     return {
         "total": total,
