@@ -217,21 +217,21 @@ class CheckFinite(TrainerCallback):
 
     def __init__(self):
         self.skipped = self.in_a_row = 0  # steps without an update, since training began or was resumed
+        self.last_loss = paddle.zeros([])
         self.forget()
 
     def forget(self):
         self.first_bad_step = paddle.full([], NEVER, dtype="int64")
 
     def note(self, loss, step):
-        """Remember the first ``step`` whose ``loss`` is no number, on the device, where nothing waits for it."""
-        step = paddle.where(paddle.isfinite(loss), NEVER, step).reshape([])
-        self.first_bad_step = paddle.minimum(self.first_bad_step, step)
+        """Remember the first ``step`` whose ``loss`` is no number, on the device, where nothing waits for it.
 
-    def end(self, args):
-        """End the run if there was such a loss."""
-        step = self.first_bad_step.item()
-        if step != NEVER:
-            raise Fault(f"the loss is not finite at step {step}: {ADVICE}; {where_to_resume(args)}")
+        Returns the loss, or the last that was a number, for with it all that is logged afterwards would be none.
+        """
+        finite = paddle.isfinite(loss)
+        self.first_bad_step = paddle.minimum(self.first_bad_step, paddle.where(finite, NEVER, step).reshape([]))
+        self.last_loss = paddle.where(finite, loss, self.last_loss.astype(loss.dtype))
+        return self.last_loss
 
     def on_step_begin(self, args, state, control, lr_scheduler=None, **kwargs):
         self.rate_step = lr_scheduler.last_epoch
@@ -256,7 +256,9 @@ class CheckFinite(TrainerCallback):
     def on_step_end(self, args, state, control, model=None, **kwargs):
         if not (control.should_log or control.should_evaluate or control.should_save):
             return
-        self.end(args)
+        step = self.first_bad_step.item()
+        if step != NEVER:
+            raise Fault(f"the loss is not finite at step {step}: {ADVICE}; {where_to_resume(args)}")
         if control.should_save and not all(paddle.isfinite(p).all().item() for p in model.parameters()):
             step = state.global_step
             raise Fault(f"the weights are not finite after step {step}: {ADVICE}; {where_to_resume(args)}")
@@ -363,10 +365,8 @@ class GLMTrainer(Trainer):
 
     def training_step(self, *args, **kwargs):
         """The Trainer's, with its loss noted."""
-        loss = super().training_step(*args, **kwargs)
-        self.check_finite.note(loss, self.state.global_step + 1)
         self.evaluated = None
-        return loss
+        return self.check_finite.note(super().training_step(*args, **kwargs), self.state.global_step + 1)
 
     def train(self, resume_from_checkpoint=None, **kwargs):
         """The Trainer's. A run that had come to its end is only loaded, for the Trainer would go one step further."""
@@ -386,9 +386,6 @@ class GLMTrainer(Trainer):
         try:
             with self.loading(resume_from_checkpoint):
                 output = super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
-        except ValueError:  # so PaddleNLP 3 ends a run, after each step, without saying which
-            self.check_finite.end(self.args)
-            raise
         except OSError as error:
             folder = self.checkpoints.folder
             if folder is None or self.control.should_evaluate:  # it was not the checkpoint that failed

@@ -111,6 +111,13 @@ def test_losses_that_are_no_numbers_under_a_scaler(tmp_path, loss):
         run.step(loss, True)
 
 
+def test_a_loss_that_is_no_number_is_logged_as_the_one_before_it():
+    """Its sum with the others would be none, and train_loss neither."""
+    check = CheckFinite()
+    returned = [float(check.note(paddle.to_tensor(loss), 1)) for loss in (2.0, math.nan, 1.5, -math.inf, math.inf)]
+    assert returned == [2.0, 2.0, 1.5, 1.5, 1.5]
+
+
 def test_a_scale_that_is_too_large_ends_nothing(tmp_path):
     run = Run(tmp_path)
     for _ in range(3 * MOST_SKIPPED):
