@@ -13,11 +13,12 @@ import sys
 import threading
 import traceback
 from dataclasses import dataclass, field
-from typing import Optional
+from typing import List, Optional
 
 import numpy as np
 import paddle
 from paddle.distributed.fleet.utils import log_util
+from paddlenlp.peft import LoRAConfig
 from paddlenlp.trainer import PdArgumentParser, TrainingArguments, set_seed
 from paddlenlp.trainer.integrations import get_available_reporting_integrations
 from paddlenlp.transformers import AutoConfig, AutoModelForConditionalGeneration, GLMConfig, GLMTokenizer
@@ -26,7 +27,17 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 
 from data import DataArguments, DataCollator, InputError, build_dataset, parse_lines, read_records, require_range
 from generation import beam_search
-from modeling import load, supports_dtype, use_device, use_the_whole_cpu
+from modeling import (
+    LORA_MODULES,
+    LORA_WEIGHTS,
+    add_lora,
+    load,
+    new_adapter,
+    read_adapter,
+    supports_dtype,
+    use_device,
+    use_the_whole_cpu,
+)
 from utils import Fault, GLMTrainer, last_whole_checkpoint, prediction_row
 
 
@@ -47,6 +58,72 @@ class ModelArguments:
     def __post_init__(self):
         require_range(self, "label_smoothing", 0, below=1)
         require_range(self, "lr_decay_ratio", 0, most=1)
+
+
+@dataclass
+class LoRAArguments:
+    """Low-rank adapters (arXiv 2106.09685): small weights that are trained beside the frozen ones."""
+
+    lora: bool = field(default=False, metadata={"help": "Train an adapter, and leave the model's weights as they are."})
+    lora_rank: Optional[int] = field(default=None, metadata={"help": "Its rank: 8, or that of the adapter at hand."})
+    lora_alpha: Optional[float] = field(
+        default=None, metadata={"help": "What it adds is multiplied by lora_alpha / rank; by default 2 * rank."}
+    )
+    lora_target_modules: Optional[List[str]] = field(
+        default=None, metadata={"help": f"The linears beside which it stands: {', '.join(LORA_MODULES)}, or some."}
+    )
+    rslora: bool = field(default=False, metadata={"help": "Multiply by lora_alpha / sqrt(rank) (arXiv 2312.03732)."})
+    lora_base: Optional[str] = field(
+        default=None, metadata={"help": "The model an adapter belongs to, where it is not where the adapter says."}
+    )
+    merge_lora: bool = field(
+        default=False, metadata={"help": "Write a whole model with the adapter in its weights into output_dir."}
+    )
+
+    def __post_init__(self):
+        for name, low in (("lora_rank", 1), ("lora_alpha", 1e-30)):
+            if getattr(self, name) is not None:
+                require_range(self, name, low)
+        for name in self.lora_target_modules or []:
+            if name not in LORA_MODULES:
+                raise InputError(f"--lora_target_modules has {name}: give some of {', '.join(LORA_MODULES)}")
+
+    def find_base(self, name):
+        """The folder of the adapter that ``name`` is, or None, and the name of the model to load."""
+        if os.path.isfile(os.path.join(name, "lora_config.json")) and not glob.glob(
+            os.path.join(glob.escape(name), "model_state*")
+        ):
+            self.lora = True
+            return name, self.lora_base or load(LoRAConfig, name, "lora_config.json").base_model_name_or_path
+        if self.lora_base:
+            raise InputError(f"--lora_base is for an adapter, and --model_name_or_path {name} is none: leave it out")
+        if self.merge_lora and not self.lora:
+            raise InputError(f"--merge_lora: there is no adapter in --model_name_or_path {name}, and no --lora True")
+        return None, name
+
+    def config(self, adapter, base, dtype, degree):
+        """The LoRAConfig of the folder ``adapter``, or of a new one where it is None."""
+        modules = self.lora_target_modules or LORA_MODULES
+        targets = [rf".*\.{module}" for module in LORA_MODULES if module in modules]
+        if adapter is None:
+            rank = self.lora_rank or 8
+            config = LoRAConfig(
+                r=rank, lora_alpha=self.lora_alpha or 2 * rank, target_modules=targets, rslora=self.rslora
+            )
+        else:
+            config = load(LoRAConfig, adapter, "lora_config.json")
+            for name, given, own in (
+                ("lora_rank", self.lora_rank, config.r),
+                ("lora_alpha", self.lora_alpha, config.lora_alpha),
+                ("lora_target_modules", self.lora_target_modules and targets, config.target_modules),
+                ("rslora", self.rslora or None, config.rslora),
+            ):
+                if given is not None and given != own:
+                    raise InputError(f"--{name}: the adapter in {adapter} has {own}: leave it out")
+        # A folder is found from anywhere.
+        config.base_model_name_or_path = os.path.abspath(base) if os.path.isdir(base) else base
+        config.dtype, config.tensor_parallel_degree, config.merge_weights = dtype, degree, False
+        return config
 
 
 @dataclass
@@ -183,7 +260,7 @@ class GLMTrainingArguments(TrainingArguments):
 
 def parse_arguments():
     """Read the command line, or the JSON file that is its first argument. A mistake in it is an InputError."""
-    parser = PdArgumentParser((ModelArguments, DataArguments, GenerationArguments, GLMTrainingArguments))
+    parser = PdArgumentParser((ModelArguments, LoRAArguments, DataArguments, GenerationArguments, GLMTrainingArguments))
     try:
         if len(sys.argv) >= 2 and sys.argv[1].endswith(".json"):
             return parser.parse_json_file_and_cmd_lines()
@@ -219,7 +296,7 @@ def check_output_dir(args, checkpoint):
     if not args.do_train or args.overwrite_output_dir or not os.path.isdir(args.output_dir):
         return
     names = os.listdir(args.output_dir)
-    if "model_state.pdparams" in names and checkpoint is None:
+    if {"model_state.pdparams", LORA_WEIGHTS} & {*names} and checkpoint is None:
         raise InputError(
             f"--output_dir {args.output_dir} holds a model and no checkpoint to resume from: "
             "give another folder, or --overwrite_output_dir"
@@ -234,8 +311,11 @@ def check_output_dir(args, checkpoint):
         )
 
 
-def find_last_checkpoint(args):
-    """The checkpoint to resume from, or None: the one asked for, or the last whole one in the output folder."""
+def find_last_checkpoint(args, lora):
+    """The checkpoint to resume from, or None: the one asked for, or the last whole one in the output folder.
+
+    ``lora`` (bool): whether this run trains an adapter.
+    """
     if not args.do_train:
         return None
     checkpoint = args.resume_from_checkpoint
@@ -243,13 +323,15 @@ def find_last_checkpoint(args):
         checkpoint = last_whole_checkpoint(args.output_dir)
     if checkpoint is None:
         return None
-    for pattern in ("model[-_]*", "optimizer[-.]*", "scheduler.pdparams", "trainer_state.json"):
+    weights = "lora_model_state*" if lora else "model[-_]*"
+    for pattern in (weights, "optimizer[-.]*", "scheduler.pdparams", "trainer_state.json"):
         if not glob.glob(os.path.join(glob.escape(checkpoint), pattern)):
             raise InputError(
                 f"--resume_from_checkpoint {checkpoint} has no {pattern}: give a run's checkpoint-N folder"
+                + (f", of one with {'' if lora else 'no '}--lora True" if pattern == weights else "")
             )
     # The number of data-parallel processes may change, but each tensor-parallel process has files of its own.
-    saved = len(glob.glob(os.path.join(glob.escape(checkpoint), "model_state.tp*.pdparams"))) or 1
+    saved = len(glob.glob(os.path.join(glob.escape(checkpoint), "optimizer.tp*"))) or 1
     degree = max(args.tensor_parallel_degree, 1)
     if saved != degree:
         raise InputError(
@@ -260,9 +342,8 @@ def find_last_checkpoint(args):
     return checkpoint
 
 
-def check_config(config, model_args, data_args, generation, degree):
+def check_config(config, name, data_args, generation, degree):
     """Raise InputError where the model is no GLM, or not one for these lengths, beams and processes."""
-    name = model_args.model_name_or_path
     if not isinstance(config, GLMConfig):
         raise InputError(f"--model_name_or_path {name} is no GLM, but a {config.model_type}")
     for what, number in (("attention heads", config.num_attention_heads), ("vocabulary entries", config.vocab_size)):
@@ -290,12 +371,12 @@ def check_tokenizer(tokenizer, config, name):
         )
 
 
-def check_task(args, data_args):
+def check_task(args, lora_args, data_args):
     """Raise InputError where there is nothing to do, or a pipe to answer and something else."""
-    if not (args.do_train or args.do_eval or args.do_predict):
-        raise InputError("nothing to do: give --do_train, --do_eval, --do_predict or --predict_file")
-    if data_args.predict_file == "-" and (args.do_train or args.do_eval or args.world_size > 1):
-        raise InputError("--predict_file - goes without --do_train and --do_eval, on one process")
+    if not (args.do_train or args.do_eval or args.do_predict or lora_args.merge_lora):
+        raise InputError("nothing to do: give --do_train, --do_eval, --do_predict, --predict_file or --merge_lora")
+    if data_args.predict_file == "-" and (args.do_train or args.do_eval or lora_args.merge_lora or args.world_size > 1):
+        raise InputError("--predict_file - goes without --do_train, --do_eval and --merge_lora, on one process")
 
 
 @contextlib.contextmanager
@@ -324,18 +405,19 @@ def predict_lines(model, tokenizer, src_length, generation, output):
         print(json.dumps(row, ensure_ascii=False), file=output, flush=True)
 
 
-def run(model_args, data_args, generation, args, output=None):
+def run(model_args, lora_args, data_args, generation, args, output=None):
     """Check, read, load, train, evaluate, predict; or, with a text stream ``output``, answer standard input there."""
     args.do_predict = args.do_predict or bool(data_args.predict_file)
-    check_task(args, data_args)
-    checkpoint = find_last_checkpoint(args)
+    check_task(args, lora_args, data_args)
+    name, degree = model_args.model_name_or_path, max(args.tensor_parallel_degree, 1)
+    adapter, base = lora_args.find_base(name)
+    checkpoint = find_last_checkpoint(args, lora_args.lora)
     if output is None:
         check_output_dir(args, checkpoint)
 
     # Everything that can be wrong is read and checked before the weights are.
-    name, degree = model_args.model_name_or_path, max(args.tensor_parallel_degree, 1)
-    config = load(AutoConfig, name, "config.json")
-    check_config(config, model_args, data_args, generation, degree)
+    config = load(AutoConfig, base, "config.json", adapter)
+    check_config(config, base, data_args, generation, degree)
     tokenizer = load(GLMTokenizer, name, "tokenizer")  # AutoTokenizer of PaddleNLP 3 does not know the Chinese one
     check_tokenizer(tokenizer, config, name)
 
@@ -349,10 +431,16 @@ def run(model_args, data_args, generation, args, output=None):
     if args.do_predict and output is None:
         test_dataset = read("test", data_args.predict_file or data_args.task_name)
 
+    if lora_args.lora:
+        lora_config = lora_args.config(adapter, base, args.weights_dtype(), degree)
+        weights = read_adapter(adapter, config, lora_config) if adapter else new_adapter(config, lora_config, args.seed)
+
     model = load(
-        AutoModelForConditionalGeneration, name, "weights", dtype=args.weights_dtype(), tensor_parallel_degree=degree,
-        tensor_parallel_rank=max(args.tensor_parallel_rank, 0),
+        AutoModelForConditionalGeneration, base, "weights", adapter, dtype=args.weights_dtype(),
+        tensor_parallel_degree=degree, tensor_parallel_rank=max(args.tensor_parallel_rank, 0),
     )  # fmt: skip
+    if lora_args.lora:
+        model = add_lora(model, lora_config, weights)
     if output is not None:
         set_seed(args.seed)
         return predict_lines(model, tokenizer, data_args.src_length, generation, output)
@@ -368,13 +456,16 @@ def run(model_args, data_args, generation, args, output=None):
         if result.metrics:  # none, if the checkpoint was of the last step
             trainer.save_metrics("train", result.metrics)
         trainer.save_state()
+    if lora_args.merge_lora:
+        trainer.save_merged()
     if args.do_eval:
         trainer.save_metrics("eval", trainer.evaluate())
     if args.do_predict:
         trainer.save_metrics("test", trainer.predict(test_dataset).metrics)
     wanted = {"eval": args.do_eval, "test": args.do_predict}
     files = [f"{split}_{kind}" for split in wanted if wanted[split] for kind in ("results.json", "predictions.jsonl")]
-    files += ["model_state.pdparams"] if args.do_train else []
+    files += [LORA_WEIGHTS if lora_args.lora else "model_state.pdparams"] if args.do_train else []
+    files += ["model_state.pdparams"] if lora_args.merge_lora else []
     logger.eval(f"done: in {args.output_dir} are {', '.join(files)}")
 
 
@@ -395,12 +486,12 @@ def main():
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, stop)
     try:
-        model_args, data_args, generation, args = parse_arguments()
+        *arguments, args = parse_arguments()
         use_the_whole_cpu()
         # On a terminal a log line goes above the bar that is there.
         share = logging_redirect_tqdm([logger.logger]) if sys.stderr.isatty() else contextlib.nullcontext()
-        with share, standard_output(data_args.predict_file == "-") as output:
-            run(model_args, data_args, generation, args, output)
+        with share, standard_output(arguments[2].predict_file == "-") as output:
+            run(*arguments, args, output)
     except (InputError, Fault) as error:
         # Under a launcher all processes find the same mistake, and one says it.
         if isinstance(error, Fault) or int(os.environ.get("PADDLE_RANK_IN_NODE", 0)) == 0:

@@ -17,6 +17,7 @@ import paddle.distributed as dist
 import paddle.nn.functional as F
 from paddle.autograd import PyLayer
 from paddle.distributed.fleet.meta_parallel import get_rng_state_tracker
+from paddlenlp.peft import LoRAModel
 from paddlenlp.utils.log import logger
 
 from data import InputError
@@ -179,9 +180,11 @@ class LabelSmoothedLoss(PyLayer):
         flat.scatter_(label_index, flat.gather(label_index) - ctx.label_share)
         table = flat.reshape(table.shape).multiply_(grad.unsqueeze(-1)).astype(ctx.dtype)
         grad_hidden_states = paddle.matmul(table, weight.astype(ctx.dtype)).astype(hidden_states.dtype)
-        grad_weight = paddle.matmul(table, hidden_states.astype(ctx.dtype), transpose_x=True)
         if ctx.group is not None:
             dist.all_reduce(grad_hidden_states, group=ctx.group)
+        if weight.stop_gradient:  # as with LoRA
+            return grad_hidden_states, None
+        grad_weight = paddle.matmul(table, hidden_states.astype(ctx.dtype), transpose_x=True)
         return grad_hidden_states, grad_weight.astype(weight.dtype)
 
 
@@ -281,7 +284,7 @@ def prepare_for_training(model):
     dropout.forward = functools.partial(_dropout, dropout.forward, "embedding_seed")
     if on_cpu():
         for layer in model.sublayers():
-            if isinstance(layer, paddle.nn.Linear):
+            if type(layer) is paddle.nn.Linear and not layer.bias.stop_gradient:  # not one with an adapter
                 layer.forward = functools.partial(_linear_of_cpu, layer)
 
 
@@ -334,11 +337,101 @@ def target_losses(model, wrapped, inputs, label_smoothing, group=None):
     return LabelSmoothedLoss.apply(hidden_states, weight, inputs["labels"], label_smoothing, group)
 
 
+# ------------------------------------------------------------------------------------------------------------ LoRA
+
+LORA_WEIGHTS = "lora_model_state.pdparams"  # as PaddleNLP calls the file
+LORA_MODULES = ("query_key_value", "dense", "dense_h_to_4h", "dense_4h_to_h")  # the linears of a layer
+
+
+class LoRA(LoRAModel):
+    """PaddleNLP's low-rank adapters (arXiv 2106.09685), which are the same on one process and split over several."""
+
+    # Its own split cuts query_key_value's output where one process has it, [all q | all k | all v], but the model's
+    # parts have it by heads: an adapter trained with tensor parallelism would be another one on a single process.
+    def _get_tensor_parallel_mappings(self, config, is_split=True):
+        mappings = super()._get_tensor_parallel_mappings(config, is_split)
+        return {
+            name: functools.partial(action, is_old_qkv=True) if "query_key_value" in name else action
+            for name, action in mappings.items()
+        }
+
+    def split(self, weights):
+        """This process's part of an adapter's ``weights``, both numpy by name."""
+        return self._convert_tensor_parallel(dict(weights)) if self.lora_config.tensor_parallel_degree > 1 else weights
+
+
+def adapter_shapes(config, lora_config):
+    """The shapes of an adapter's weights on one process, by name: A [inputs, rank] and B [rank, outputs]."""
+    width, shapes = config.hidden_size, {}
+    linears = {
+        "attention.query_key_value": (width, 3 * width), "attention.dense": (width, width),
+        "mlp.dense_h_to_4h": (width, 4 * width), "mlp.dense_4h_to_h": (4 * width, width),
+    }  # fmt: skip
+    for number in range(config.num_layers):
+        for linear, (inputs, outputs) in linears.items():
+            name = f"glm.transformer.layers.{number}.{linear}"
+            if any(re.fullmatch(target, name) for target in lora_config.target_modules):
+                shapes[f"{name}.lora_A"], shapes[f"{name}.lora_B"] = [inputs, lora_config.r], [lora_config.r, outputs]
+    return shapes
+
+
+def new_adapter(config, lora_config, seed):
+    """Weights of an adapter that changes nothing yet, numpy by name, the same on every layout.
+
+    A is uniform within 1 / sqrt(inputs), which is Kaiming's with a slope of sqrt(5), and B is 0.
+    """
+    weights = {}
+    for number, (name, shape) in enumerate(adapter_shapes(config, lora_config).items()):
+        most = shape[0] ** -0.5 if name.endswith("lora_A") else 0.0
+        weights[name] = np.random.default_rng([seed, number]).uniform(-most, most, shape).astype("float32")
+    return weights
+
+
+def read_adapter(folder, config, lora_config):
+    """The weights of the adapter in ``folder``, numpy by name. Raises InputError where they don't fit the base."""
+    path = os.path.join(folder, LORA_WEIGHTS)
+    try:
+        weights = paddle.load(path, return_numpy=True)
+        found = {name: list(weight.shape) for name, weight in weights.items()}
+    except Exception as error:  # paddle.load raises many kinds
+        raise InputError(f"{path} can't be loaded ({str(error)[:200]}): give the folder of a whole adapter") from error
+    shapes = adapter_shapes(config, lora_config)
+    for name in sorted({*shapes, *found}):
+        if found.get(name) != shapes.get(name):
+            raise InputError(
+                f"the adapter in {folder} is of another base: its {name} is {found.get(name, 'missing')}, where "
+                f"{shapes.get(name, 'none')} would fit: give its own base by --lora_base"
+            )
+    return weights
+
+
+def add_lora(model, lora_config, weights):
+    """Freeze ``model`` and put an adapter with ``weights`` beside its linears. Returns the LoRA."""
+    lora = LoRA(model, lora_config)
+    lora.set_state_dict(cast_weights(lora.split(weights), model))
+    return lora
+
+
+def merge_lora(lora):
+    """Add the adapters to the weights they stand beside, in float32, and take them away. Returns the GLM."""
+    for layer in lora.model.sublayers():
+        if hasattr(layer, "lora_A"):
+            change = paddle.matmul(layer.lora_A.astype("float32"), layer.lora_B.astype("float32")) * layer.scaling
+            layer.weight.set_value((layer.weight.astype("float32") + change).astype(layer.weight.dtype))
+            layer.merged = True  # its forward then is that of the plain layer
+            del layer.lora_A, layer.lora_B
+    return lora.model
+
+
 # --------------------------------------------------------------------------------------------------------- loading
 
 
-def load(loader, name, what, **kwargs):
-    """``loader.from_pretrained(name)``; an InputError that calls it ``what`` if it can't be loaded, or only in part."""
+def load(loader, name, what, adapter=None, **kwargs):
+    """``loader.from_pretrained(name)``; an InputError that calls it ``what`` if it can't be loaded, or only in part.
+
+    ``adapter``: the folder whose base ``name`` is.
+    """
+    where = f"--model_name_or_path {adapter}: its base {name}" if adapter else f"--model_name_or_path {name}"
     warnings = []
     collector = logging.Handler()
     collector.emit = lambda record: warnings.append(record.getMessage())
@@ -347,14 +440,15 @@ def load(loader, name, what, **kwargs):
         loaded = loader.from_pretrained(name, **kwargs)
     except Exception as error:  # PaddleNLP and its hubs raise many kinds
         raise InputError(
-            f"--model_name_or_path {name}: its {what} can't be loaded ({str(error)[:200]}): give a published model's "
-            "name, if its host can be reached, or a folder with config.json, model_state.pdparams and the tokenizer"
+            f"{where}: its {what} can't be loaded ({str(error)[:200]}): give {'by --lora_base ' if adapter else ''}"
+            "a published model's name, if its host can be reached, or a folder with config.json, "
+            "model_state.pdparams and the tokenizer"
         ) from error
     finally:
         logger.logger.removeHandler(collector)
     missing = "".join(warning for warning in warnings if "newly initialized" in warning)
     if "word_embeddings" in missing or ".layers." in missing:
-        raise InputError(f"--model_name_or_path {name}: its weights lack some of GLM's: give those of a GLM")
+        raise InputError(f"{where}: its weights lack some of GLM's: give those of a GLM")
     return loaded
 
 
@@ -374,6 +468,8 @@ def cast_weights(state_dict, model):
     result, casts = dict(state_dict), set()
     for name, parameter in model.state_dict().items():
         wanted = str(parameter.dtype).split(".")[-1]
+        if name in result and list(result[name].shape) != parameter.shape:  # Paddle would leave it out
+            raise ValueError(f"its {name} is {list(result[name].shape)}, where this run has {parameter.shape}")
         if name in result and _saved_dtype(result[name]) != wanted:
             casts.add(f"from {_saved_dtype(result[name])} to {wanted}")
             result[name] = _float32(result[name]).astype(wanted)
@@ -400,7 +496,7 @@ def convert_optimizer_state(state, model, master_weights, read_weights):
         logger.train("the checkpoint has no master weights: they are its weights")
         saved = read_weights()
         for name, (key, weight) in weights.items():
-            if weight.dtype != paddle.float32:
+            if weight.dtype != paddle.float32 and not weight.stop_gradient:
                 masters[name] = _float32(saved[key])
                 masters[name].name = f"{name}_fp32_master_0"  # as the optimizer would call it
     else:

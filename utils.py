@@ -26,7 +26,15 @@ from tqdm import tqdm
 
 from data import GroupedBatchSampler, InputError, decode_target
 from generation import beam_search
-from modeling import cast_weights, convert_optimizer_state, prepare_for_training, target_losses
+from modeling import (
+    LORA_WEIGHTS,
+    LoRA,
+    cast_weights,
+    convert_optimizer_state,
+    merge_lora,
+    prepare_for_training,
+    target_losses,
+)
 
 NEVER = 2**62  # a step that is never reached
 CHECKPOINT_DONE = ".checkpoint_done"  # the last file of a checkpoint to be written
@@ -259,7 +267,8 @@ class CheckFinite(TrainerCallback):
         step = self.first_bad_step.item()
         if step != NEVER:
             raise Fault(f"the loss is not finite at step {step}: {ADVICE}; {where_to_resume(args)}")
-        if control.should_save and not all(paddle.isfinite(p).all().item() for p in model.parameters()):
+        trained = (weight for weight in model.parameters() if not weight.stop_gradient)
+        if control.should_save and not all(paddle.isfinite(weight).all().item() for weight in trained):
             step = state.global_step
             raise Fault(f"the weights are not finite after step {step}: {ADVICE}; {where_to_resume(args)}")
 
@@ -401,6 +410,18 @@ class GLMTrainer(Trainer):
         output.metrics["train_skipped_steps"] = self.check_finite.skipped
         return output
 
+    def save_merged(self):
+        """Write the whole model with the adapter in its weights, which stays in them."""
+        model = merge_lora(self.model)
+        self.evaluated = None
+        if self.args.should_save:
+            self.tokenizer.save_pretrained(self.args.output_dir)
+        if self.args.should_save_model_state:
+            model.save_pretrained(
+                self.args.output_dir, merge_tensor_parallel=self.args.tensor_parallel_degree > 1,
+                variant=self.args.weight_name_suffix, is_main_process=self.args.should_save, max_shard_size="1024GB",
+            )  # fmt: skip
+
     def log(self, logs, **kwargs):
         """The Trainer's, which in PaddleNLP 3 empties the history that trainer_state.json and a resumed run hold."""
         history, self.state.log_history = self.state.log_history, []
@@ -421,7 +442,9 @@ class GLMTrainer(Trainer):
             ) from error
 
     def read_weights(self, checkpoint):
-        """The weights in a checkpoint by their names, numpy, in the type they were saved in."""
+        """This process's weights in a checkpoint by their names, numpy, in the type they were saved in."""
+        if isinstance(self.model, LoRA):
+            return self.model.split(paddle.load(os.path.join(checkpoint, LORA_WEIGHTS), return_numpy=True))
         suffix = self.args.weight_name_suffix
         name = f"model_state.{suffix}.pdparams" if suffix else "model_state.pdparams"
         return paddle.load(os.path.join(checkpoint, name), return_numpy=True)
