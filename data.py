@@ -279,6 +279,7 @@ class GroupedBatchSampler(DistributedBatchSampler):
     def __iter__(self):
         batches = self.global_batches()
         self.target_tokens = self.target_lengths[batches].sum(1)  # of each global batch of the epoch begun
+        self.tokens = self.lengths[batches].sum(1)
         return iter(batches.reshape([-1, self.batch_size])[self.local_rank :: self.nranks].tolist())
 
     def __len__(self):

@@ -31,10 +31,13 @@ from modeling import (
     LORA_MODULES,
     LORA_WEIGHTS,
     add_lora,
+    evaluation_memory,
+    free_memory,
     load,
     new_adapter,
     read_adapter,
     supports_dtype,
+    training_memory,
     use_device,
     use_the_whole_cpu,
 )
@@ -379,6 +382,68 @@ def check_task(args, lora_args, data_args):
         raise InputError("--predict_file - goes without --do_train, --do_eval and --merge_lora, on one process")
 
 
+def estimate_memory(args, config, lora_config, generation, train_dataset, test_datasets):
+    """Say what memory this run is about to take, and warn where that is more than there is. Never ends the run.
+
+    Returns:
+        dict: bytes of "train" and "eval", of those that are to be.
+    """
+    degree, half = max(args.tensor_parallel_degree, 1), args.fp16 or args.bf16
+    common = {"degree": degree, "lora_config": lora_config}
+
+    def need(kind, **changes):
+        """Bytes of the batch that takes most, with some of the settings changed."""
+        features = [
+            feature for dataset in ([train_dataset] if kind == "train" else test_datasets) for feature in dataset
+        ]
+        source_length = max(feature["source_length"] for feature in features)
+        target_length = max(len(feature["labels"]) for feature in features)
+        setting = {"source_length": source_length, "target_length": target_length, **common}
+        if kind == "train":
+            setting.update(
+                batch_size=args.per_device_train_batch_size, precision=args.fp16_opt_level if half else "float32",
+                recompute=args.recompute, master_grad=args.amp_master_grad,
+                sharding_degree=max(args.sharding_parallel_degree, 1),
+            )  # fmt: skip
+            return training_memory(config, **{**setting, **changes})
+        setting.update(
+            batch_size=args.per_device_eval_batch_size, num_beams=generation.num_beams, dtype=args.weights_dtype(),
+            target_length=max(target_length, generation.tgt_length),
+        )  # fmt: skip
+        return evaluation_memory(config, **{**setting, **changes})
+
+    kinds = {"train": bool(train_dataset), "eval": any(test_datasets)}
+    needs = {kind: need(kind) for kind in kinds if kinds[kind]}
+    if len(needs) == 2:  # what the optimizer holds stays
+        needs["eval"]["total"] += needs["train"]["optimizer"]
+    if not needs:
+        return {}
+    free = free_memory()
+    texts = []
+    for kind, parts in needs.items():
+        numbers = ", ".join(f"{name} {size / 1e9:.2f}" for name, size in parts.items() if name != "total")
+        texts.append(f"{parts['total'] / 1e9:.2f} GB to {kind} ({numbers})")
+    has = "" if free is None else f"; the {paddle.get_device()} has {free / 1e9:.2f} GB free"
+    logger.train(f"each process is about to need {' and '.join(texts)}{has}")
+    kind = max(needs, key=lambda kind: needs[kind]["total"])
+    if free is not None and needs[kind]["total"] > free:
+        ways = {
+            f"--tensor_parallel_degree {2 * degree}": {"degree": 2 * degree},
+            f"--per_device_{kind}_batch_size 1": {"batch_size": 1},
+        }
+        if kind == "train":
+            ways["--recompute"], ways["--fp16 --fp16_opt_level O2"] = {"recompute": True}, {"precision": "O2"}
+            if lora_config is None:
+                ways["--lora True"] = {"lora_config": LoRAArguments(lora=True).config(None, "", "", degree)}
+        now = need(kind)["total"]
+        saved = {way: now - need(kind, **changes)["total"] for way, changes in ways.items()}
+        best = [
+            f"{way} ({saved[way] / 1e9:.2f} GB less)" for way in sorted(saved, key=saved.get)[::-1] if saved[way] > 0
+        ]
+        logger.warning(f"that may not fit: what would help most is {', '.join(best)}")
+    return {kind: parts["total"] for kind, parts in needs.items()}
+
+
 @contextlib.contextmanager
 def standard_output(wanted):
     """The standard output as a text stream, if ``wanted``: whatever else is printed goes to standard error."""
@@ -431,10 +496,19 @@ def run(model_args, lora_args, data_args, generation, args, output=None):
     if args.do_predict and output is None:
         test_dataset = read("test", data_args.predict_file or data_args.task_name)
 
+    lora_config = None
     if lora_args.lora:
         lora_config = lora_args.config(adapter, base, args.weights_dtype(), degree)
         weights = read_adapter(adapter, config, lora_config) if adapter else new_adapter(config, lora_config, args.seed)
 
+    memory = estimate_memory(
+        args,
+        config,
+        lora_config,
+        generation,
+        train_dataset,
+        [dataset for dataset in (dev_dataset, test_dataset) if dataset],
+    )
     model = load(
         AutoModelForConditionalGeneration, base, "weights", adapter, dtype=args.weights_dtype(),
         tensor_parallel_degree=degree, tensor_parallel_rank=max(args.tensor_parallel_rank, 0),
@@ -448,7 +522,7 @@ def run(model_args, lora_args, data_args, generation, args, output=None):
     trainer = GLMTrainer(
         model=model, args=args, data_collator=DataCollator(tokenizer.pad_token_id), train_dataset=train_dataset,
         eval_dataset=dev_dataset, tokenizer=tokenizer, generation=generation,
-        label_smoothing=model_args.label_smoothing, lr_decay_ratio=model_args.lr_decay_ratio,
+        label_smoothing=model_args.label_smoothing, lr_decay_ratio=model_args.lr_decay_ratio, memory=memory,
     )  # fmt: skip
     if args.do_train:
         result = trainer.train(resume_from_checkpoint=checkpoint)

@@ -271,7 +271,8 @@ def prepare_for_training(model):
 
     def forward(attention, hidden_states, mask, cache=None):
         query, key, value = paddle.unbind(split_heads(attention, attention.query_key_value(hidden_states)))
-        drop = functools.partial(_dropout, attention.attention_dropout, "local_seed")
+        # In evaluation dropout would copy what it is given.
+        drop = functools.partial(_dropout, attention.attention_dropout, "local_seed") if attention.training else None
         context = _merge_heads(attend(query, key, value, mask, drop))
         return _dropout(attention.output_dropout, "global_seed", attention.dense(context))
 
@@ -280,8 +281,16 @@ def prepare_for_training(model):
         layer.attention.forward = functools.partial(forward, layer.attention)
     # With tensor parallelism PaddleNLP draws this dropout from the generator that differs between the processes, as it
     # must for the split heads alone. Here they drop the same embeddings, and what follows is the same on all of them.
-    dropout = model.glm.transformer.embedding_dropout
-    dropout.forward = functools.partial(_dropout, dropout.forward, "embedding_seed")
+    stack = model.glm.transformer
+    drop = functools.partial(_dropout, stack.embedding_dropout.forward, "embedding_seed")
+
+    def embedding_dropout(inputs):
+        outputs = drop(inputs)
+        if stack.enable_recompute:  # else the first layer's activations, below which LoRA trains nothing, would be kept
+            outputs.stop_gradient = False
+        return outputs
+
+    stack.embedding_dropout.forward = embedding_dropout
     if on_cpu():
         for layer in model.sublayers():
             if type(layer) is paddle.nn.Linear and not layer.bias.stop_gradient:  # not one with an adapter
@@ -421,6 +430,126 @@ def merge_lora(lora):
             layer.merged = True  # its forward then is that of the plain layer
             del layer.lora_A, layer.lora_B
     return lora.model
+
+
+# ---------------------------------------------------------------------------------------------------------- memory
+
+
+def count_parameters(config, degree=1, lora_config=None):
+    """The numbers of all weights and of those that are trained, on one of ``degree`` tensor-parallel processes."""
+    width, layers = config.hidden_size, config.num_layers
+    split = layers * (12 * width**2 + 7 * width) + config.vocab_size * width
+    whole = layers * 6 * width + 2 * (config.max_sequence_length + 1) * width + 2 * width
+    count = split // degree + whole
+    if lora_config is None:
+        return count, count
+    trained = 0
+    for name, shape in adapter_shapes(config, lora_config).items():
+        by_column = "query_key_value" in name or "h_to_4h" in name  # whose B is split; of the others A is
+        trained += shape[0] * shape[1] // (degree if by_column == name.endswith("lora_B") else 1)
+    return count + trained, trained
+
+
+def training_memory(
+    config, batch_size, source_length, target_length, precision="float32", recompute=False, degree=1, lora_config=None,
+    master_grad=True, sharding_degree=1,
+):  # fmt: skip
+    """Bytes that a process needs at the peak of a training step, by what they are for.
+
+    What the layers here keep for the backward pass is counted tensor by tensor; so are the largest of the tensors that
+    live for a moment. What a device's library takes for itself is not in it.
+
+    Args:
+        config (GLMConfig). batch_size: records of a pass. source_length, target_length (int): of the longest of them.
+        precision (str): float32, O1 or O2. degree: of tensor parallelism. master_grad: as --amp_master_grad.
+
+    Returns:
+        dict: of weights, optimizer (moments and master weights), gradients, activations and, the sum, total.
+    """
+    width, heads, layers = config.hidden_size, config.num_attention_heads / degree, config.num_layers
+    vocab, length = config.vocab_size / degree, source_length + target_length
+    weight_size = 2 if precision == "O2" else 4
+    size = 4 if precision == "float32" else 2  # of what linears give
+    residual = 4 if precision == "O1" else size  # of hidden states; autocast keeps sums and softmax in float32
+    count, trained = count_parameters(config, degree, lora_config)
+    positions, pairs = batch_size * length, batch_size * heads * length**2
+
+    # Of a layer: both inputs and outputs of layer norms, q k v and their context, twice four widths, dropout's masks.
+    layer = positions * width * (2 * residual + (2 + 12 / degree) * size + 2)
+    layer += pairs * (residual + (size + 1 if config.attention_dropout_prob else 0))
+    layer += 24 * width**2 / degree if precision == "O1" else 0  # the linears' weights, cast
+    layer_gradients = 2 * pairs * residual + positions * 4 * width / degree * size
+    mask = batch_size * length**2 * 4 * (heads if on_cpu() else 1)
+    table = batch_size * target_length * vocab
+    head = 0 if lora_config else vocab * width * weight_size
+
+    kept = layers * positions * width * residual if recompute else layers * layer
+    gradients, optimizer = trained * weight_size, trained * (12 if precision == "O2" else 8) / sharding_degree
+    activations = kept + mask
+    peaks = {
+        "loss": (head, activations + table * (4 + size)),
+        "last layer": (head, activations + layer_gradients + (layer if recompute else 0)),
+        "first layer": (gradients, mask + layer + layer_gradients),
+        # Clipping makes all gradients anew.
+        "update": (trained * (4 if master_grad else weight_size) * 2, 0),
+    }
+    gradients, activations = max(peaks.values(), key=sum)
+    needs = {"weights": count * weight_size, "optimizer": optimizer, "gradients": gradients, "activations": activations}
+    return {**needs, "total": sum(needs.values())}
+
+
+def evaluation_memory(
+    config, batch_size, source_length, target_length, num_beams, dtype="float32", degree=1, lora_config=None
+):
+    """Bytes that a process needs at the peak of an evaluation by beam search, by what they are for.
+
+    Args: as of ``training_memory``; dtype: of the weights. Half of the beams' past slots are taken to be seen.
+
+    Returns:
+        dict: of weights, caches (keys and values), activations and, the sum, total.
+    """
+    width, heads, layers = config.hidden_size, config.num_attention_heads / degree, config.num_layers
+    size = 4 if dtype == "float32" else 2
+    vocab, length = config.vocab_size / degree, source_length + target_length
+    sources = batch_size * source_length * width * size
+    pairs = batch_size * heads * size  # for each query and key
+    slots = source_length + num_beams * target_length / 2
+    caches = layers * batch_size * slots * 2 * width / degree * size
+    mask = batch_size * length**2 * 4 * (heads if on_cpu() else 1)
+    stages = [
+        # prefill: q, k and v are kept until the beams take over
+        (layers * 3 * sources / degree, 2 * pairs * source_length**2 + sources * (3 + 8 / degree)),
+        # decoding: a layer's cache is copied when it grows; logits, and their softmax
+        (caches, caches / layers + batch_size * num_beams * vocab * (size + 8)),
+        # the loss
+        (0, mask + 2 * pairs * length**2 + batch_size * length * width * size * (layers + 1 + 7 / degree)),
+        (0, mask + batch_size * length * width * size * layers + batch_size * target_length * vocab * (4 + size)),
+    ]
+    caches, activations = max(stages, key=sum)
+    needs = {"weights": count_parameters(config, degree, lora_config)[0] * size, "caches": caches}
+    return {**needs, "activations": activations, "total": sum(needs.values()) + activations}
+
+
+def memory_peak(reset=False):
+    """Bytes of the live tensors of this process at their peak, by Paddle's allocator, since it began or was reset.
+
+    Args: reset (bool): begin anew, where Paddle can (2.6.2 can't).
+    """
+    core, (kind, _, number) = paddle.base.core, paddle.get_device().partition(":")
+    kind, device = "host" if kind == "cpu" else "device", int(number or 0)
+    if reset and hasattr(core, f"{kind}_memory_stat_reset_peak_value"):
+        getattr(core, f"{kind}_memory_stat_reset_peak_value")("Allocated", device)
+    return getattr(core, f"{kind}_memory_stat_peak_value")("Allocated", device)
+
+
+def free_memory():
+    """Bytes that the device in use has for this process, or None where it can't be asked."""
+    kind, _, number = paddle.get_device().partition(":")
+    if kind != "cpu":
+        return paddle.device.cuda.get_device_properties(int(number)).total_memory if kind == "gpu" else None
+    with contextlib.suppress(OSError), open("/proc/meminfo", encoding="ascii") as file:
+        return int(re.search(r"MemAvailable:\s*(\d+)", file.read())[1]) * 1024
+    return None
 
 
 # --------------------------------------------------------------------------------------------------------- loading

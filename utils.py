@@ -31,6 +31,7 @@ from modeling import (
     LoRA,
     cast_weights,
     convert_optimizer_state,
+    memory_peak,
     merge_lora,
     prepare_for_training,
     target_losses,
@@ -204,16 +205,24 @@ class StopBySignal(TrainerCallback):
         raise Fault(f"stopped by {name} at step {state.global_step}: {where_to_resume(args)}", 128 + number)
 
 
-class MasterGradients(TrainerCallback):
-    """Half-precision gradients become float32 before they are unscaled, clipped and used.
+class Gradients(TrainerCallback):
+    """Gradients give their memory back after each step; in half precision, by default, they are used in float32.
 
     In float16 what is small would vanish when it is unscaled, and a squared norm past 65504 overflow, so that clipping
     makes the update zero.
     """
 
+    def __init__(self, master):
+        self.master = master  # whether they become float32 before they are unscaled, clipped and used
+
     def on_optimizer_begin(self, args, state, control, model=None, **kwargs):
-        # What paddle.amp.decorate(master_grad=True) does at the end of a backward pass, of which recompute has many.
-        paddle.base.core.eager.set_master_grads([p for p in model.parameters() if p.grad is not None])
+        if self.master:
+            # What paddle.amp.decorate(master_grad=True) does after a backward pass, of which recompute has many.
+            paddle.base.core.eager.set_master_grads([p for p in model.parameters() if p.grad is not None])
+
+    def on_step_end(self, args, state, control, model=None, **kwargs):
+        for weight in model.parameters():  # the Trainer has only filled them with zeros
+            weight.clear_gradient(False)
 
 
 class CheckFinite(TrainerCallback):
@@ -267,8 +276,9 @@ class CheckFinite(TrainerCallback):
         step = self.first_bad_step.item()
         if step != NEVER:
             raise Fault(f"the loss is not finite at step {step}: {ADVICE}; {where_to_resume(args)}")
-        trained = (weight for weight in model.parameters() if not weight.stop_gradient)
-        if control.should_save and not all(paddle.isfinite(weight).all().item() for weight in trained):
+        if control.should_save and not all(
+            weight.stop_gradient or paddle.isfinite(weight).all().item() for weight in model.parameters()
+        ):
             step = state.global_step
             raise Fault(f"the weights are not finite after step {step}: {ADVICE}; {where_to_resume(args)}")
 
@@ -329,9 +339,10 @@ class GLMTrainer(Trainer):
         generation (GenerationArguments): how evaluation generates.
         label_smoothing (float): e of LabelSmoothedLoss.
         lr_decay_ratio (float): the share of the peak rate that a linear schedule ends at.
+        memory (dict): the bytes that "train" and "eval" are estimated to take, for the results.
     """
 
-    def __init__(self, *, args, generation, label_smoothing, lr_decay_ratio, **kwargs):
+    def __init__(self, *, args, generation, label_smoothing, lr_decay_ratio, memory=None, **kwargs):
         # The Trainer's own way leaves main gradients unscaled on one process, and removes checkpoints too early.
         master_grad, args.amp_master_grad = args.amp_master_grad, False
         save_total_limit, args.save_total_limit = args.save_total_limit, None
@@ -346,11 +357,14 @@ class GLMTrainer(Trainer):
         self.check_finite, self.checkpoints = CheckFinite(), WholeCheckpoints(save_total_limit)
         # In this order: what is not finite is not saved, and a signal ends the run when its checkpoint is whole.
         self.stop_by_signal = StopBySignal()
-        for callback in (TrainingProgress, SeedEachStep, self.check_finite, self.checkpoints, self.stop_by_signal):
+        gradients = Gradients(master_grad)
+        for callback in (
+            TrainingProgress, SeedEachStep, gradients, self.check_finite, self.checkpoints, self.stop_by_signal,
+        ):  # fmt: skip
             self.add_callback(callback)
-        if master_grad:
-            self.add_callback(MasterGradients)
         self.evaluated = None  # the metrics of the weights as they are
+        self.memory = memory or {}
+        self.train_memory_peak = self.train_tokens = 0  # bytes; of the global batches, without padding
 
     def target_losses(self, model, inputs):
         return target_losses(self.model, model, inputs, self.label_smoothing, self.tensor_parallel_group)
@@ -374,8 +388,11 @@ class GLMTrainer(Trainer):
 
     def training_step(self, *args, **kwargs):
         """The Trainer's, with its loss noted."""
-        self.evaluated = None
-        return self.check_finite.note(super().training_step(*args, **kwargs), self.state.global_step + 1)
+        self.evaluated, step = None, self.state.global_step
+        loss = self.check_finite.note(super().training_step(*args, **kwargs), step + 1)
+        tokens = self.train_sampler.tokens
+        self.train_tokens += tokens[step % len(tokens)] / self.args.gradient_accumulation_steps
+        return loss
 
     def train(self, resume_from_checkpoint=None, **kwargs):
         """The Trainer's. A run that had come to its end is only loaded, for the Trainer would go one step further."""
@@ -392,6 +409,7 @@ class GLMTrainer(Trainer):
                     self._load_from_checkpoint(best or resume_from_checkpoint)
                 self.state = state
                 return TrainOutput(first_step, None, {})
+        memory_peak(reset=True)
         try:
             with self.loading(resume_from_checkpoint):
                 output = super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
@@ -408,7 +426,20 @@ class GLMTrainer(Trainer):
         # The Trainer divides what it summed up since it resumed by the steps of the whole run.
         output.metrics["train_loss"] *= output.global_step / (output.global_step - first_step)
         output.metrics["train_skipped_steps"] = self.check_finite.skipped
+        output.metrics["train_tokens_per_second"] = round(self.train_tokens / output.metrics["train_runtime"], 2)
+        self.train_memory_peak = max(self.train_memory_peak, memory_peak())
+        output.metrics.update(self.memory_metrics("train", self.train_memory_peak))
         return output
+
+    def memory_metrics(self, kind, peak):
+        """The estimate for ``kind``, train or eval, and the ``peak`` in bytes or None: GB, of the largest process."""
+        peaks = [peak]
+        if self.args.world_size > 1:
+            peaks = []
+            dist.all_gather_object(peaks, peak)
+        peak = max((peak for peak in peaks if peak is not None), default=None)
+        numbers = {"estimated": self.memory.get(kind), "peak": peak}
+        return {f"{kind}_memory_{name}_gb": number and round(number / 1e9, 3) for name, number in numbers.items()}
 
     def save_merged(self):
         """Write the whole model with the adapter in its weights, which stays in them."""
@@ -496,6 +527,8 @@ class GLMTrainer(Trainer):
 
     def evaluation_loop(self, dataloader, description, *args, metric_key_prefix="eval", **kwargs):
         """The Trainer's loop, then the metrics and ``{eval,test}_predictions.jsonl``, in the input's order."""
+        self.train_memory_peak = max(self.train_memory_peak, memory_peak())
+        memory_before = memory_peak(reset=True)
         self.outputs = {}  # by the record's number: batches may repeat a record
         self.generated_tokens, self.start = 0, time.time()
         disable = self.args.disable_tqdm or not self.is_world_process_zero()
@@ -523,6 +556,11 @@ class GLMTrainer(Trainer):
             metrics["loss"] = float(np.concatenate([result["losses"] for result in self.outputs.values()]).mean())
             metrics.update(compute_metrics(*([row[key] for row in scored] for key in ("prediction", "reference"))))
         output.metrics.update({f"{metric_key_prefix}_{name}": value for name, value in metrics.items()})
+        memory = memory_peak()
+        if self.args.do_train and memory == memory_before:
+            memory = None  # training took more, and Paddle 2 can't begin anew
+        memory = self.memory_metrics("eval", memory)
+        output.metrics.update({name.replace("eval", metric_key_prefix, 1): value for name, value in memory.items()})
         if self.is_world_process_zero():
             numbers = ", ".join(f"{name} {value:.4g}" for name, value in metrics.items())
             logger.eval(f"{metric_key_prefix} at step {self.state.global_step}: {numbers}")

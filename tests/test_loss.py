@@ -1,5 +1,7 @@
 """Loss, gradients and schedule against float64 numpy and hand computation."""
 
+from types import SimpleNamespace
+
 import numpy as np
 import paddle
 import pytest
@@ -76,6 +78,19 @@ def test_trainer_loss_is_the_mean_over_target_tokens(tmp_path):
     trainer = make_trainer(tmp_path, model)
     loss = trainer.compute_loss(model, {key: paddle.to_tensor(value) for key, value in batch.items()})
     assert float(loss) == pytest.approx(np.concatenate(losses).mean(), abs=1e-5)
+
+
+def test_a_training_step_divides_by_the_targets_of_its_own_global_batch(tmp_path):
+    """Of two processes and three passes, each of which adds its share of the sum to a mean over all six."""
+    _, batch = make_batch()
+    inputs = {key: paddle.to_tensor(value) for key, value in batch.items()}
+    trainer = make_trainer(tmp_path, random_glm())
+    losses = trainer.target_losses(trainer.model, inputs).numpy().astype("float64")
+    trainer.is_in_train, trainer.state.global_step = True, 4
+    trainer.train_sampler = SimpleNamespace(target_tokens=[50, 60, 70])
+    assert float(trainer.compute_loss(trainer.model, inputs)) == pytest.approx(losses.sum() / 60, rel=1e-5)
+    trainer.args = SimpleNamespace(dataset_world_size=2, gradient_accumulation_steps=3)
+    assert float(trainer.compute_loss(trainer.model, inputs)) == pytest.approx(6 * losses.sum() / 60, rel=1e-5)
 
 
 def test_recompute_gives_the_same_gradients(tmp_path):

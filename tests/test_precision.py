@@ -12,7 +12,7 @@ from test_loss import make_batch, make_trainer
 import finetune_generation
 import modeling
 from finetune_generation import GLMTrainingArguments
-from utils import MOST_SKIPPED, CheckFinite, Fault, MasterGradients
+from utils import MOST_SKIPPED, CheckFinite, Fault, Gradients
 
 
 def arguments(monkeypatch, tmp_path, supported=True, **changes):
@@ -53,8 +53,11 @@ def test_master_gradients_are_float32(tmp_path):
     other = paddle.to_tensor([1.0], stop_gradient=False)
     (weight * weight).sum().backward()
     model = SimpleNamespace(parameters=lambda: [weight, other])
-    MasterGradients().on_optimizer_begin(None, None, None, model=model)
+    gradients = Gradients(master=True)
+    gradients.on_optimizer_begin(None, None, None, model=model)
     assert weight.grad.dtype == paddle.float32 and weight.grad.tolist() == [2.0, 4.0] and other.grad is None
+    gradients.on_step_end(None, None, None, model=model)
+    assert weight.grad is None  # not zeros, which would take memory through the next forward pass
 
 
 def test_evaluation_is_not_under_autocast(tmp_path, monkeypatch):
@@ -118,6 +121,23 @@ def test_a_loss_that_is_no_number_is_logged_as_the_one_before_it():
     assert returned == [2.0, 2.0, 1.5, 1.5, 1.5]
 
 
+def test_weights_that_are_no_numbers_are_not_saved(tmp_path):
+    """Nor if only one is, whatever the loss; frozen ones are not looked at."""
+    run, control = Run(tmp_path), SimpleNamespace(should_log=False, should_evaluate=False, should_save=True)
+    weights = [paddle.to_tensor([1.0, 2.0], stop_gradient=False), paddle.to_tensor([math.nan])]
+    model = SimpleNamespace(parameters=lambda: weights)
+    run.check.on_step_end(run.args, run.state, control, model=model)
+    weights.append(paddle.to_tensor([0.0, math.inf], stop_gradient=False))
+    with pytest.raises(Fault, match="the weights are not finite after step"):
+        run.check.on_step_end(run.args, run.state, control, model=model)
+
+
+def test_paddlenlp_removes_no_checkpoint(tmp_path):
+    """It would before the new one is whole; WholeCheckpoints does afterwards."""
+    trainer = make_trainer(tmp_path, random_glm(), save_total_limit=2)
+    assert trainer.args.save_total_limit is None and trainer.checkpoints.limit == 2
+
+
 def test_a_scale_that_is_too_large_ends_nothing(tmp_path):
     run = Run(tmp_path)
     for _ in range(3 * MOST_SKIPPED):
@@ -155,6 +175,7 @@ class Model:
 
     def __init__(self, dtype):
         self.a, self.b = (paddle.zeros([2], dtype=dtype) for _ in range(2))
+        self.a.stop_gradient = self.b.stop_gradient = False
         self.a.name, self.b.name = "linear_0.w_0", "linear_0.b_0"
 
     def state_dict(self):
