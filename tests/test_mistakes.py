@@ -18,7 +18,7 @@ from paddlenlp.utils.log import logger
 
 import finetune_generation
 from data import DataArguments, DataCollator, InputError, build_dataset, parse_lines
-from finetune_generation import GenerationArguments, ModelArguments
+from finetune_generation import GenerationArguments
 from utils import CHECKPOINT_DONE
 
 RECORD = {"context": "明霜峰高1205米。", "answer": "1205米", "question": "明霜峰有多高？"}
@@ -159,8 +159,8 @@ MISTAKES = [
     ("--hybrid_parallel_topo_order up", None, "by its rule: assert self.hybrid_parallel_topo_order in"),
     ("--do_train maybe", None, "Truthy value expected: got maybe"),
     ("--num_beems 5", None, "--num_beems"),
-    ("--do_train False", None, "nothing to do: give --do_train, --do_eval, --do_predict or --predict_file"),
-    ("--predict_file -", None, "--predict_file - goes without --do_train and --do_eval"),
+    ("--do_train False", None, "nothing to do: give --do_train, --do_eval, --do_predict, --predict_file or"),
+    ("--predict_file -", None, "--predict_file - goes without --do_train, --do_eval and --merge_lora"),
     ("--predict_file {folder}/none.json", None, "none.json: No such file or directory"),
     ("--src_length 900", None, "--src_length 900 + --tgt_length 160 is over the 1024 positions"),
     ("--src_length 12", None, "train.json:1: prompt and answer take"),
@@ -237,9 +237,7 @@ def test_the_edges_of_what_fits_a_model():
     def check(heads=4, vocab_size=100, positions=168, src_length=160, tgt_length=8, num_beams=100, degree=2):
         config = GLMConfig(num_attention_heads=heads, vocab_size=vocab_size, max_sequence_length=positions)
         generation = GenerationArguments(tgt_length=tgt_length, min_tgt_length=0, num_beams=num_beams)
-        finetune_generation.check_config(
-            config, ModelArguments(), DataArguments(src_length=src_length), generation, degree
-        )
+        finetune_generation.check_config(config, "it", DataArguments(src_length=src_length), generation, degree)
 
     check()
     for changes, message in (
@@ -272,9 +270,9 @@ def test_who_may_write_into_a_folder(tmp_path):
         CHECKPOINT_DONE,
     ):
         (checkpoint / name).touch()
-    assert finetune_generation.find_last_checkpoint(args) is None
+    assert finetune_generation.find_last_checkpoint(args, lora=False) is None
     args.overwrite_output_dir = False
-    assert finetune_generation.find_last_checkpoint(args) == str(checkpoint)
+    assert finetune_generation.find_last_checkpoint(args, lora=False) == str(checkpoint)
 
 
 def test_a_link_to_nowhere_is_nothing_of_a_run(tmp_path):

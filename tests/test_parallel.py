@@ -56,15 +56,12 @@ def launch(processes, log_dir, *args, check=True, **environment):
     return logs
 
 
-def outcome(folder):
-    """Losses of the steps, generated ids of the dev records, merged weights."""
+def outcome(folder, name="model_state.pdparams"):
+    """Losses of the steps, generated ids of the dev records, merged weights of the file ``name``."""
     history = json.loads((folder / "trainer_state.json").read_text())["log_history"]
     losses = [row["loss"] for row in history if "loss" in row]
     predictions = [row["token_ids"] for row in read_jsonl(folder / "eval_predictions.jsonl")]
-    weights = {
-        key: value for key, value in paddle.load(str(folder / "model_state.pdparams"), return_numpy=True).items()
-    }
-    return losses, predictions, weights
+    return losses, predictions, dict(paddle.load(str(folder / name), return_numpy=True))
 
 
 @pytest.fixture(scope="module")
@@ -109,6 +106,32 @@ def test_any_layout_gives_what_one_process_gives(name, data, single, tmp_path):
     assert len(losses) == 6 and worst_loss < 2e-4
     assert predictions == expected_predictions
     assert worst_weight < 1e-3
+
+
+def test_lora_on_two_processes(data, tmp_path):
+    """The same adapter as on one, and the same whole model; the adapter is split over two again to evaluate it."""
+    name, lora = "lora_model_state.pdparams", ["--lora", "True", "--lora_rank", 4, "--learning_rate", 1e-2]
+    common = ["--model_name_or_path", TINY_GLM, "--task_name", data, *COMMON, *lora, "--merge_lora", "True"]
+    command = [sys.executable, "finetune_generation.py", *common, "--output_dir", tmp_path / "one",
+               "--per_device_train_batch_size", 4]  # fmt: skip
+    codes, outputs = run_processes([command])
+    assert codes == [0], outputs[0][-3000:]
+    losses, predictions, adapter = outcome(tmp_path / "one", name)
+    whole = outcome(tmp_path / "one")[2]
+    assert any(weight.any() for key, weight in adapter.items() if key.endswith("query_key_value.lora_B"))
+    for layout, flags in (("TP", ["--tensor_parallel_degree", 2, "--per_device_train_batch_size", 4]),
+                          ("DP", ["--per_device_train_batch_size", 2])):  # fmt: skip
+        launch(2, tmp_path / f"log{layout}", *common, "--output_dir", tmp_path / layout, *flags)
+        other_losses, other_predictions, other_adapter = outcome(tmp_path / layout, name)
+        assert np.abs(np.subtract(losses, other_losses)).max() < 2e-4 and other_predictions == predictions
+        for ours, theirs in ((other_adapter, adapter), (outcome(tmp_path / layout)[2], whole)):
+            assert ours.keys() == theirs.keys()
+            assert max(np.abs(ours[key] - theirs[key]).max() for key in theirs) < 1e-3
+    for path in (tmp_path / "one").glob("model_state*"):
+        path.unlink()  # what is left is an adapter
+    launch(2, tmp_path / "log", "--model_name_or_path", tmp_path / "one", "--task_name", data, *COMMON[:8],
+           "--do_eval", "--output_dir", tmp_path / "reloaded", "--tensor_parallel_degree", 2)  # fmt: skip
+    assert [row["token_ids"] for row in read_jsonl(tmp_path / "reloaded/eval_predictions.jsonl")] == predictions
 
 
 def tiny_glm(folder, **changes):

@@ -78,7 +78,10 @@ def check(args):
         source = rng.integers(10, 50000, args.source - 3).tolist()
         source = [SpecialTokens.cls_token_id, *source, SpecialTokens.gmask_token_id, SpecialTokens.eos_token_id]
         labels = [*rng.integers(10, 50000, args.target - 1).tolist(), SpecialTokens.eop_token_id]
-        dataset.append({**build_features(SpecialTokens, source, labels), "index": index})
+        features = build_features(SpecialTokens, source, labels)
+        for key in ("input_ids", "labels"):
+            features[key] = np.minimum(features[key], model.config.vocab_size - 1)
+        dataset.append({**features, "index": index})
     with tempfile.TemporaryDirectory() as folder:
         trainer = GLMTrainer(
             model=model, train_dataset=dataset, data_collator=DataCollator(SpecialTokens.pad_token_id),
@@ -103,8 +106,8 @@ def check(args):
             batch = trainer.data_collator(dataset[: args.batch_size])
             source = paddle.to_tensor(batch["input_ids"][:, : args.source])
             generation = GenerationArguments(tgt_length=args.target, min_tgt_length=args.target)
-            end = SpecialTokens.eop_token_id
-            beam_search(model, source, batch["source_length"], generation, SpecialTokens.sop_token_id, end)
+            vocab_size = model.config.vocab_size
+            beam_search(model, source, batch["source_length"], generation, vocab_size - 2, vocab_size - 1)
             with paddle.no_grad():
                 trainer.target_losses(model, {key: paddle.to_tensor(value) for key, value in batch.items()})
             needs = modeling.evaluation_memory(model.config, num_beams=generation.num_beams, **common)
