@@ -24,9 +24,9 @@ COMMANDS = re.findall(r"```bash\n(.*?)```", ENGLISH, re.DOTALL)
 EIGHT = '--gpus "0,1,2,3,4,5,6,7" finetune_generation.py'
 
 
-def command(start):
-    """The one block of the README that starts so."""
-    (found,) = [block for block in COMMANDS if block.startswith(start)]
+def command(start, word=""):
+    """The one block of the README that starts so and has the word."""
+    (found,) = [block for block in COMMANDS if block.startswith(start) and word in block]
     return found
 
 
@@ -55,18 +55,21 @@ OUTPUT = "./checkpoints/glm-large-chinese"
 
 def test_both_languages_have_the_same_commands_figures_and_sections():
     assert COMMANDS == re.findall(r"```bash\n(.*?)```", CHINESE, re.DOTALL)
+    english = ENGLISH
+    for title, link in (("### Memory\n", "(#memory)"), ("## Speed\n", "(#speed)")):  # figures stand once
+        start = english.index(title)
+        end = english.index("\n##", start)
+        assert link in CHINESE and english[start:end].count("\n| -") >= 2
+        english = english[:start] + re.sub(r"^\|.*\n", "", english[start:end], flags=re.M) + english[end:]
     for pattern in (r"^##+ ", r"^\|", r"^```", r"^- ", r"\.png\)"):
-        assert len(re.findall(pattern, ENGLISH, re.M)) == len(re.findall(pattern, CHINESE, re.M)), pattern
-    speed = [re.findall(r"^\|.*\d.*\|$", part.split(title)[1].split("\n## ")[0], re.M)
-             for part, title in ((ENGLISH, "## Speed"), (CHINESE, "## 速度"))]  # fmt: skip
-    assert speed[0] == speed[1] and len(speed[0]) > 20
+        assert len(re.findall(pattern, english, re.M)) == len(re.findall(pattern, CHINESE, re.M)), pattern
 
 
 def test_every_command_is_run_here():
     here = open(__file__, encoding="utf-8").read()
-    starts = re.findall(r"command\(\n?\s*[\"'](.*?)[\"']\)", here)
+    starts = re.findall(r"command\(\n?\s*[\"'](.*?)[\"'](?:, \"(.*?)\")?\)", here)
     for block in COMMANDS:
-        assert sum(block.startswith(start) for start in starts) == 1, block
+        assert sum(block.startswith(start) and word in block for start, word in starts) == 1, block
 
 
 def test_install_and_demo(tmp_path):
@@ -131,12 +134,35 @@ def test_the_8_card_command(tmp_path):
     """Over 8 CPU processes, on a tiny model with 8 heads."""
     model = tiny_glm(tmp_path / "model", num_attention_heads=8, hidden_size=64, num_layers=1)
     data = small_data(tmp_path, train=2, dev=2)
-    shell(command("python -m paddle.distributed.launch --gpus"), tmp_path, (MODEL[0], f"--model_name_or_path {model}"),
+    text = command('python -m paddle.distributed.launch --gpus "0,1,2', "glm-large")
+    shell(text, tmp_path, (MODEL[0], f"--model_name_or_path {model}"),
           (OUTPUT, tmp_path / "out"), (EIGHT, f"--nproc_per_node 8 --log_dir {tmp_path} tests/parallel_worker.py"),
           add=f"--task_name {data}")  # fmt: skip
     rows = read_jsonl(tmp_path / "out/eval_predictions.jsonl")
     assert len(rows) == 2 and all(55 <= len(row["token_ids"]) <= 160 for row in rows)
     assert (tmp_path / "out/model_state.pdparams").exists()
+
+
+def test_the_10b_commands_and_merging(tmp_path):
+    """On CPU processes: an adapter on two, all weights on eight, each in half precision for a card; then the merge."""
+    model = tiny_glm(tmp_path / "model", num_attention_heads=8, hidden_size=64, num_layers=1)
+    data, out = small_data(tmp_path, train=4, dev=2), tmp_path / "lora"
+    large = ("--model_name_or_path THUDM/glm-10b-chinese", f"--model_name_or_path {model}")
+    small = f"--task_name {data} --max_steps 2 {SHORT}"
+    text = command('python -m paddle.distributed.launch --gpus "0,1" ')
+    two = ('--gpus "0,1" finetune_generation.py', f"--nproc_per_node 2 --log_dir {tmp_path} tests/parallel_worker.py")
+    shell(text, tmp_path, large, ("./checkpoints/glm-10b-lora", out), two, add=small)
+    assert (out / "lora_model_state.pdparams").exists() and not (out / "model_state.pdparams").exists()
+    expected = [row["token_ids"] for row in read_jsonl(out / "eval_predictions.jsonl")]
+    text = command('python -m paddle.distributed.launch --gpus "0,1,2', "glm-10b")
+    eight = (EIGHT, f"--nproc_per_node 8 --log_dir {tmp_path} tests/parallel_worker.py")
+    shell(text, tmp_path, large, ("./checkpoints/glm-10b ", f"{tmp_path}/full "), eight, add=small)
+    assert (tmp_path / "full/model_state.pdparams").exists()
+    text = command("python finetune_generation.py --model_name_or_path ./checkpoints/glm-10b-lora --merge_lora")
+    shell(text, tmp_path, ("./checkpoints/glm-10b-lora", out), ("./checkpoints/glm-10b-merged", tmp_path / "merged"),
+          add=f"--task_name {data} --do_eval --min_tgt_length 0 {SHORT}")  # fmt: skip
+    assert [row["token_ids"] for row in read_jsonl(tmp_path / "merged/eval_predictions.jsonl")] == expected
+    assert (tmp_path / "merged/model_state.pdparams").exists()
 
 
 def test_two_machines(tmp_path):
@@ -184,6 +210,16 @@ def test_evaluation_during_training_then_prediction_and_pipe(tmp_path):
           ("--predict_file -", f"{SHORT} --predict_file -"), ("answers.jsonl", tmp_path / "answers.jsonl"))  # fmt: skip
     answers = read_jsonl(tmp_path / "answers.jsonl")
     assert [row["token_ids"] for row in answers] == [row["token_ids"] for row in predictions] and len(answers) == 3
+
+
+def test_memory(tmp_path):
+    """The table is the README's; test_lora runs the check of each setting."""
+    lines = command("python tests/benchmarks/memory.py").splitlines()
+    assert [line.split()[1:] for line in lines] == [
+        ["tests/benchmarks/memory.py"],
+        ["tests/benchmarks/memory.py", "--check"],
+    ]
+    assert shell(lines[0], tmp_path).strip() in ENGLISH
 
 
 def test_benchmarks(tmp_path):
