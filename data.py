@@ -5,10 +5,14 @@ Nothing here needs a model or a device: features and batches are numpy arrays.
 
 import json
 import os
+import queue
+import threading
 from dataclasses import dataclass, field
+from typing import Optional
 
 import numpy as np
 from paddle.io import DistributedBatchSampler
+from tqdm import tqdm
 
 SOURCE_OPENING = "答案：{answer}，上下文："
 TARGET_OPENING = "在已知答案的前提下，问题："
@@ -46,8 +50,15 @@ class DataArguments:
         metadata={"help": "JSON lines to predict from, not test.json; -: from standard input to standard output."},
     )
 
+    max_train_samples: Optional[int] = field(default=None, metadata={"help": "Train on the first so many records."})
+    max_eval_samples: Optional[int] = field(default=None, metadata={"help": "Evaluate the first so many records."})
+    max_predict_samples: Optional[int] = field(default=None, metadata={"help": "Predict the first so many records."})
+
     def __post_init__(self):
         require_range(self, "src_length", 1)
+        for name in ("max_train_samples", "max_eval_samples", "max_predict_samples"):
+            if getattr(self, name) is not None:
+                require_range(self, name, 1)
 
 
 # --------------------------------------------------------------------------------------------------------- reading
@@ -196,32 +207,41 @@ def decode_target(tokenizer, token_ids):
 
 
 def build_features(tokenizer, source_ids, labels):
-    """Set source and target side by side, with 2D positions (GLM, arXiv 2103.10360, section 2.2).
+    """Set source and target side by side.
 
     Args:
         source_ids (list[int]): a source of length S, as ``encode_source`` gives it.
         labels (list[int]): T labels, or none where the question is unknown.
 
     Returns:
-        dict: ``input_ids`` int64 [S + T], ``position_ids`` int64 [2, S + T], ``labels`` int64 [T], ``source_length`` S.
+        dict: ``input_ids`` [S + T], ``labels`` [T], ``source_length`` S: what takes little room, unsigned and as narrow
+        as the ids allow, for millions of records and several processes. The collator makes the rest.
     """
-    source_length, target_length = len(source_ids), len(labels)
     input_ids = source_ids + ([tokenizer.sop_token_id] + labels[:-1] if labels else [])
+    ids = [*input_ids, *labels]
+    ids = np.array(ids, dtype=np.min_scalar_type(max(ids)))  # one array, of which these are views
+    return {"input_ids": ids[: len(input_ids)], "labels": ids[len(input_ids) :], "source_length": len(source_ids)}
+
+
+def build_position_ids(source_length, length, padded_length):
+    """2D positions (GLM, arXiv 2103.10360, section 2.2), int64 [B, 2, padded_length], 0 over padding.
+
+    First 0 to S - 1 over the source, then the position of [gMASK]; second 0 over the source, then 1, 2, 3...
+
+    Args:
+        source_length, length: int [B], the source's and the whole sequence's real length.
+    """
+    column, source_length = np.arange(padded_length), np.asarray(source_length)[:, None]
     gmask_position = source_length - 2  # the last but one of encode_source
-    position_ids = np.zeros([2, source_length + target_length], dtype="int64")
-    position_ids[0, :source_length] = np.arange(source_length)
-    position_ids[0, source_length:] = gmask_position
-    position_ids[1, source_length:] = np.arange(1, target_length + 1)
-    return {
-        "input_ids": np.array(input_ids, dtype="int64"),
-        "position_ids": position_ids,
-        "labels": np.array(labels, dtype="int64"),
-        "source_length": source_length,
-    }
+    target = column >= source_length
+    position_ids = np.stack([np.where(target, gmask_position, column), (column - source_length + 1) * target], axis=1)
+    return position_ids * (column < np.asarray(length)[:, None])[:, None]
 
 
-def build_dataset(tokenizer, records, src_length, tgt_length):
+def build_dataset(tokenizer, records, src_length, tgt_length, quiet=True):
     """Features of every record, list[dict]; each also holds its ``record`` and its ``index`` in the list.
+
+    Unless ``quiet``, there is a bar if it takes longer than two seconds.
 
     All are built before training starts, so that a mistake in the last record shows at once. Raises InputError.
     """
@@ -232,11 +252,44 @@ def build_dataset(tokenizer, records, src_length, tgt_length):
             f"end token one, so give at least {opening + 2}"
         )
     dataset = []
-    for index, record in enumerate(records):
+    for index, record in enumerate(tqdm(records, "features", delay=2, disable=quiet, dynamic_ncols=True)):
         source_ids = encode_source(tokenizer, record, src_length)
         labels = [] if record["question"] is None else encode_target(tokenizer, record["question"], tgt_length)
         dataset.append({**build_features(tokenizer, source_ids, labels), "index": index, "record": record})
     return dataset
+
+
+def read_in_batches(records, batch_size):
+    """Lists of 1 to ``batch_size`` of the ``records`` that are there already, waiting for none but the first of a list.
+
+    What ends ``records``, an exception too, comes after all that came before it.
+    """
+    ready = queue.Queue(maxsize=batch_size)
+
+    def read():
+        try:
+            for record in records:
+                ready.put(record)
+            ready.put(None)
+        except BaseException as error:
+            ready.put(error)
+
+    threading.Thread(target=read, daemon=True).start()
+    end = False
+    while end is False:
+        batch, item = [], ready.get()
+        while True:
+            if item is None or isinstance(item, BaseException):
+                end = item
+                break
+            batch.append(item)
+            if len(batch) == batch_size or ready.empty():
+                break
+            item = ready.get()
+        if batch:
+            yield batch
+    if end is not None:
+        raise end
 
 
 # ------------------------------------------------------------------------------------------- sampling and collation
@@ -319,19 +372,17 @@ class DataCollator:
         source_length = np.array([feature["source_length"] for feature in features])
         padded_length = -(-length.max() // PAD_MULTIPLE) * PAD_MULTIPLE
         input_ids = np.full([len(features), padded_length], self.pad_token_id, dtype="int64")
-        position_ids = np.zeros([len(features), 2, padded_length], dtype="int64")
         for row, feature in enumerate(features):
             input_ids[row, : length[row]] = feature["input_ids"]
-            position_ids[row, :, : length[row]] = feature["position_ids"]
         target_positions = [
             row * padded_length + np.arange(source_length[row], length[row]) for row in range(len(features))
         ]
         return {
             "input_ids": input_ids,
-            "position_ids": position_ids,
+            "position_ids": build_position_ids(source_length, length, padded_length),
             "attention_mask": build_attention_mask(source_length, length, padded_length),
             "source_length": source_length,
             "index": np.array([feature["index"] for feature in features]),
-            "labels": np.concatenate([feature["labels"] for feature in features]),
+            "labels": np.concatenate([feature["labels"] for feature in features]).astype("int64"),
             "target_positions": np.concatenate(target_positions),
         }

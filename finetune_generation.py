@@ -15,17 +15,25 @@ import traceback
 from dataclasses import dataclass, field
 from typing import List, Optional
 
-import numpy as np
 import paddle
 from paddle.distributed.fleet.utils import log_util
 from paddlenlp.peft import LoRAConfig
-from paddlenlp.trainer import PdArgumentParser, TrainingArguments, set_seed
+from paddlenlp.trainer import EarlyStoppingCallback, PdArgumentParser, TrainingArguments, set_seed
 from paddlenlp.trainer.integrations import get_available_reporting_integrations
 from paddlenlp.transformers import AutoConfig, AutoModelForConditionalGeneration, GLMConfig, GLMTokenizer
 from paddlenlp.utils.log import logger
 from tqdm.contrib.logging import logging_redirect_tqdm
 
-from data import DataArguments, DataCollator, InputError, build_dataset, parse_lines, read_records, require_range
+from data import (
+    DataArguments,
+    DataCollator,
+    InputError,
+    build_dataset,
+    parse_lines,
+    read_in_batches,
+    read_records,
+    require_range,
+)
 from generation import beam_search
 from modeling import (
     LORA_MODULES,
@@ -136,6 +144,9 @@ class GenerationArguments:
     tgt_length: int = field(default=160, metadata={"help": "Most tokens of a question, in training and generation."})
     min_tgt_length: int = field(default=55, metadata={"help": "Fewest tokens generated before the end token."})
     num_beams: int = field(default=5, metadata={"help": "Beams; 1 with select_topk is greedy search."})
+    num_return_sequences: int = field(
+        default=1, metadata={"help": "Candidates a record in the predictions, the best first; at most num_beams."}
+    )
     length_penalty: float = field(
         default=0.7, metadata={"help": "A hypothesis scores sum of log-probabilities / length ** length_penalty."}
     )
@@ -151,6 +162,7 @@ class GenerationArguments:
     def __post_init__(self):
         for name, low in (("tgt_length", 1), ("min_tgt_length", 0), ("num_beams", 1), ("no_repeat_ngram_size", 0)):
             require_range(self, name, low)
+        require_range(self, "num_return_sequences", 1, most=self.num_beams)
         require_range(self, "length_penalty", -100, most=100)
         require_range(self, "top_k", 0)
         require_range(self, "top_p", 0, most=1)
@@ -168,7 +180,7 @@ RANGES = {
     **dict.fromkeys(("adam_beta1", "adam_beta2"), (0, None, 1)),
     **dict.fromkeys(("adam_epsilon", "num_train_epochs", "scale_loss"), (1e-30,)),
     **dict.fromkeys(("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps"), (1,)),
-    **dict.fromkeys(("logging_steps", "save_steps", "eval_steps", "save_total_limit"), (1,)),
+    **dict.fromkeys(("logging_steps", "save_steps", "eval_steps", "save_total_limit", "early_stopping_patience"), (1,)),
     "dataloader_num_workers": (0, 256),
     "warmup_ratio": (0, 1),
     "seed": (0, None, 2**31),
@@ -186,6 +198,9 @@ class GLMTrainingArguments(TrainingArguments):
     )
     amp_master_grad: Optional[bool] = field(
         default=None, metadata={"help": "Gradients in float32; by default in O2, where float16 ones would overflow."}
+    )
+    early_stopping_patience: Optional[int] = field(
+        default=None, metadata={"help": "End training after so many evaluations without a better one than the best."}
     )
     log_level: str = field(
         default="train",
@@ -238,6 +253,10 @@ class GLMTrainingArguments(TrainingArguments):
         metrics = ("loss", "rouge1", "rouge2", "rougel", "bleu4")
         if self.metric_for_best_model is not None and self.metric_for_best_model not in metrics:
             raise InputError(f"--metric_for_best_model is {self.metric_for_best_model}: give {', '.join(metrics)}")
+        if self.early_stopping_patience and not self.load_best_model_at_end:
+            raise InputError(
+                "--early_stopping_patience needs --load_best_model_at_end and --evaluation_strategy: add them"
+            )
         for name in [self.report_to] if isinstance(self.report_to, str) else self.report_to or []:
             if name not in ("all", "none", *get_available_reporting_integrations()):
                 raise InputError(f"--report_to {name} is not installed here, or unknown: give visualdl or none")
@@ -456,18 +475,46 @@ def standard_output(wanted):
         yield output
 
 
-def predict_lines(model, tokenizer, src_length, generation, output):
-    """Answer each line of standard input as it comes by a JSON line in the text stream ``output``."""
+def predict_lines(model, tokenizer, src_length, generation, batch_size, output):
+    """Answer the lines of standard input, those that are there in one batch, by JSON lines in the stream ``output``."""
     model.eval()
-    for record in parse_lines(sys.stdin.buffer, "standard input", require_question=False):
-        (features,) = build_dataset(tokenizer, [record], src_length, generation.tgt_length)
-        source_ids = features["input_ids"][: features["source_length"]]
-        ((token_ids, score),) = beam_search(
-            model, paddle.to_tensor(source_ids[None]), np.array([len(source_ids)]), generation,
-            tokenizer.sop_token_id, tokenizer.eop_token_id,
-        )  # fmt: skip
-        row = prediction_row(tokenizer, record, token_ids, score)
-        print(json.dumps(row, ensure_ascii=False), file=output, flush=True)
+    collate = DataCollator(tokenizer.pad_token_id)
+    # A file of its own: a thread that waits in sys.stdin would hinder the interpreter's end.
+    standard_input = os.fdopen(os.dup(0), "rb")
+    for records in read_in_batches(parse_lines(standard_input, "standard input", require_question=False), batch_size):
+        features, mistake = [], None
+        for index, record in enumerate(records):
+            try:
+                features += build_dataset(tokenizer, [{**record, "question": None}], src_length, generation.tgt_length)
+            except InputError as error:  # after those before it are answered
+                mistake, records = error, records[:index]
+                break
+        if records:
+            batch = collate(features)
+            source_length = batch["source_length"]
+            input_ids = paddle.to_tensor(batch["input_ids"][:, : source_length.max()])
+            start, end = tokenizer.sop_token_id, tokenizer.eop_token_id
+            for record, hypotheses in zip(
+                records, beam_search(model, input_ids, source_length, generation, start, end)
+            ):
+                row = prediction_row(tokenizer, record, hypotheses, generation.num_return_sequences > 1)
+                print(json.dumps(row, ensure_ascii=False), file=output)
+            output.flush()
+        if mistake:
+            raise mistake
+
+
+def show_results(metrics, rows):
+    """The last lines of a run: a table of its results, and three predictions beside their references."""
+    width = max(map(len, metrics))
+    lines = [
+        f"{name:{width}}  {value:.4g}" for name, value in sorted(metrics.items()) if isinstance(value, (int, float))
+    ]
+    for row in rows[:3]:
+        lines += [f"answer      {row['answer']}", f"prediction  {row['prediction']}"]
+        lines += [f"reference   {row['reference']}"] if row["reference"] is not None else []
+    for line in lines:
+        logger.eval(line)
 
 
 def run(model_args, lora_args, data_args, generation, args, output=None):
@@ -486,15 +533,15 @@ def run(model_args, lora_args, data_args, generation, args, output=None):
     tokenizer = load(GLMTokenizer, name, "tokenizer")  # AutoTokenizer of PaddleNLP 3 does not know the Chinese one
     check_tokenizer(tokenizer, config, name)
 
-    def read(split, source=data_args.task_name):
-        records = read_records(source, split, require_question=split != "test")
-        return build_dataset(tokenizer, records, data_args.src_length, generation.tgt_length)
+    def read(split, limit, source=data_args.task_name):
+        records = read_records(source, split, require_question=split != "test")[:limit]
+        return build_dataset(tokenizer, records, data_args.src_length, generation.tgt_length, args.disable_tqdm)
 
-    train_dataset = read("train") if args.do_train else None
-    dev_dataset = read("dev") if args.do_eval else None
+    train_dataset = read("train", data_args.max_train_samples) if args.do_train else None
+    dev_dataset = read("dev", data_args.max_eval_samples) if args.do_eval else None
     test_dataset = None
     if args.do_predict and output is None:
-        test_dataset = read("test", data_args.predict_file or data_args.task_name)
+        test_dataset = read("test", data_args.max_predict_samples, data_args.predict_file or data_args.task_name)
 
     lora_config = None
     if lora_args.lora:
@@ -517,25 +564,37 @@ def run(model_args, lora_args, data_args, generation, args, output=None):
         model = add_lora(model, lora_config, weights)
     if output is not None:
         set_seed(args.seed)
-        return predict_lines(model, tokenizer, data_args.src_length, generation, output)
+        return predict_lines(
+            model, tokenizer, data_args.src_length, generation, args.per_device_eval_batch_size, output
+        )
 
     trainer = GLMTrainer(
         model=model, args=args, data_collator=DataCollator(tokenizer.pad_token_id), train_dataset=train_dataset,
         eval_dataset=dev_dataset, tokenizer=tokenizer, generation=generation,
         label_smoothing=model_args.label_smoothing, lr_decay_ratio=model_args.lr_decay_ratio, memory=memory,
     )  # fmt: skip
+    results = {}
+    if args.early_stopping_patience:
+        trainer.add_callback(EarlyStoppingCallback(args.early_stopping_patience))
     if args.do_train:
         result = trainer.train(resume_from_checkpoint=checkpoint)
         trainer.save_model(merge_tensor_parallel=degree > 1)
         if result.metrics:  # none, if the checkpoint was of the last step
             trainer.save_metrics("train", result.metrics)
+            results.update(result.metrics)
         trainer.save_state()
     if lora_args.merge_lora:
         trainer.save_merged()
     if args.do_eval:
-        trainer.save_metrics("eval", trainer.evaluate())
+        metrics = trainer.evaluate()
+        trainer.save_metrics("eval", metrics)
+        results.update(metrics)
     if args.do_predict:
-        trainer.save_metrics("test", trainer.predict(test_dataset).metrics)
+        metrics = trainer.predict(test_dataset).metrics
+        trainer.save_metrics("test", metrics)
+        results.update(metrics)
+    if results and trainer.is_world_process_zero():
+        show_results(results, trainer.rows)
     wanted = {"eval": args.do_eval, "test": args.do_predict}
     files = [f"{split}_{kind}" for split in wanted if wanted[split] for kind in ("results.json", "predictions.jsonl")]
     files += [LORA_WEIGHTS if lora_args.lora else "model_state.pdparams"] if args.do_train else []

@@ -321,9 +321,12 @@ class Beams:
     def _drop(self, done):
         """Take the best hypotheses of the rows that are ``done`` (bool [A]). Returns the other rows, int [A']."""
         for row in np.nonzero(done)[0]:
-            length = self.finished_lengths[row, 0]
-            tokens = self.finished_tokens[row, 0, :length].tolist()
-            self.results[self.example[row]] = (tokens, float(self.finished_scores[row, 0]))
+            count = max((self.finished_scores[row] > -np.inf).sum(), 1)
+            self.results[self.example[row]] = [
+                (self.finished_tokens[row, rank, : self.finished_lengths[row, rank]].tolist(),
+                 float(self.finished_scores[row, rank]))
+                for rank in range(min(count, self.generation.num_return_sequences))
+            ]  # fmt: skip
         rows = np.nonzero(~done)[0]
         if done.any():
             for name in ("example", "tokens", "sums", "past"):
@@ -335,7 +338,7 @@ class Beams:
 
 @paddle.no_grad()
 def beam_search(model, input_ids, source_length, generation, start_token_id, end_token_id, group=None):
-    """Generate one target per source, by the rules of THUDM/GLM.
+    """Generate targets of each source, by the rules of THUDM/GLM.
 
     Args:
         model: GLMForConditionalGeneration in eval mode.
@@ -343,8 +346,9 @@ def beam_search(model, input_ids, source_length, generation, start_token_id, end
         source_length: numpy int64 [B]. generation: GenerationArguments. group: of tensor parallelism.
 
     Returns:
-        list of (token ids without start and end token, score), one per source; the score is the sum of the natural
-        logarithms of the probabilities, the end token's included, over length ** length_penalty.
+        list, one per source, of its num_return_sequences best hypotheses, the best first: lists of (token ids without
+        start and end token, score). The score is the sum of the natural logarithms of the probabilities, the end
+        token's included, over length ** length_penalty.
     """
     num_beams = generation.num_beams
     draw = (generation.select_topk, generation.top_k, generation.top_p)

@@ -20,6 +20,7 @@ from paddlenlp.metrics import BLEU
 from paddlenlp.trainer import Trainer
 from paddlenlp.trainer.trainer_callback import PrinterCallback, ProgressCallback, TrainerCallback, TrainerState
 from paddlenlp.trainer.trainer_utils import IntervalStrategy, SchedulerType, TrainOutput
+from paddlenlp.transformers import BasicTokenizer
 from paddlenlp.utils.log import logger
 from rouge import Rouge
 from tqdm import tqdm
@@ -43,42 +44,60 @@ MOST_SKIPPED = 10  # losses in a row that may be no numbers, if gradients are sc
 ADVICE = "lower --learning_rate, or look at the data of that step"
 
 
-def prediction_row(tokenizer, record, token_ids, score):
-    """What a predictions file holds of a record, dict."""
-    return {
-        "id": record["id"], "context": record["context"], "answer": record["answer"], "reference": record["question"],
-        "prediction": decode_target(tokenizer, token_ids), "score": score, "token_ids": token_ids,
-    }  # fmt: skip
+def prediction_row(tokenizer, record, hypotheses, candidates=False):
+    """What a predictions file holds of a record, dict.
+
+    Args: hypotheses: list of (token ids, score), the best first. candidates (bool): whether to show them all.
+    """
+    shown = [
+        {"prediction": decode_target(tokenizer, token_ids), "score": score, "token_ids": token_ids}
+        for token_ids, score in hypotheses
+    ]
+    row = {key: record[key] for key in ("id", "context", "answer")}
+    row.update(reference=record["question"], **shown[0])
+    row["rougel"] = None if row["reference"] is None else rouge(row["prediction"], row["reference"])["rougel"]
+    return {**row, "candidates": shown} if candidates else row
 
 
 # --------------------------------------------------------------------------------------------------------- metrics
 
 
-def _characters(text):
-    """The characters that count: none of the white space, and width and form as the tokenizer's NFKC leaves them."""
-    return [character for character in unicodedata.normalize("NFKC", text) if not character.isspace()]
+@functools.lru_cache(maxsize=None)
+def _basic_tokenizer():
+    return BasicTokenizer(do_lower_case=True)
+
+
+def _words(text):
+    """What counts, in NFKC as the tokenizer has it: a Chinese character, a run of Latin letters or digits, a mark."""
+    return _basic_tokenizer().tokenize(unicodedata.normalize("NFKC", text))
+
+
+def rouge(prediction, reference):
+    """ROUGE-1, ROUGE-2 and ROUGE-L (F1) of two texts, over ``_words``, each 0..1. An empty text scores 0."""
+    prediction, reference = _words(prediction), _words(reference)
+    if not (prediction and reference):
+        return {"rouge1": 0.0, "rouge2": 0.0, "rougel": 0.0}
+    # The package finds the common subsequence by recursion, one level a word.
+    sys.setrecursionlimit(max(sys.getrecursionlimit(), len(prediction) + len(reference) + 1000))
+    # It splits sentences at ".": numbers in place of words have none.
+    numbers = {word: str(number) for number, word in enumerate(dict.fromkeys(prediction + reference))}
+    texts = (" ".join(numbers[word] for word in words) for words in (prediction, reference))
+    (scores,) = Rouge(exclusive=False).get_scores(*texts)
+    return {f"rouge{kind}": scores[f"rouge-{kind}"]["f"] for kind in "12l"}
 
 
 def compute_metrics(predictions, references):
-    """ROUGE-1, ROUGE-2, ROUGE-L (F1, mean over the records) and corpus BLEU-4, over characters, each 0..1.
+    """``rouge``, the mean over the records, and corpus BLEU-4 over the same words, each 0..1.
 
-    Args: two lists of str of the same length. An empty prediction or reference scores 0.
+    Args: two lists of str of the same length.
     """
-    rouge, bleu = Rouge(exclusive=False), BLEU(n_size=4)
-    totals = {"rouge1": 0.0, "rouge2": 0.0, "rougel": 0.0}
+    bleu = BLEU(n_size=4)
+    scores = []
     for prediction, reference in zip(predictions, references):
-        prediction, reference = _characters(prediction), _characters(reference)
-        bleu.add_inst(prediction, [reference])
-        if prediction and reference:
-            # The package finds the common subsequence by recursion, one level a character.
-            sys.setrecursionlimit(max(sys.getrecursionlimit(), len(prediction) + len(reference) + 1000))
-            # It splits sentences at "." and words at spaces: numbers in place of characters have neither.
-            texts = (" ".join(str(ord(character)) for character in text) for text in (prediction, reference))
-            scores = rouge.get_scores(*texts)[0]
-            for name, key in (("rouge1", "rouge-1"), ("rouge2", "rouge-2"), ("rougel", "rouge-l")):
-                totals[name] += scores[key]["f"]
-    metrics = {name: total / len(predictions) for name, total in totals.items()}
-    # Without a single generated character BLEU's brevity penalty has no value, and its limit is 0.
+        bleu.add_inst(_words(prediction), [_words(reference)])
+        scores.append(rouge(prediction, reference))
+    metrics = {name: sum(score[name] for score in scores) / len(scores) for name in scores[0]}
+    # Without a single generated word BLEU's brevity penalty has no value, and its limit is 0.
     metrics["bleu4"] = bleu.score() if bleu.bp_c else 0.0
     return metrics
 
@@ -362,7 +381,7 @@ class GLMTrainer(Trainer):
             TrainingProgress, SeedEachStep, gradients, self.check_finite, self.checkpoints, self.stop_by_signal,
         ):  # fmt: skip
             self.add_callback(callback)
-        self.evaluated = None  # the metrics of the weights as they are
+        self.evaluated, self.rows = None, []  # the metrics of the weights as they are; the last predictions
         self.memory = memory or {}
         self.train_memory_peak = self.train_tokens = 0  # bytes; of the global batches, without padding
 
@@ -518,9 +537,9 @@ class GLMTrainer(Trainer):
             losses = self.target_losses(model, inputs).numpy() if len(inputs["labels"]) else np.zeros(0)
         # The targets of a record stand side by side in the flattened batch, records in order.
         rows = inputs["target_positions"].numpy() // inputs["input_ids"].shape[1]
-        for row, (index, (token_ids, score)) in enumerate(zip(inputs["index"].tolist(), hypotheses)):
-            self.outputs[index] = {"token_ids": token_ids, "score": score, "losses": losses[rows == row]}
-        self.generated_tokens += sum(len(token_ids) for token_ids, _ in hypotheses)
+        for row, (index, best) in enumerate(zip(inputs["index"].tolist(), hypotheses)):
+            self.outputs[index] = {"hypotheses": best, "losses": losses[rows == row]}
+        self.generated_tokens += sum(len(best[0][0]) for best in hypotheses)
         self.bar.update(len(hypotheses))
         self.bar.set_postfix_str(f"{self.generated_tokens / (time.time() - self.start):.1f} tokens/s")
         return None, None, None
@@ -544,12 +563,12 @@ class GLMTrainer(Trainer):
             dist.all_gather_object(parts, self.outputs)
             self.outputs = {index: result for part in parts for index, result in part.items()}
         seconds = time.time() - self.start
-        generated_tokens = sum(len(result["token_ids"]) for result in self.outputs.values())
+        generated_tokens = sum(len(result["hypotheses"][0][0]) for result in self.outputs.values())
 
         rows = []
         for index, result in sorted(self.outputs.items()):
-            record = dataloader.dataset[index]["record"]
-            rows.append(prediction_row(self.tokenizer, record, result["token_ids"], result["score"]))
+            record, candidates = dataloader.dataset[index]["record"], self.generation.num_return_sequences > 1
+            rows.append(prediction_row(self.tokenizer, record, result["hypotheses"], candidates))
         metrics = {"samples": len(rows), "tokens_per_second": round(generated_tokens / seconds, 2)}
         scored = [row for row in rows if row["reference"] is not None]
         if scored:
@@ -564,6 +583,7 @@ class GLMTrainer(Trainer):
         if self.is_world_process_zero():
             numbers = ", ".join(f"{name} {value:.4g}" for name, value in metrics.items())
             logger.eval(f"{metric_key_prefix} at step {self.state.global_step}: {numbers}")
+        self.rows = rows
         if self.args.should_save:
             self._write_predictions(rows, os.path.join(self.args.output_dir, f"{metric_key_prefix}_predictions.jsonl"))
         return output

@@ -9,6 +9,7 @@ from paddlenlp.transformers import GLMConfig, GLMForConditionalGeneration, GLMTo
 
 from data import DataCollator, build_features
 from finetune_generation import GenerationArguments
+from generation import beam_search
 from modeling import use_device, use_the_whole_cpu
 
 use_device("cpu")
@@ -73,3 +74,8 @@ def log_softmax(logits):
 def generation_arguments(**changes):
     defaults = {"tgt_length": 8, "min_tgt_length": 0, "num_beams": 3, "length_penalty": 0.7, "no_repeat_ngram_size": 0}
     return GenerationArguments(**{**defaults, **changes})
+
+
+def best_hypotheses(*args, **kwargs):
+    """The best (token ids, score) of each source."""
+    return [hypotheses[0] for hypotheses in beam_search(*args, **kwargs)]

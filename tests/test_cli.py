@@ -138,6 +138,40 @@ def test_eval_loss_is_the_mean_over_tokens(finished_run):
     assert loss != pytest.approx(np.mean([part.mean() for part in losses]), abs=1e-4)
 
 
+def test_candidates_and_fewer_records(finished_run, tmp_path):
+    """The first is the row's own prediction, and the one that there is without candidates."""
+    folder, _ = finished_run
+    result = run("--model_name_or_path", folder / "out", "--task_name", folder / "data", *FAST, "--output_dir", tmp_path,
+                 "--do_eval", "--do_predict", "--num_return_sequences", 3, "--max_eval_samples", 2,
+                 "--max_predict_samples", 1)  # fmt: skip
+    rows, expected = read_jsonl(tmp_path / "eval_predictions.jsonl"), read_jsonl(folder / "out/eval_predictions.jsonl")
+    assert len(rows) == 2 and len(read_jsonl(tmp_path / "test_predictions.jsonl")) == 1
+    for row, alone in zip(rows, expected):
+        candidates = row.pop("candidates")
+        assert row["token_ids"] == alone["token_ids"] and row["score"] == pytest.approx(alone["score"], abs=1e-5)
+        assert candidates[0] == {key: row[key] for key in ("prediction", "score", "token_ids")} and "rougel" in row
+        scores = [candidate["score"] for candidate in candidates]
+        assert len({tuple(candidate["token_ids"]) for candidate in candidates}) == 3
+        assert scores == sorted(scores, reverse=True)
+        assert row.keys() == alone.keys()
+        assert row["rougel"] == pytest.approx(compute_metrics([row["prediction"]], [row["reference"]])["rougel"])
+    lines = [line.split("] - ")[-1] for line in result.stderr.splitlines()]
+    value = json.loads((tmp_path / "eval_results.json").read_text())["eval_rougel"]
+    assert any(line.split() == ["eval_rougel", f"{value:.4g}"] for line in lines)
+    assert sum(line.startswith("prediction  ") for line in lines) == 1  # of the test set, which came last
+
+
+def test_early_stopping(finished_run, tmp_path):
+    """Without a step that could help, the second evaluation is the last."""
+    flags = ["--do_train", "--max_steps", 8, "--max_train_samples", 4, "--learning_rate", 0, "--save_steps", 1]
+    flags += ["--evaluation_strategy", "steps", "--eval_steps", 1, "--load_best_model_at_end", "--max_eval_samples", 1]
+    run("--model_name_or_path", TINY_GLM, "--task_name", finished_run[0] / "data", "--output_dir", tmp_path, *FAST,
+        *flags, "--early_stopping_patience", 1)  # fmt: skip
+    state = json.loads((tmp_path / "trainer_state.json").read_text())
+    assert state["global_step"] == 2 and state["max_steps"] == 8
+    assert sum("eval_loss" in row for row in state["log_history"]) == 2
+
+
 def test_the_last_step_is_evaluated_once(finished_run, tmp_path):
     folder, result = finished_run
     state = json.loads((folder / "out/trainer_state.json").read_text())
@@ -195,7 +229,7 @@ def test_defaults():
         ["finetune_generation.py", "--output_dir", "unused", "--do_eval", "--eval_steps", "4"],
     )
     try:
-        model_args, data_args, generation, training_args = finetune_generation.parse_arguments()
+        model_args, _, data_args, generation, training_args = finetune_generation.parse_arguments()
     finally:
         sys.argv = sys_argv
     assert model_args.model_name_or_path == "THUDM/glm-large-chinese" and data_args.src_length == 608

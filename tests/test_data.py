@@ -1,6 +1,9 @@
 import importlib.util
 import json
 import os
+import threading
+import time
+import tracemalloc
 from pathlib import Path
 
 import numpy as np
@@ -17,10 +20,12 @@ from data import (
     build_attention_mask,
     build_dataset,
     build_features,
+    build_position_ids,
     decode_target,
     encode_source,
     encode_target,
     encode_text,
+    read_in_batches,
     read_records,
 )
 
@@ -47,9 +52,10 @@ def check_against_peer(tokenizer, records):
         features = build_features(tokenizer, source_ids, encode_target(tokenizer, record["question"], 200))
         peer = peer_features(tokenizer, record, 200)
         np.testing.assert_array_equal(features["input_ids"], peer["input_ids"][0])
-        np.testing.assert_array_equal(features["position_ids"], peer["position_ids"][0])
         np.testing.assert_array_equal(features["labels"], peer["label_ids"][0, len(source_ids) :])
         length = len(features["input_ids"])
+        positions = build_position_ids([len(source_ids)], [length], length)
+        np.testing.assert_array_equal(positions, peer["position_ids"])
         mask = build_attention_mask([len(source_ids)], [length], length)
         np.testing.assert_array_equal(mask, peer["attention_mask"].astype(bool))
 
@@ -116,10 +122,61 @@ def test_positions_by_hand(tokenizer):
     features = build_features(tokenizer, [9, 8, 7, 6], [5, 4, 3])
     sop = tokenizer.sop_token_id
     assert features["input_ids"].tolist() == [9, 8, 7, 6, sop, 5, 4]
-    assert features["position_ids"].tolist() == [[0, 1, 2, 3, 2, 2, 2], [0, 0, 0, 0, 1, 2, 3]]
     assert features["labels"].tolist() == [5, 4, 3]
     unanswered = build_features(tokenizer, [9, 8, 7, 6], [])
-    assert unanswered["input_ids"].tolist() == [9, 8, 7, 6] and unanswered["position_ids"].shape == (2, 4)
+    assert unanswered["input_ids"].tolist() == [9, 8, 7, 6] and unanswered["labels"].shape == (0,)
+    first, second = build_position_ids([4, 3], [7, 3], 8).tolist()
+    assert first == [[0, 1, 2, 3, 2, 2, 2, 0], [0, 0, 0, 0, 1, 2, 3, 0]]
+    assert second == [[0, 1, 2, 0, 0, 0, 0, 0], [0] * 8]
+
+
+def test_a_record_takes_little_room(tokenizer):
+    """Beside its text, at DuReaderQG's lengths, 1.5 KB at most; the largest id stays what it is."""
+    rng = np.random.default_rng(0)
+    ids = [(rng.integers(0, 50009, 188).tolist(), rng.integers(0, 50009, 13).tolist()) for _ in range(500)]
+    tracemalloc.start()
+    dataset = [{**build_features(tokenizer, *pair), "index": index, "record": None} for index, pair in enumerate(ids)]
+    size = tracemalloc.get_traced_memory()[0] / len(ids)
+    tracemalloc.stop()
+    assert 400 < size < 1500 and len(dataset) == 500
+    features = build_features(tokenizer, [9, 70_000, 7, 6], [65_536])
+    assert features["input_ids"][1] == 70_000 and features["labels"][0] == 65_536
+
+
+class Slow:
+    """Records of which some come late."""
+
+    def __init__(self, *records):
+        self.records, self.gate = records, threading.Event()
+
+    def __iter__(self):
+        for record in self.records:
+            if record == "wait":
+                self.gate.wait(30)
+            elif isinstance(record, Exception):
+                raise record
+            else:
+                yield record
+
+
+def test_batches_of_what_is_there():
+    """None larger than asked for, in order; none waits for more than one; a mistake comes last."""
+    batches = list(read_in_batches(range(100), 8))
+    assert [record for batch in batches for record in batch] == list(range(100)) and max(map(len, batches)) <= 8
+    batches = read_in_batches(range(100), 8)
+    assert next(batches)[0] == 0
+    time.sleep(0.5)
+    assert len(next(batches)) == 8  # all that are wanted are there by now
+    slow = Slow(1, 2, "wait", 3, ValueError("no more"))
+    batches, seen = read_in_batches(slow, 8), []
+    while len(seen) < 2:
+        seen += next(batches)
+    assert seen == [1, 2]  # before the third is there
+    slow.gate.set()
+    assert next(batches) == [3]
+    with pytest.raises(ValueError, match="no more"):
+        next(batches)
+    assert list(read_in_batches([], 8)) == []
 
 
 def test_mask_by_hand():

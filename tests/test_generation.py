@@ -7,7 +7,7 @@ import numpy as np
 import paddle
 import pytest
 import scipy.stats
-from conftest import generation_arguments, log_softmax, plain_log_probabilities, random_glm
+from conftest import best_hypotheses, generation_arguments, log_softmax, plain_log_probabilities, random_glm
 
 from generation import Beams, beam_search, decode_one_token, next_token_candidates, prefill
 
@@ -48,13 +48,31 @@ def test_the_branches_of_a_gpu_decode_alike(monkeypatch):
     _, input_ids, lengths = make_sources((9, 5, 12, 7))
     generation = generation_arguments(tgt_length=10, num_beams=4, no_repeat_ngram_size=2)
     model = random_glm(4)
-    expected = beam_search(model, input_ids, lengths, generation, START, END)
+    expected = best_hypotheses(model, input_ids, lengths, generation, START, END)
     for room in ("modeling", "generation"):
         monkeypatch.setattr(f"{room}.on_cpu", lambda: False)
     for (tokens, score), (other, other_score) in zip(
-        beam_search(model, input_ids, lengths, generation, START, END), expected
+        best_hypotheses(model, input_ids, lengths, generation, START, END), expected
     ):
         assert tokens == other and score == pytest.approx(other_score, abs=1e-5)
+
+
+@pytest.mark.parametrize("select_topk", [True, False])
+def test_candidates(select_topk):
+    """Distinct, the best first, each with the score that PaddleNLP's own forward gives its tokens."""
+    sources, input_ids, lengths = make_sources((9, 5))
+    model, penalty = random_glm(2), 0.7
+    generation = generation_arguments(num_beams=4, num_return_sequences=4, select_topk=select_topk)
+    paddle.seed(3)
+    results = beam_search(model, input_ids, lengths, generation, START, END)
+    for source, hypotheses in zip(sources, results):
+        assert len(hypotheses) == 4 and len({tuple(tokens) for tokens, _ in hypotheses}) == 4
+        scores = [score for _, score in hypotheses]
+        assert scores == sorted(scores, reverse=True)
+        for tokens, score in hypotheses:
+            path = [*tokens, END] if len(tokens) < generation.tgt_length else tokens
+            total = sum(plain_log_probabilities(model, source, path[:i])[token] for i, token in enumerate(path))
+            assert score == pytest.approx(total / len(tokens) ** penalty, abs=1e-3)
 
 
 def test_draws_are_ranked_by_their_sums():
@@ -118,11 +136,11 @@ def test_a_cache_that_grows_while_examples_leave(monkeypatch, growth):
     louder[END] *= 2  # so that hypotheses finish at different steps
     model.glm.word_embeddings.weight.set_value(louder)
     generation = generation_arguments(tgt_length=11, num_beams=3, no_repeat_ngram_size=2)
-    expected = [beam_search(model, input_ids[i : i + 1, :n], lengths[i : i + 1], generation, START, END)[0]
+    expected = [best_hypotheses(model, input_ids[i : i + 1, :n], lengths[i : i + 1], generation, START, END)[0]
                 for i, n in enumerate(lengths.tolist())]  # fmt: skip
     monkeypatch.setattr("generation.GROWTH", growth)
     for (tokens, score), (expected_tokens, expected_score) in zip(
-        beam_search(model, input_ids, lengths, generation, START, END), expected
+        best_hypotheses(model, input_ids, lengths, generation, START, END), expected
     ):
         assert tokens == expected_tokens and score == pytest.approx(expected_score, abs=1e-4)
 
@@ -189,7 +207,7 @@ def test_wide_beams_find_what_exhaustive_search_finds(length_penalty, no_repeat_
     )
     for seed in (0, 1):
         model = random_glm(seed, vocab_size=5, num_layers=1, hidden_size=16, heads=2, spread=0.5)
-        results = beam_search(model, input_ids, lengths, generation, START, END)
+        results = best_hypotheses(model, input_ids, lengths, generation, START, END)
         for source, (tokens, score) in zip(sources, results):
             best_score, best_tokens = exhaustive_best(model, source, 5, generation)
             assert tokens == list(best_tokens)
@@ -243,7 +261,7 @@ def test_narrow_beams_equal_plain_loops(num_beams, no_repeat_ngram_size, min_tgt
         louder = weight.numpy()
         louder[END] *= 2
         weight.set_value(louder)
-        results = beam_search(model, input_ids, lengths, generation, START, END)
+        results = best_hypotheses(model, input_ids, lengths, generation, START, END)
         for source, (tokens, score) in zip(sources, results):
             expected_score, expected_tokens = loop_beam_search(model, source, generation)
             assert tokens == list(expected_tokens)
@@ -253,7 +271,7 @@ def test_narrow_beams_equal_plain_loops(num_beams, no_repeat_ngram_size, min_tgt
 def test_one_beam_is_greedy_search():
     sources, input_ids, lengths = make_sources()
     model = random_glm(5)
-    results = beam_search(model, input_ids, lengths, generation_arguments(tgt_length=12, num_beams=1), START, END)
+    results = best_hypotheses(model, input_ids, lengths, generation_arguments(tgt_length=12, num_beams=1), START, END)
     for source, (tokens, _) in zip(sources, results):
         greedy = []
         while len(greedy) < 12:
@@ -268,7 +286,7 @@ def test_when_everything_is_banned_what_there_is_comes_out():
     sources, input_ids, lengths = make_sources((4, 6), vocab_size=4)
     model = random_glm(0, vocab_size=4, num_layers=1, hidden_size=16, heads=2)
     generation = generation_arguments(tgt_length=9, min_tgt_length=9, no_repeat_ngram_size=1, num_beams=2)
-    for tokens, score in beam_search(model, input_ids, lengths, generation, START, END):
+    for tokens, score in best_hypotheses(model, input_ids, lengths, generation, START, END):
         assert sorted(tokens) == [0, 1, 3] and np.isfinite(score)
 
 
@@ -328,7 +346,7 @@ def test_drawn_beams_keep_the_rules_and_repeat_with_the_seed():
     results = []
     for seed in (3, 3, 4):
         paddle.seed(seed)
-        results.append(beam_search(model, input_ids, lengths, generation, START, END))
+        results.append(best_hypotheses(model, input_ids, lengths, generation, START, END))
     assert results[0] == results[1] != results[2]
     for tokens, _ in results[0] + results[2]:
         assert 5 <= len(tokens) <= 12 and END not in tokens and not repeats_ngram(tokens, 2)
@@ -366,7 +384,7 @@ def test_filtered_and_banned_tokens_are_never_chosen(monkeypatch, filters, garba
 
     monkeypatch.setattr(Beams, "advance", checked)
     paddle.seed(1)
-    results = beam_search(model, input_ids, lengths, generation, START, END)
+    results = best_hypotheses(model, input_ids, lengths, generation, START, END)
     assert all(np.isfinite(score) for _, score in results) and len(live) > 10
     for example, tokens in live:
         log_p = plain_log_probabilities(model, sources[example], tokens[:-1])

@@ -85,7 +85,7 @@ def ours(args, model=None):
             if not len(origins):
                 break
         cache_mb = sum(layer[1].numel().item() * 8 for layer in cache.layers) / 2**20
-    assert all(len(tokens) == args.tokens for tokens, _ in results)
+    assert all(len(tokens) == args.tokens for ((tokens, _),) in results)
     return {
         "total": total,
         "prefill": prefill_seconds,
