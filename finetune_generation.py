@@ -18,7 +18,7 @@ from typing import List, Optional
 import paddle
 from paddle.distributed.fleet.utils import log_util
 from paddlenlp.peft import LoRAConfig
-from paddlenlp.trainer import EarlyStoppingCallback, PdArgumentParser, TrainingArguments, set_seed
+from paddlenlp.trainer import PdArgumentParser, TrainingArguments, set_seed
 from paddlenlp.trainer.integrations import get_available_reporting_integrations
 from paddlenlp.transformers import AutoConfig, AutoModelForConditionalGeneration, GLMConfig, GLMTokenizer
 from paddlenlp.utils.log import logger
@@ -401,7 +401,7 @@ def check_task(args, lora_args, data_args):
         raise InputError("--predict_file - goes without --do_train, --do_eval and --merge_lora, on one process")
 
 
-def estimate_memory(args, config, lora_config, generation, train_dataset, test_datasets):
+def estimate_memory(args, config, lora_config, generation, train_dataset, test_dataset):
     """Say what memory this run is about to take, and warn where that is more than there is. Never ends the run.
 
     Returns:
@@ -412,11 +412,9 @@ def estimate_memory(args, config, lora_config, generation, train_dataset, test_d
 
     def need(kind, **changes):
         """Bytes of the batch that takes most, with some of the settings changed."""
-        features = [
-            feature for dataset in ([train_dataset] if kind == "train" else test_datasets) for feature in dataset
-        ]
-        source_length = max(feature["source_length"] for feature in features)
-        target_length = max(len(feature["labels"]) for feature in features)
+        dataset = train_dataset if kind == "train" else test_dataset
+        source_length = max(feature["source_length"] for feature in dataset)
+        target_length = max(len(feature["labels"]) for feature in dataset)
         setting = {"source_length": source_length, "target_length": target_length, **common}
         if kind == "train":
             setting.update(
@@ -431,8 +429,8 @@ def estimate_memory(args, config, lora_config, generation, train_dataset, test_d
         )  # fmt: skip
         return evaluation_memory(config, **{**setting, **changes})
 
-    kinds = {"train": bool(train_dataset), "eval": any(test_datasets)}
-    needs = {kind: need(kind) for kind in kinds if kinds[kind]}
+    datasets = {"train": train_dataset, "eval": test_dataset}
+    needs = {kind: need(kind) for kind in datasets if datasets[kind]}
     if len(needs) == 2:  # what the optimizer holds stays
         needs["eval"]["total"] += needs["train"]["optimizer"]
     if not needs:
@@ -504,17 +502,32 @@ def predict_lines(model, tokenizer, src_length, generation, batch_size, output):
             raise mistake
 
 
-def show_results(metrics, rows):
-    """The last lines of a run: a table of its results, and three predictions beside their references."""
-    width = max(map(len, metrics))
+def load_model(base, adapter, lora_config, weights, args):
+    """The GLM ``base``, with an adapter of ``weights`` where there is a ``lora_config``."""
+    model = load(
+        AutoModelForConditionalGeneration, base, "weights", adapter, dtype=args.weights_dtype(),
+        tensor_parallel_degree=max(args.tensor_parallel_degree, 1),
+        tensor_parallel_rank=max(args.tensor_parallel_rank, 0),
+    )  # fmt: skip
+    return add_lora(model, lora_config, weights) if lora_config else model
+
+
+def show_results(results, rows, args, lora_args):
+    """The last lines of a run: a table of its results, three predictions beside their references, what it wrote."""
+    width = max(map(len, results), default=0)
     lines = [
-        f"{name:{width}}  {value:.4g}" for name, value in sorted(metrics.items()) if isinstance(value, (int, float))
+        f"{name:{width}}  {value:.4g}" for name, value in sorted(results.items()) if isinstance(value, (int, float))
     ]
     for row in rows[:3]:
         lines += [f"answer      {row['answer']}", f"prediction  {row['prediction']}"]
         lines += [f"reference   {row['reference']}"] if row["reference"] is not None else []
     for line in lines:
         logger.eval(line)
+    wanted = {"eval": args.do_eval, "test": args.do_predict}
+    files = [f"{split}_{kind}" for split in wanted if wanted[split] for kind in ("results.json", "predictions.jsonl")]
+    files += [LORA_WEIGHTS if lora_args.lora else "model_state.pdparams"] if args.do_train else []
+    files += ["model_state.pdparams"] if lora_args.merge_lora else []
+    logger.eval(f"done: in {args.output_dir} are {', '.join(files)}")
 
 
 def run(model_args, lora_args, data_args, generation, args, output=None):
@@ -537,69 +550,46 @@ def run(model_args, lora_args, data_args, generation, args, output=None):
         records = read_records(source, split, require_question=split != "test")[:limit]
         return build_dataset(tokenizer, records, data_args.src_length, generation.tgt_length, args.disable_tqdm)
 
-    train_dataset = read("train", data_args.max_train_samples) if args.do_train else None
-    dev_dataset = read("dev", data_args.max_eval_samples) if args.do_eval else None
-    test_dataset = None
+    train_dataset = read("train", data_args.max_train_samples) if args.do_train else []
+    dev_dataset = read("dev", data_args.max_eval_samples) if args.do_eval else []
+    test_dataset = []
     if args.do_predict and output is None:
         test_dataset = read("test", data_args.max_predict_samples, data_args.predict_file or data_args.task_name)
-
-    lora_config = None
+    lora_config = weights = None
     if lora_args.lora:
         lora_config = lora_args.config(adapter, base, args.weights_dtype(), degree)
         weights = read_adapter(adapter, config, lora_config) if adapter else new_adapter(config, lora_config, args.seed)
 
-    memory = estimate_memory(
-        args,
-        config,
-        lora_config,
-        generation,
-        train_dataset,
-        [dataset for dataset in (dev_dataset, test_dataset) if dataset],
-    )
-    model = load(
-        AutoModelForConditionalGeneration, base, "weights", adapter, dtype=args.weights_dtype(),
-        tensor_parallel_degree=degree, tensor_parallel_rank=max(args.tensor_parallel_rank, 0),
-    )  # fmt: skip
-    if lora_args.lora:
-        model = add_lora(model, lora_config, weights)
+    memory = estimate_memory(args, config, lora_config, generation, train_dataset, dev_dataset + test_dataset)
+    model = load_model(base, adapter, lora_config, weights, args)
     if output is not None:
         set_seed(args.seed)
-        return predict_lines(
-            model, tokenizer, data_args.src_length, generation, args.per_device_eval_batch_size, output
-        )
-
+        size = args.per_device_eval_batch_size
+        return predict_lines(model, tokenizer, data_args.src_length, generation, size, output)
     trainer = GLMTrainer(
-        model=model, args=args, data_collator=DataCollator(tokenizer.pad_token_id), train_dataset=train_dataset,
-        eval_dataset=dev_dataset, tokenizer=tokenizer, generation=generation,
+        model=model, args=args, data_collator=DataCollator(tokenizer.pad_token_id), train_dataset=train_dataset or None,
+        eval_dataset=dev_dataset or None, tokenizer=tokenizer, generation=generation,
         label_smoothing=model_args.label_smoothing, lr_decay_ratio=model_args.lr_decay_ratio, memory=memory,
     )  # fmt: skip
     results = {}
-    if args.early_stopping_patience:
-        trainer.add_callback(EarlyStoppingCallback(args.early_stopping_patience))
+
+    def keep(split, metrics):
+        if metrics:  # none of training, if the checkpoint was of the last step
+            trainer.save_metrics(split, metrics)
+            results.update(metrics)
+
     if args.do_train:
-        result = trainer.train(resume_from_checkpoint=checkpoint)
+        metrics = trainer.train(resume_from_checkpoint=checkpoint).metrics
         trainer.save_model(merge_tensor_parallel=degree > 1)
-        if result.metrics:  # none, if the checkpoint was of the last step
-            trainer.save_metrics("train", result.metrics)
-            results.update(result.metrics)
+        keep("train", metrics)
         trainer.save_state()
     if lora_args.merge_lora:
         trainer.save_merged()
     if args.do_eval:
-        metrics = trainer.evaluate()
-        trainer.save_metrics("eval", metrics)
-        results.update(metrics)
+        keep("eval", trainer.evaluate())
     if args.do_predict:
-        metrics = trainer.predict(test_dataset).metrics
-        trainer.save_metrics("test", metrics)
-        results.update(metrics)
-    if results and trainer.is_world_process_zero():
-        show_results(results, trainer.rows)
-    wanted = {"eval": args.do_eval, "test": args.do_predict}
-    files = [f"{split}_{kind}" for split in wanted if wanted[split] for kind in ("results.json", "predictions.jsonl")]
-    files += [LORA_WEIGHTS if lora_args.lora else "model_state.pdparams"] if args.do_train else []
-    files += ["model_state.pdparams"] if lora_args.merge_lora else []
-    logger.eval(f"done: in {args.output_dir} are {', '.join(files)}")
+        keep("test", trainer.predict(test_dataset).metrics)
+    show_results(results, trainer.rows, args, lora_args)
 
 
 def stop(number, _):

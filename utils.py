@@ -17,7 +17,7 @@ import paddle.distributed as dist
 from paddle.distributed import fleet
 from paddle.distributed.fleet.meta_parallel import get_rng_state_tracker
 from paddlenlp.metrics import BLEU
-from paddlenlp.trainer import Trainer
+from paddlenlp.trainer import EarlyStoppingCallback, Trainer
 from paddlenlp.trainer.trainer_callback import PrinterCallback, ProgressCallback, TrainerCallback, TrainerState
 from paddlenlp.trainer.trainer_utils import IntervalStrategy, SchedulerType, TrainOutput
 from paddlenlp.transformers import BasicTokenizer
@@ -381,6 +381,8 @@ class GLMTrainer(Trainer):
             TrainingProgress, SeedEachStep, gradients, self.check_finite, self.checkpoints, self.stop_by_signal,
         ):  # fmt: skip
             self.add_callback(callback)
+        if self.args.early_stopping_patience:
+            self.add_callback(EarlyStoppingCallback(self.args.early_stopping_patience))
         self.evaluated, self.rows = None, []  # the metrics of the weights as they are; the last predictions
         self.memory = memory or {}
         self.train_memory_peak = self.train_tokens = 0  # bytes; of the global batches, without padding

@@ -141,9 +141,9 @@ def test_eval_loss_is_the_mean_over_tokens(finished_run):
 def test_candidates_and_fewer_records(finished_run, tmp_path):
     """The first is the row's own prediction, and the one that there is without candidates."""
     folder, _ = finished_run
-    result = run("--model_name_or_path", folder / "out", "--task_name", folder / "data", *FAST, "--output_dir", tmp_path,
-                 "--do_eval", "--do_predict", "--num_return_sequences", 3, "--max_eval_samples", 2,
-                 "--max_predict_samples", 1)  # fmt: skip
+    result = run("--model_name_or_path", folder / "out", "--task_name", folder / "data", *FAST,
+                 "--output_dir", tmp_path, "--do_eval", "--do_predict", "--num_return_sequences", 3,
+                 "--max_eval_samples", 2, "--max_predict_samples", 1)  # fmt: skip
     rows, expected = read_jsonl(tmp_path / "eval_predictions.jsonl"), read_jsonl(folder / "out/eval_predictions.jsonl")
     assert len(rows) == 2 and len(read_jsonl(tmp_path / "test_predictions.jsonl")) == 1
     for row, alone in zip(rows, expected):

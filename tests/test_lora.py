@@ -276,7 +276,7 @@ def test_a_run_says_what_it_needs(tmp_path, monkeypatch, capfd):
     for free, warned in ((1e9, True), (1e12, False)):
         logged.clear()
         monkeypatch.setattr(finetune_generation, "free_memory", lambda free=free: free)
-        needs = finetune_generation.estimate_memory(args, config, None, generation, dataset, [dataset])
+        needs = finetune_generation.estimate_memory(args, config, None, generation, dataset, dataset)
         expected = modeling.training_memory(config, args.per_device_train_batch_size, 600, 30)
         assert needs["train"] == expected["total"] and needs["eval"] > expected["optimizer"]
         assert f"{expected['total'] / 1e9:.2f} GB to train" in logged[0] and f"{free / 1e9:.2f} GB free" in logged[0]
