@@ -48,13 +48,16 @@ def table():
     lengths = {"batch_size": 2, "source_length": SRC_LENGTH, "target_length": TGT_LENGTH}
     for name in MODELS:
         for kind, lora_config in (("full", None), ("LoRA", lora())):
+            common = {**lengths, "lora_config": lora_config}
+            cells = {"train": [], "evaluate": []}
             for degree in (1, 2, 4, 8):
-                common = {**lengths, "degree": degree, "lora_config": lora_config}
-                train = modeling.training_memory(config_of(name), precision="O2", recompute=True, **common)["total"]
-                test = modeling.evaluation_memory(config_of(name), num_beams=5, dtype="float16", **common)["total"]
-                rows.append([name, kind, degree, f"{train / 1e9:.1f}", cards(train), f"{test / 1e9:.1f}", cards(test)])
-    head = ["model", "weights", "tensor parallel", "GB to train", "fits", "GB to evaluate", "fits"]
-    print_table(head, rows)
+                config = config_of(name)
+                train = modeling.training_memory(config, precision="O2", recompute=True, degree=degree, **common)
+                test = modeling.evaluation_memory(config, num_beams=5, dtype="float16", degree=degree, **common)
+                for purpose, needs in zip(cells, (train, test)):
+                    cells[purpose].append(f"{needs['total'] / 1e9:.1f} ({cards(needs['total'])})")
+            rows += [[name, kind, purpose, *cells[purpose]] for purpose in cells]
+    print_table(["GB a card (which fits)", "weights", "to", *(f"tensor parallel {n}" for n in (1, 2, 4, 8))], rows)
     print()
     peer = {"batch_size": 16, "source_length": 512, "target_length": 25, "precision": "O2", "recompute": True}
     peer["lora_config"] = lora(4, ["query_key_value"])
