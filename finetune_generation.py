@@ -440,7 +440,8 @@ def estimate_memory(args, config, lora_config, generation, train_dataset, test_d
     for kind, parts in needs.items():
         numbers = ", ".join(f"{name} {size / 1e9:.2f}" for name, size in parts.items() if name != "total")
         texts.append(f"{parts['total'] / 1e9:.2f} GB to {kind} ({numbers})")
-    has = "" if free is None else f"; the {paddle.get_device()} has {free / 1e9:.2f} GB free"
+    device = paddle.get_device()  # of a GPU Paddle can't say what others take
+    has = "" if free is None else f"; {device} has {free / 1e9:.2f} GB{' free' if device == 'cpu' else ''}"
     logger.train(f"each process is about to need {' and '.join(texts)}{has}")
     kind = max(needs, key=lambda kind: needs[kind]["total"])
     if free is not None and needs[kind]["total"] > free:

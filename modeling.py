@@ -555,7 +555,7 @@ def memory_peak(reset=False):
 
 
 def free_memory():
-    """Bytes that the device in use has for this process, or None where it can't be asked."""
+    """Bytes that are free on a CPU, or that a GPU has in all; None where the device in use can't be asked."""
     kind, _, number = paddle.get_device().partition(":")
     if kind != "cpu":
         return paddle.device.cuda.get_device_properties(int(number)).total_memory if kind == "gpu" else None
