@@ -207,9 +207,15 @@ from utils import GLMTrainer
 loop = GLMTrainer.evaluation_loop
 
 def checked(self, *args, **kwargs):
-    gather, dist.all_gather_object = dist.all_gather_object, lambda parts, value: (gather(parts, value), print(
-        "ALIKE", all([r["token_ids"] for r in part.values()] == [r["token_ids"] for r in parts[0].values()]
-                     for part in parts), flush=True))
+    gather = dist.all_gather_object
+
+    def compared(parts, value):
+        gather(parts, value)
+        if isinstance(value, dict):
+            drawn = [[result["hypotheses"] for result in part.values()] for part in parts]
+            print("ALIKE", drawn[0] == drawn[1], flush=True)
+
+    dist.all_gather_object = compared
     output = loop(self, *args, **kwargs)
     dist.all_gather_object = gather
     return output
