@@ -515,10 +515,9 @@ def load_model(base, adapter, lora_config, weights, args):
 
 def show_results(results, rows, args, lora_args):
     """The last lines of a run: a table of its results, three predictions beside their references, what it wrote."""
-    width = max(map(len, results), default=0)
-    lines = [
-        f"{name:{width}}  {value:.4g}" for name, value in sorted(results.items()) if isinstance(value, (int, float))
-    ]
+    kinds = ("loss", "rouge1", "rouge2", "rougel", "bleu4", "samples_per_second", "memory_peak_gb")
+    shown = {name: value for name, value in results.items() if name.endswith(kinds) and value is not None}
+    lines = [f"{name:{max(map(len, shown))}}  {value:.4g}" for name, value in sorted(shown.items())]
     for row in rows[:3]:
         lines += [f"answer      {row['answer']}", f"prediction  {row['prediction']}"]
         lines += [f"reference   {row['reference']}"] if row["reference"] is not None else []

@@ -293,7 +293,8 @@ def test_bars_on_a_terminal_and_lines_elsewhere(tmp_path):
     assert lines[-1].endswith(
         f"done: in {tmp_path}/lines are eval_results.json, eval_predictions.jsonl, model_state.pdparams"
     )
-    assert len(lines) < 12  # and nothing of PaddleNLP's
+    # Nothing of PaddleNLP's; the results, and of three records answer, prediction and reference.
+    assert len(lines) < 12 + 9 + 9 and sum("prediction  " in line for line in lines) == 3
     assert list((tmp_path / "lines/runs").rglob("vdlrecords*"))
 
     ours, theirs = pty.openpty()
