@@ -250,7 +250,7 @@ def test_memory_of_several_processes_by_hand():
     assert adapter["optimizer"] < needs["optimizer"] / 100 and adapter["total"] < 0.25 * needs["total"]
 
 
-@pytest.mark.parametrize("setting", ["train", "train recompute lora", "evaluate"])
+@pytest.mark.parametrize("setting", ["train", "train recompute lora"])
 def test_estimates_are_close_to_peaks(tmp_path, setting):
     """In a process of its own, by the benchmark's own check."""
     config = GLMConfig(num_layers=4, hidden_size=256, num_attention_heads=8, vocab_size=2000, max_sequence_length=1024)
@@ -261,7 +261,7 @@ def test_estimates_are_close_to_peaks(tmp_path, setting):
     assert result.returncode == 0, result.stderr[-2000:]
     printed = json.loads(result.stdout.splitlines()[-1])
     assert 0.75 < printed["estimate"] / printed["peak"] < 1.25, printed
-    assert (printed["share"] < 0.05) == ("lora" in setting) and (setting == "evaluate" or printed["speed"] > 0)
+    assert (printed["share"] < 0.05) == ("lora" in setting) and printed["speed"] > 0
 
 
 def test_a_run_says_what_it_needs(tmp_path, monkeypatch, capfd):

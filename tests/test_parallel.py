@@ -119,14 +119,14 @@ def test_lora_on_two_processes(data, tmp_path):
     losses, predictions, adapter = outcome(tmp_path / "one", name)
     whole = outcome(tmp_path / "one")[2]
     assert any(weight.any() for key, weight in adapter.items() if key.endswith("query_key_value.lora_B"))
-    for layout, flags in (("TP", ["--tensor_parallel_degree", 2, "--per_device_train_batch_size", 4]),
-                          ("DP", ["--per_device_train_batch_size", 2])):  # fmt: skip
-        launch(2, tmp_path / f"log{layout}", *common, "--output_dir", tmp_path / layout, *flags)
-        other_losses, other_predictions, other_adapter = outcome(tmp_path / layout, name)
-        assert np.abs(np.subtract(losses, other_losses)).max() < 2e-4 and other_predictions == predictions
-        for ours, theirs in ((other_adapter, adapter), (outcome(tmp_path / layout)[2], whole)):
-            assert ours.keys() == theirs.keys()
-            assert max(np.abs(ours[key] - theirs[key]).max() for key in theirs) < 1e-3
+    out = tmp_path / "two"
+    launch(2, tmp_path / "log2", *common, "--output_dir", out, "--tensor_parallel_degree", 2,
+           "--per_device_train_batch_size", 4)  # fmt: skip
+    other_losses, other_predictions, other_adapter = outcome(out, name)
+    assert np.abs(np.subtract(losses, other_losses)).max() < 2e-4 and other_predictions == predictions
+    for ours, theirs in ((other_adapter, adapter), (outcome(out)[2], whole)):
+        assert ours.keys() == theirs.keys()
+        assert max(np.abs(ours[key] - theirs[key]).max() for key in theirs) < 1e-3
     for path in (tmp_path / "one").glob("model_state*"):
         path.unlink()  # what is left is an adapter
     launch(2, tmp_path / "log", "--model_name_or_path", tmp_path / "one", "--task_name", data, *COMMON[:8],
