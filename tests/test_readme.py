@@ -240,7 +240,7 @@ def test_benchmarks(tmp_path):
     for line, small, words in [
         (
             lines[0],
-            "--layers 1 --tokens 4 --source 64 --peer_tokens 3",
+            "--layers 1 --tokens 4 --source 64 --peer_tokens 3 --batch_size 1 --beams 2",
             ["PaddleNLP generate()", "ratio", "ours / products"],
         ),
         (lines[2], "--layers 1 --tokens 2 --source 64", ["source cache MB"]),
