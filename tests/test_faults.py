@@ -294,7 +294,7 @@ def test_bars_on_a_terminal_and_lines_elsewhere(tmp_path):
         f"done: in {tmp_path}/lines are eval_results.json, eval_predictions.jsonl, model_state.pdparams"
     )
     # Nothing of PaddleNLP's; the results, and of three records answer, prediction and reference.
-    assert len(lines) < 12 + 9 + 9 and sum("prediction  " in line for line in lines) == 3
+    assert len(lines) < 12 + 10 + 9 and sum("prediction  " in line for line in lines) == 3
     assert list((tmp_path / "lines/runs").rglob("vdlrecords*"))
 
     ours, theirs = pty.openpty()
