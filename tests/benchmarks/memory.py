@@ -96,6 +96,7 @@ def check(args):
         )  # fmt: skip
         lengths = {"batch_size": args.batch_size, "source_length": args.source, "target_length": args.target}
         common = {**lengths, "lora_config": lora_config}
+        modeling.memory_peak(reset=True)  # after loading, where Paddle can
         if kind == "train":
             trainer.train()
             needs = modeling.training_memory(model.config, recompute="recompute" in flags, **common)
