@@ -11,6 +11,7 @@ import os
 import signal
 import sys
 import threading
+import time
 import traceback
 from dataclasses import dataclass, field
 from typing import List, Optional
@@ -49,7 +50,19 @@ from modeling import (
     use_device,
     use_the_whole_cpu,
 )
-from utils import Fault, GLMTrainer, last_whole_checkpoint, prediction_row
+from utils import (
+    LOCK,
+    UNFINISHED,
+    Fault,
+    GLMTrainer,
+    Peers,
+    find_damage,
+    last_whole_checkpoint,
+    locked,
+    prediction_row,
+    read_mark,
+    records_a_step,
+)
 
 
 @dataclass
@@ -275,6 +288,8 @@ class GLMTrainingArguments(TrainingArguments):
                 f"--tensor_parallel_degree {self.tensor_parallel_degree} does not divide the {processes} processes of "
                 "this run: start that many by python -m paddle.distributed.launch"
             )
+        if self.unified_checkpoint:
+            raise InputError("--unified_checkpoint: checkpoints here go on with on any layout without it, leave it out")
         for name, most in (("pipeline_parallel_degree", 1), ("sep_parallel_degree", 1), ("past_index", -1)):
             if getattr(self, name) > most:
                 raise InputError(f"--{name} is {getattr(self, name)}: PaddleNLP's GLM can't be run this way, leave it")
@@ -317,7 +332,9 @@ def check_output_dir(args, checkpoint):
         raise InputError(f"--output_dir {args.output_dir}: {existing} can't be written to: give another one")
     if not args.do_train or args.overwrite_output_dir or not os.path.isdir(args.output_dir):
         return
-    names = os.listdir(args.output_dir)
+    names = [name for name in os.listdir(args.output_dir) if name != LOCK]
+    if UNFINISHED in names:  # a run of this folder was killed while it saved
+        return
     if {"model_state.pdparams", LORA_WEIGHTS} & {*names} and checkpoint is None:
         raise InputError(
             f"--output_dir {args.output_dir} holds a model and no checkpoint to resume from: "
@@ -342,7 +359,9 @@ def find_last_checkpoint(args, lora):
         return None
     checkpoint = args.resume_from_checkpoint
     if checkpoint is None and not args.overwrite_output_dir:
-        checkpoint = last_whole_checkpoint(args.output_dir)
+        checkpoint = last_whole_checkpoint(args)
+    elif checkpoint is not None and (damage := find_damage(checkpoint, args)):
+        raise InputError(f"--resume_from_checkpoint {checkpoint} is damaged: {damage}: give another one")
     if checkpoint is None:
         return None
     weights = "lora_model_state*" if lora else "model[-_]*"
@@ -352,16 +371,37 @@ def find_last_checkpoint(args, lora):
                 f"--resume_from_checkpoint {checkpoint} has no {pattern}: give a run's checkpoint-N folder"
                 + (f", of one with {'' if lora else 'no '}--lora True" if pattern == weights else "")
             )
-    # The number of data-parallel processes may change, but each tensor-parallel process has files of its own.
-    saved = len(glob.glob(os.path.join(glob.escape(checkpoint), "optimizer.tp*"))) or 1
-    degree = max(args.tensor_parallel_degree, 1)
-    if saved != degree:
+    # Without the names in its mark the weights of an optimizer's state are known by those that Paddle gave them, which
+    # depend on the layout.
+    mark, degree = read_mark(checkpoint), max(args.tensor_parallel_degree, 1)
+    saved = len({name[:14] for name in os.listdir(checkpoint) if name.startswith("optimizer.tp")}) or 1
+    if saved != degree and not mark:
         raise InputError(
-            f"{checkpoint} was saved with tensor_parallel_degree {saved} and can't be resumed with {degree}: "
-            f"give --tensor_parallel_degree {saved}, or start anew with --overwrite_output_dir or another --output_dir"
+            f"{checkpoint} was saved with tensor_parallel_degree {saved} and no names of its weights, and can't be "
+            f"resumed with {degree}: give --tensor_parallel_degree {saved}, or start anew with --overwrite_output_dir"
         )
+    keep_records_a_step(args, mark.get("records"))
     logger.train(f"resuming from {checkpoint}; --overwrite_output_dir starts anew")
     return checkpoint
+
+
+def keep_records_a_step(args, records):
+    """Let each update be of as many ``records`` as before (int, or None), or the order of the data would be another."""
+    now = records_a_step(args)
+    if records in (None, now):
+        return
+    passes = now // args.gradient_accumulation_steps
+    if records % passes:
+        logger.warning(
+            f"the checkpoint's steps are of {records} records and this run's of {now}: the order of the data, the "
+            "schedule and the number of steps become this run's"
+        )
+        return
+    args.gradient_accumulation_steps = records // passes
+    logger.train(
+        f"the checkpoint's steps are of {records} records: this run takes gradient_accumulation_steps "
+        f"{args.gradient_accumulation_steps} for as many"
+    )
 
 
 def check_config(config, name, data_args, generation, degree):
@@ -580,15 +620,21 @@ def run(model_args, lora_args, data_args, generation, args, output=None):
 
     if args.do_train:
         metrics = trainer.train(resume_from_checkpoint=checkpoint).metrics
-        trainer.save_model(merge_tensor_parallel=degree > 1)
-        keep("train", metrics)
-        trainer.save_state()
+        with trainer.finishing():
+            trainer.save_model(merge_tensor_parallel=degree > 1)
+            keep("train", metrics)
+            trainer.save_state()
     if lora_args.merge_lora:
-        trainer.save_merged()
-    if args.do_eval:
-        keep("eval", trainer.evaluate())
-    if args.do_predict:
-        keep("test", trainer.predict(test_dataset).metrics)
+        with trainer.finishing():
+            trainer.save_merged()
+    for split, wanted, evaluate in (
+        ("eval", args.do_eval, trainer.evaluate),
+        ("test", args.do_predict, lambda: trainer.predict(test_dataset).metrics),
+    ):
+        if wanted:
+            metrics = evaluate()
+            with trainer.finishing():
+                keep(split, metrics)
     show_results(results, trainer.rows, args, lora_args)
 
 
@@ -608,24 +654,36 @@ def main():
     threading.excepthook = end_the_run
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, stop)
+    peers = None
     try:
         *arguments, args = parse_arguments()
         use_the_whole_cpu()
+        if args.world_size > 1:
+            peers = Peers(args)
         # On a terminal a log line goes above the bar that is there.
         share = logging_redirect_tqdm([logger.logger]) if sys.stderr.isatty() else contextlib.nullcontext()
-        with share, standard_output(arguments[2].predict_file == "-") as output:
+        pipe = arguments[2].predict_file == "-"
+        with share, standard_output(pipe) as output, locked("" if pipe else args.output_dir):
             run(*arguments, args, output)
+        if peers:
+            peers.leave(b"done")
+        return
     except (InputError, Fault) as error:
+        code = error.exit_code
         # Under a launcher all processes find the same mistake, and one says it.
         if isinstance(error, Fault) or int(os.environ.get("PADDLE_RANK_IN_NODE", 0)) == 0:
             print("finetune_generation.py: error:", *str(error).split(), file=sys.stderr)
-        sys.exit(error.exit_code)
-    except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS):
+    except Exception as error:
+        if not isinstance(error, OSError) or error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS):
+            if peers:  # it may be that another process is gone: then this one ends meanwhile, and says so
+                time.sleep(2)
             raise
+        code = 1
         print(f"finetune_generation.py: error: can't write: {error.strerror}: give it room and start again,",
               "checkpoints and predictions written before are whole", file=sys.stderr)  # fmt: skip
-        sys.exit(1)
+    if peers:
+        peers.leave(b"ending")
+    sys.exit(code)
 
 
 if __name__ == "__main__":

@@ -5,10 +5,13 @@ can do; no other looks at a device.
 """
 
 import contextlib
+import copy
 import ctypes
 import functools
 import logging
+import mmap
 import os
+import pickle
 import re
 
 import numpy as np
@@ -593,6 +596,83 @@ def load(loader, name, what, adapter=None, **kwargs):
     return loaded
 
 
+class _MappedFile:
+    """What pickle reads a file from, without copying it."""
+
+    def __init__(self, path):
+        with open(path, "rb") as file:
+            self.data, self.position = memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)), 0
+
+    def read(self, size):
+        self.position += size
+        part = self.data[self.position - size : self.position]
+        return part if size > 4096 else bytes(part)  # as pickle wants what is no array
+
+    def readline(self):
+        raise pickle.UnpicklingError("paddle.save writes no lines")
+
+
+class _MappedArray:
+    """Stands for a numpy array while it is read: its values stay in the file."""
+
+    def __init__(self, *_):
+        """As numpy's own constructor for pickles is called."""
+
+    def __setstate__(self, state):
+        _, shape, dtype, fortran, data = state
+        self.array = np.frombuffer(data, dtype).reshape(shape, order="F" if fortran else "C")
+
+
+class _ArrayReader(pickle._Unpickler):  # the public one, in C, copies all it reads
+    def find_class(self, module, name):
+        return _MappedArray if name == "_reconstruct" else super().find_class(module, name)
+
+
+def read_arrays(path):
+    """The dict that paddle.save wrote to ``path``, with numpy arrays that stay in the file until they are used.
+
+    paddle.load reads all of a file, of which one of eight tensor-parallel processes needs an eighth.
+    """
+
+    def unwrap(value):
+        if isinstance(value, dict):
+            return {name: unwrap(part) for name, part in value.items()}
+        if isinstance(value, tuple) and len(value) == 2:  # a name of Paddle's, and an array
+            value = value[1]
+        return value.array if isinstance(value, _MappedArray) else value
+
+    return unwrap(_ArrayReader(_MappedFile(path)).load())
+
+
+def convert_layout(model, saved_degree):
+    """By the model's own tensor-parallel mappings, from ``saved_degree`` processes' parts to this one's.
+
+    Returns:
+        convert(name, parts): this process's part of the weight ``name``, or of its moments, numpy. ``parts``: those of
+        all of the processes in their order, or its own alone, where there were as many.
+    """
+    degree, names = max(model.config.tensor_parallel_degree, 1), model.state_dict().keys()
+
+    def actions(degree, is_split):
+        config = copy.deepcopy(model.config)
+        config.tensor_parallel_degree = degree
+        if degree == 1:
+            return {}
+        if isinstance(model, LoRA):
+            return model._get_tensor_parallel_convert_actions(names, is_split, config=config)
+        return model.get_tensor_parallel_convert_actions(config, names, is_split)
+
+    join, split = actions(saved_degree, is_split=False), actions(degree, is_split=True)
+
+    def convert(name, parts):
+        if saved_degree == degree:
+            return parts[0]
+        whole = join[name](parts) if name in join else parts[0]
+        return np.ascontiguousarray(split[name](whole)) if name in split else whole
+
+    return convert
+
+
 def _saved_dtype(value):
     return "bfloat16" if value.dtype == np.uint16 else str(value.dtype)  # numpy has none: its bits are saved
 
@@ -619,36 +699,52 @@ def cast_weights(state_dict, model):
     return result
 
 
-def convert_optimizer_state(state, model, master_weights, read_weights):
-    """An AdamW's state from training in any precision, for one that has float32 ``master_weights``, or has none.
+def convert_optimizer_state(parts, names, model, convert, master_weights, read_weights, wanted):
+    """An AdamW's state from training in any precision and layout, for this process, with or without master weights.
 
-    Moments are float32 in every precision, but called by what they are of: the weight, or its master weight. Where this
-    run's weights are of another type than the checkpoint's were, its master weights are taken for them, which are more
-    exact. Those that are wanted and missing are made of ``read_weights()``: the checkpoint's weights, numpy by name.
+    Moments are float32 in every precision, but called by what they are of: the weight, or its float32 master weight.
+    Where this run's weights are of another type than the checkpoint's were, its master weights are taken for them,
+    which are more exact. Those that are wanted and missing are made of the checkpoint's weights.
+
+    Args:
+        parts: what the optimizers of all tensor-parallel processes of the checkpoint held, as convert_layout's convert
+            wants them: dicts of numpy arrays. names (dict): what the model calls the weights that they name.
+        convert: of convert_layout. master_weights (bool): whether this run's optimizer has them.
+        read_weights (function): returns the checkpoint's weights, numpy by name.
+        wanted: the names, as Paddle has them, of the parameters that this process's optimizer updates.
+
+    Returns:
+        dict: moments as numpy arrays, master weights as tensors, by the names of this run's optimizer.
     """
-    masters = state.get("master_weights") or {}
-    weights = {parameter.name: (name, parameter) for name, parameter in model.state_dict().items()}
-    for name, master in masters.items():
-        if name in weights:
-            weights[name][1].set_value(master.astype(weights[name][1].dtype))
-    if bool(masters) == master_weights:
-        return state
-    if master_weights:
+    state, weights = {"LR_Scheduler": parts[0]["LR_Scheduler"]}, model.state_dict()
+    masters = [part.get("master_weights") or {} for part in parts]
+    saved = read_weights() if master_weights and not masters[0] else {}
+    if saved:
         logger.train("the checkpoint has no master weights: they are its weights")
-        saved = read_weights()
-        for name, (key, weight) in weights.items():
-            if weight.dtype != paddle.float32 and not weight.stop_gradient:
-                masters[name] = _float32(saved[key])
-                masters[name].name = f"{name}_fp32_master_0"  # as the optimizer would call it
-    else:
+    elif masters[0] and not master_weights:
         logger.train("the checkpoint has master weights: this run goes on with them as its weights")
-        masters = {}
-    converted = {"master_weights": masters} if masters else {}
-    for key, value in state.items():
-        moment = re.fullmatch(r"(.+?)(?:_fp32_master_0)?_((?:moment|beta)\d.*)", key)
-        if moment:
-            key = f"{moment[1]}{'_fp32_master_0' if moment[1] in masters else ''}_{moment[2]}"
-        converted.setdefault(key, value)
-    if not masters:
-        converted.pop("master_weights")
-    return converted
+    state["master_weights"] = {}
+    for name, key in names.items():
+        weight = weights[key]
+        if name in masters[0]:
+            master = convert(key, [part[name] for part in masters])
+            weight.set_value(paddle.to_tensor(master).astype(weight.dtype))
+        elif weight.dtype != paddle.float32 and not weight.stop_gradient and key in saved:
+            master = saved[key]
+        else:
+            continue
+        if master_weights and weight.name in wanted:
+            state["master_weights"][weight.name] = master = _float32(master)
+            master.name = f"{weight.name}_fp32_master_0"  # as the optimizer would call it
+    for saved_name, value in parts[0].items():
+        moment = re.fullmatch(r"(.+?)(?:_fp32_master_0)?_((?:moment|beta)\d.*)", saved_name)
+        if moment is None or weights[names[moment[1]]].name not in wanted:
+            continue
+        key = names[moment[1]]
+        if moment[2].startswith("moment"):
+            value = convert(key, [part[saved_name] for part in parts])
+        name = weights[key].name
+        state[f"{name}{'_fp32_master_0' if name in state['master_weights'] else ''}_{moment[2]}"] = value
+    if not state["master_weights"]:
+        del state["master_weights"]
+    return state

@@ -1,15 +1,23 @@
 """Training and evaluation as a whole: the metrics, whole checkpoints, the callbacks, GLMTrainer."""
 
 import contextlib
+import errno
+import fcntl
 import functools
 import glob
+import hashlib
 import json
 import os
+import re
 import shutil
 import signal
+import socket
 import sys
+import threading
 import time
 import unicodedata
+from multiprocessing import AuthenticationError
+from multiprocessing.connection import Client, Listener, wait
 
 import numpy as np
 import paddle
@@ -31,15 +39,19 @@ from modeling import (
     LORA_WEIGHTS,
     LoRA,
     cast_weights,
+    convert_layout,
     convert_optimizer_state,
     memory_peak,
     merge_lora,
     prepare_for_training,
+    read_arrays,
     target_losses,
 )
 
 NEVER = 2**62  # a step that is never reached
-CHECKPOINT_DONE = ".checkpoint_done"  # the last file of a checkpoint to be written
+CHECKPOINT_DONE = ".checkpoint_done"  # the last file of a checkpoint to be written, which says what the others are
+UNFINISHED = ".unfinished"  # the folder in which a run writes what it leaves behind, before it stands in output_dir
+LOCK = ".lock"  # the file in output_dir that a run holds while it writes there
 MOST_SKIPPED = 10  # losses in a row that may be no numbers, if gradients are scaled
 ADVICE = "lower --learning_rate, or look at the data of that step"
 
@@ -105,6 +117,23 @@ def compute_metrics(predictions, references):
 # ----------------------------------------------------------------------------------------------------- checkpoints
 
 
+def write_whole(path, text):
+    """Write a file whole or not at all."""
+    temporary = path + ".tmp"
+    try:
+        with open(temporary, "w", encoding="utf-8") as file:
+            file.write(text)
+        os.replace(temporary, path)
+    finally:
+        with contextlib.suppress(FileNotFoundError):
+            os.remove(temporary)
+
+
+def records_a_step(args):
+    """The number of records between two updates, of all processes."""
+    return args.per_device_train_batch_size * args.gradient_accumulation_steps * args.dataset_world_size
+
+
 class Fault(BaseException):  # as KeyboardInterrupt: a signal must pass what catches every Exception while loading
     """What ended a run and was no mistake of the user's, told in one line."""
 
@@ -113,8 +142,51 @@ class Fault(BaseException):  # as KeyboardInterrupt: a signal must pass what cat
         self.exit_code = exit_code
 
 
-def last_whole_checkpoint(folder):
-    """The path of the checkpoint in ``folder`` that was last written to its end, or None."""
+def read_mark(checkpoint):
+    """What the last file of a checkpoint says, dict: the other ``files`` by name, each with its size in bytes and its
+    checksum; ``parameters``, what the model calls those that the optimizer's state names; ``records`` of a step. Empty
+    where an older run or another script wrote it.
+    """
+    try:
+        with open(os.path.join(checkpoint, CHECKPOINT_DONE), encoding="utf-8") as file:
+            return json.loads(file.read() or "{}")
+    except (OSError, ValueError):
+        return {}
+
+
+def checksums(folder, names, args):
+    """Sizes and checksums of files, {name: [bytes, BLAKE2b]}, or [None, None] of one that can't be read.
+
+    The processes of a node share the work. All of them have to call it, and each is given the whole.
+    """
+    processes, found = int(os.environ.get("PADDLE_LOCAL_SIZE", 1)), {}
+    for name in sorted(names)[max(args.local_rank, 0) :: processes]:
+        digest = hashlib.blake2b(digest_size=16)
+        try:
+            with open(os.path.join(folder, name), "rb") as file:
+                while chunk := file.read(1 << 24):
+                    digest.update(chunk)
+                found[name] = [file.tell(), digest.hexdigest()]
+        except OSError:
+            found[name] = [None, None]
+    if args.world_size == 1:
+        return found
+    parts, first = [], dist.get_rank() // processes * processes
+    dist.all_gather_object(parts, found)
+    return {name: value for part in parts[first : first + processes] for name, value in part.items()}
+
+
+def find_damage(checkpoint, args):
+    """What is wrong with a checkpoint, by the sizes and checksums in its mark, str, or None. All processes call it."""
+    expected = read_mark(checkpoint).get("files", {})
+    for name, (size, digest) in checksums(checkpoint, expected, args).items():
+        if [size, digest] != expected[name]:
+            return f"its {name} is " + ("missing" if size is None else f"not what was written ({size} bytes)")
+    return None
+
+
+def whole_checkpoints(folder):
+    """The paths of the checkpoints in ``folder`` that were written to their end, the last one first."""
     whole = {}
     for path in glob.glob(os.path.join(glob.escape(folder), "checkpoint-*[0-9]")):
         try:
@@ -123,16 +195,135 @@ def last_whole_checkpoint(folder):
             advice = "if it is another script's, give it by --resume_from_checkpoint"
             logger.warning(f"skipping {path}, which was not written to its end; {advice}")
     # By time, not by number, for an older run that --overwrite_output_dir wrote over may have come further.
-    return max(whole, key=whole.get, default=None)
+    return sorted(whole, key=whole.get, reverse=True)
+
+
+def last_whole_checkpoint(args):
+    """The checkpoint of the output folder that was last written to its end and is as it was then, or None.
+
+    All processes have to call it.
+    """
+    for path in whole_checkpoints(args.output_dir):
+        damage = find_damage(path, args)
+        if damage is None:
+            return path
+        logger.warning(f"skipping {path}, which is damaged: {damage}")
+    return None
 
 
 def where_to_resume(args):
     """What the last line of a run that ended early says, str."""
-    checkpoint = last_whole_checkpoint(args.output_dir)
+    checkpoint = next(iter(whole_checkpoints(args.output_dir)), None)
     if checkpoint is None:
         return "there is no checkpoint to resume from"
     without = " without --overwrite_output_dir" if args.overwrite_output_dir else ""
     return f"the same command{without} goes on from {checkpoint}"
+
+
+@contextlib.contextmanager
+def locked(folder):
+    """Hold the lock of the output ``folder``, made if need be. Raises InputError while another run has it.
+
+    The system takes it from a process that ends, however it does. Of several processes of a run the first has it.
+    """
+    path, made = os.path.join(folder, LOCK), not os.path.exists(folder)
+    owner, file = None, None
+    with contextlib.suppress(OSError):  # what can't be written is told by those who check it
+        if folder and int(os.environ.get("PADDLE_TRAINER_ID", 0)) == 0:
+            os.makedirs(folder, exist_ok=True)
+            file = open(path, "a+", encoding="utf-8")
+    if file:
+        try:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            file.truncate(0)
+            print(f"process {os.getpid()} on {socket.gethostname()}", file=file, flush=True)
+        except OSError as error:  # some network file systems know no locks
+            if error.errno in (errno.EACCES, errno.EAGAIN):
+                file.seek(0)
+                owner = file.read().strip() or "one that has just begun"
+    if dist.get_world_size() > 1:
+        owners = []
+        dist.all_gather_object(owners, owner)
+        owner = owners[0]
+    if owner:
+        raise InputError(
+            f"--output_dir {folder} is in use by another run, {owner}: wait for its end, or give another folder"
+        )
+    try:
+        yield
+    finally:
+        if file:
+            with contextlib.suppress(OSError):
+                os.remove(path)
+            file.close()
+            if made:
+                with contextlib.suppress(OSError):  # something was written
+                    os.rmdir(folder)
+
+
+class Peers:
+    """Ends this process when another one of the run is gone, for which it would wait in a collective for ever.
+
+    The first process has a connection to each of the others, which the system closes when either end dies, and passes
+    on who did. One that ends by itself says so before: the others get some seconds to do the same.
+    """
+
+    def __init__(self, args):
+        self.args, self.ending = args, False
+        rank, count = dist.get_rank(), dist.get_world_size()
+        host, key = os.environ["PADDLE_CURRENT_ENDPOINT"].rpartition(":")[0], os.urandom(16)
+        listener = Listener((host, 0), backlog=count, authkey=key) if rank == 0 else None
+        places = []
+        dist.all_gather_object(places, listener and (listener.address, key))
+        self.ranks = {}  # by connection
+        if rank:
+            address, key = places[0]
+            self.ranks[Client(address, authkey=key)] = 0
+            self.tell(b"%d" % rank)
+        else:
+            while len(self.ranks) < count - 1:
+                with contextlib.suppress(AuthenticationError, EOFError, ConnectionError):  # a stranger's
+                    connection = listener.accept()
+                    self.ranks[connection] = int(connection.recv_bytes())
+            listener.close()
+        for connection in self.ranks:  # a machine that is gone closes nothing
+            with socket.socket(fileno=os.dup(connection.fileno())) as peer:
+                peer.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+                for option, number in (("TCP_KEEPIDLE", 15), ("TCP_KEEPINTVL", 5), ("TCP_KEEPCNT", 4)):
+                    if hasattr(socket, option):
+                        peer.setsockopt(socket.IPPROTO_TCP, getattr(socket, option), number)
+        threading.Thread(target=self.watch, daemon=True).start()
+
+    def tell(self, word):
+        for connection in self.ranks:
+            with contextlib.suppress(OSError):
+                connection.send_bytes(word)
+
+    def watch(self):
+        watched = dict(self.ranks)
+        while watched:
+            for connection in wait(list(watched)):
+                rank, word = watched.pop(connection), None
+                with contextlib.suppress(EOFError, OSError):
+                    word = connection.recv_bytes()
+                if word == b"done":
+                    continue
+                if word == b"ending":
+                    time.sleep(5)
+                elif word:
+                    rank = int(word)
+                if self.ending:
+                    return
+                self.tell(b"%d" % rank)
+                resume = where_to_resume(self.args) if self.args.do_train else "the same command starts again"
+                text = f"process {rank} is gone, so this one of {dist.get_world_size()} ends too: {resume}"
+                print(f"finetune_generation.py: error: {text}", file=sys.stderr, flush=True)
+                os._exit(1)
+
+    def leave(self, word):
+        """Say to the others that this process is b"done", or is b"ending" early."""
+        self.ending = True
+        self.tell(word)
 
 
 # ------------------------------------------------------------------------------------------------------- callbacks
@@ -183,23 +374,44 @@ class SeedEachStep(TrainerCallback):
 
 
 class StopBySignal(TrainerCallback):
-    """SIGINT and SIGTERM end training within a step, with a checkpoint of it.
+    """SIGINT and SIGTERM end training within a step, of several processes within two, with a checkpoint of it.
 
-    At once where several processes would have to agree on a step, where evaluation takes long, or by a second signal.
+    At once where evaluation takes long, or by a second signal.
     """
 
-    number = None  # of the signal that training is to end by
+    number = None  # of the signal that training is to end by, the same on all processes
+    received = 0  # the number that this process has got
+    asked = None  # the largest that any has got, being exchanged since the step before
     previous = None  # the handlers before training began
 
     def on_train_begin(self, args, state, control, model=None, **kwargs):
+        self.received, first = 0, time.monotonic()
+
         def note(number, _):
-            if args.world_size > 1 or self.number is not None or not model.training:
+            nonlocal first
+            # Paddle's launcher sends one up to three times in 0.6 seconds.
+            if args.world_size > 1 and self.received and time.monotonic() - first < 2:
+                return
+            if self.received or not model.training:
                 self.stop(number, args, state)
-            self.number = number
+            self.received, first = number, time.monotonic()
 
         self.previous = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
 
+    def agree(self, args):
+        """Let ``number`` be what any process had got when this was called last, and ask what they have got now."""
+        if args.world_size == 1:
+            self.number = self.received or None
+            return
+        if self.asked is not None:
+            exchange, numbers = self.asked
+            exchange.wait()
+            self.number = numbers.item() or None
+        numbers = paddle.to_tensor(self.received)
+        self.asked = dist.all_reduce(numbers, dist.ReduceOp.MAX, sync_op=False), numbers
+
     def on_optimizer_end(self, args, state, control, **kwargs):
+        self.agree(args)  # where a GradScaler has just waited for the device, which this then need not do
         if self.number is not None:  # before on_step_end, where others act on what is to be saved
             control.should_save = args.save_strategy != IntervalStrategy.NO
 
@@ -214,6 +426,8 @@ class StopBySignal(TrainerCallback):
             self.stop(self.number, args, state)
 
     def on_train_end(self, args, state, control, **kwargs):
+        for _ in range(2):  # what was asked before, and what is asked now
+            self.agree(args)
         self.on_save(args, state, control)
         for number, handler in self.previous.items():
             signal.signal(number, handler)
@@ -314,6 +528,9 @@ class WholeCheckpoints(TrainerCallback):
         self.limit = limit  # save_total_limit
         self.folder = None  # the checkpoint that is being written
 
+    def on_train_begin(self, args, state, control, **kwargs):
+        args.load_best_model_at_end = False  # GLMTrainer.train does, from a checkpoint of any precision and layout
+
     def on_step_end(self, args, state, control, **kwargs):
         if control.should_save:
             self.folder = os.path.join(args.output_dir, f"checkpoint-{state.global_step}")  # as the Trainer calls it
@@ -322,11 +539,19 @@ class WholeCheckpoints(TrainerCallback):
 
     on_epoch_end = on_step_end
 
-    def on_save(self, args, state, control, **kwargs):
-        # All processes have written theirs by now, for the last thing they do is to exchange random states.
-        if args.local_rank in (-1, 0):
+    def on_save(self, args, state, control, model=None, **kwargs):
+        first = args.local_rank in (-1, 0)
+        if first:
             self.make_state_readable()
-            open(os.path.join(self.folder, CHECKPOINT_DONE), "w").close()
+        if args.world_size > 1:
+            dist.barrier()  # all have written theirs
+        mark = {
+            "files": checksums(self.folder, {*os.listdir(self.folder)} - {CHECKPOINT_DONE}, args),
+            "parameters": {weight.name: name for name, weight in model.state_dict().items()},
+            "records": records_a_step(args),
+        }
+        if first:
+            write_whole(os.path.join(self.folder, CHECKPOINT_DONE), json.dumps(mark))
             self.remove_old_ones(args, state)
         self.folder = None
 
@@ -377,12 +602,12 @@ class GLMTrainer(Trainer):
         # In this order: what is not finite is not saved, and a signal ends the run when its checkpoint is whole.
         self.stop_by_signal = StopBySignal()
         gradients = Gradients(master_grad)
+        if self.args.early_stopping_patience:
+            self.add_callback(EarlyStoppingCallback(self.args.early_stopping_patience))
         for callback in (
             TrainingProgress, SeedEachStep, gradients, self.check_finite, self.checkpoints, self.stop_by_signal,
         ):  # fmt: skip
             self.add_callback(callback)
-        if self.args.early_stopping_patience:
-            self.add_callback(EarlyStoppingCallback(self.args.early_stopping_patience))
         self.evaluated, self.rows = None, []  # the metrics of the weights as they are; the last predictions
         self.memory = memory or {}
         self.train_memory_peak = self.train_tokens = 0  # bytes; of the global batches, without padding
@@ -417,7 +642,7 @@ class GLMTrainer(Trainer):
 
     def train(self, resume_from_checkpoint=None, **kwargs):
         """The Trainer's. A run that had come to its end is only loaded, for the Trainer would go one step further."""
-        first_step = 0
+        first_step, best_at_end = 0, self.args.load_best_model_at_end
         if resume_from_checkpoint:
             with self.loading(resume_from_checkpoint):
                 state = TrainerState.load_from_json(os.path.join(resume_from_checkpoint, "trainer_state.json"))
@@ -425,7 +650,7 @@ class GLMTrainer(Trainer):
             steps_an_epoch = len(self._get_train_sampler()) // self.args.gradient_accumulation_steps
             last_step = self.args.max_steps if self.args.max_steps > 0 else steps_an_epoch * self.args.num_train_epochs
             if first_step >= int(last_step):
-                best = state.best_model_checkpoint if self.args.load_best_model_at_end else None
+                best = state.best_model_checkpoint if best_at_end else None
                 with self.loading(best or resume_from_checkpoint):
                     self._load_from_checkpoint(best or resume_from_checkpoint)
                 self.state = state
@@ -441,9 +666,11 @@ class GLMTrainer(Trainer):
             shutil.rmtree(folder, ignore_errors=True)
             resume = where_to_resume(self.args)
             raise Fault(f"{folder} can't be written: {error.strerror or error}; {resume}") from error
-        best = self.state.best_model_checkpoint if self.args.load_best_model_at_end else None
+        self.args.load_best_model_at_end = best_at_end
+        best = self.state.best_model_checkpoint if best_at_end else None
         if best and os.path.basename(best) != f"checkpoint-{self.state.global_step}":
-            self.evaluated = None  # other weights have been loaded
+            self._load_from_checkpoint(best)
+            self.evaluated = None
         # The Trainer divides what it summed up since it resumed by the steps of the whole run.
         output.metrics["train_loss"] *= output.global_step / (output.global_step - first_step)
         output.metrics["train_skipped_steps"] = self.check_finite.skipped
@@ -461,6 +688,32 @@ class GLMTrainer(Trainer):
         peak = max((peak for peak in peaks if peak is not None), default=None)
         numbers = {"estimated": self.memory.get(kind), "peak": peak}
         return {f"{kind}_memory_{name}_gb": number and round(number / 1e9, 3) for name, number in numbers.items()}
+
+    @contextlib.contextmanager
+    def finishing(self):
+        """What is saved in output_dir within is written beside it first: each file is whole, or as it was."""
+        args, folder, final = self.args, os.path.join(self.args.output_dir, UNFINISHED), self.args.output_dir
+        if args.process_index == 0:
+            shutil.rmtree(folder, ignore_errors=True)
+            os.makedirs(folder)
+            with contextlib.suppress(FileNotFoundError):  # to which results are added
+                shutil.copy(os.path.join(final, "all_results.json"), folder)
+        if args.world_size > 1:
+            dist.barrier()
+        args.output_dir = folder
+        try:
+            yield
+        except OSError:
+            shutil.rmtree(folder, ignore_errors=True)
+            raise
+        finally:
+            args.output_dir = final
+        if args.world_size > 1:
+            dist.barrier()
+        if args.process_index == 0:
+            for name in os.listdir(folder):
+                os.replace(os.path.join(folder, name), os.path.join(final, name))
+            os.rmdir(folder)
 
     def save_merged(self):
         """Write the whole model with the adapter in its weights, which stays in them."""
@@ -489,17 +742,41 @@ class GLMTrainer(Trainer):
         except Exception as error:
             if checkpoint is None or self.stop_by_signal.previous is not None:  # training has begun
                 raise
+            text = str(error)[:200] or type(error).__name__
             raise InputError(
-                f"{checkpoint} can't be loaded ({str(error)[:200]}): remove it to go on from the checkpoint before it"
+                f"{checkpoint} can't be loaded ({text}): remove it to go on from the checkpoint before it"
             ) from error
+
+    def read_parts(self, checkpoint, kind, ending):
+        """What tensor-parallel processes wrote into the files ``kind`` of a checkpoint, as convert_layout wants it.
+
+        Returns: list of dicts of numpy arrays, whose values stay in the files until they are used; of how many
+        processes the checkpoint is.
+        """
+        parts = {}
+        for path in sorted(glob.glob(os.path.join(glob.escape(checkpoint), f"{kind}*{ending}"))):
+            rank = re.search(r"\.tp(\d+)", os.path.basename(path))
+            parts.setdefault(int(rank[1]) if rank else 0, []).append(path)
+        degree = len(parts)
+        if degree == max(self.args.tensor_parallel_degree, 1):
+            parts = {0: parts[max(self.args.tensor_parallel_rank, 0)]}
+        joined = []
+        for _, paths in sorted(parts.items()):
+            part = {}
+            for path in paths:  # with sharding an optimizer's state is in several, each of other weights
+                found = read_arrays(path)
+                masters = {**part.get("master_weights", {}), **found.get("master_weights", {})}
+                part.update(found, **({"master_weights": masters} if masters else {}))
+            joined.append(part)
+        return joined, degree
 
     def read_weights(self, checkpoint):
         """This process's weights in a checkpoint by their names, numpy, in the type they were saved in."""
-        if isinstance(self.model, LoRA):
-            return self.model.split(paddle.load(os.path.join(checkpoint, LORA_WEIGHTS), return_numpy=True))
-        suffix = self.args.weight_name_suffix
-        name = f"model_state.{suffix}.pdparams" if suffix else "model_state.pdparams"
-        return paddle.load(os.path.join(checkpoint, name), return_numpy=True)
+        if isinstance(self.model, LoRA):  # one file on every layout
+            return self.model.split(read_arrays(os.path.join(checkpoint, LORA_WEIGHTS)))
+        parts, degree = self.read_parts(checkpoint, "model_state", ".pdparams")
+        convert = convert_layout(self.model, degree)
+        return {name: convert(name, [part[name] for part in parts]) for name in parts[0]}
 
     def create_scheduler(self, num_training_steps):
         """linear: from 0 up to learning_rate, then straight down to lr_decay_ratio of it at the last step."""
@@ -587,20 +864,10 @@ class GLMTrainer(Trainer):
             logger.eval(f"{metric_key_prefix} at step {self.state.global_step}: {numbers}")
         self.rows = rows
         if self.args.should_save:
-            self._write_predictions(rows, os.path.join(self.args.output_dir, f"{metric_key_prefix}_predictions.jsonl"))
+            os.makedirs(self.args.output_dir, exist_ok=True)
+            path = os.path.join(self.args.output_dir, f"{metric_key_prefix}_predictions.jsonl")
+            write_whole(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
         return output
-
-    def _write_predictions(self, rows, path):
-        """Whole or not at all."""
-        os.makedirs(self.args.output_dir, exist_ok=True)
-        temporary = path + ".tmp"
-        try:
-            with open(temporary, "w", encoding="utf-8") as file:
-                file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-            os.replace(temporary, path)
-        finally:
-            with contextlib.suppress(FileNotFoundError):
-                os.remove(temporary)
 
     # What follows overrides private methods of PaddleNLP's Trainer, which its next release may rename.
 
@@ -624,20 +891,31 @@ class GLMTrainer(Trainer):
             shuffle=False, group_by_length=True, seed=args.seed,
         )  # fmt: skip
 
-    # A checkpoint may be of another precision than this run.
-    def _set_state_dict_in_model(self, state_dict):
-        super()._set_state_dict_in_model(cast_weights(state_dict, self.model))
+    # A checkpoint may be of another precision and layout than this run. Theirs know the layout at hand alone.
+    def _load_from_checkpoint(self, checkpoint=None):
+        if checkpoint is not None:
+            self.model.set_state_dict(cast_weights(self.read_weights(checkpoint), self.model))
 
     def _load_optimizer_and_scheduler(self, checkpoint):
-        def set_state_dict(state):
-            del self.optimizer.set_state_dict  # the one there was shows again
-            exact = functools.partial(self.read_weights, checkpoint)
-            self.optimizer.set_state_dict(convert_optimizer_state(state, self.model, master_weights, exact))
-
-        # multi_precision: O2 trains float32 master weights of the half-precision ones.
-        master_weights = self.args.fp16_opt_level == "O2" and (self.args.fp16 or self.args.bf16)
-        self.optimizer.set_state_dict = set_state_dict
-        super()._load_optimizer_and_scheduler(checkpoint)
+        if checkpoint is None:
+            return
+        parts, degree = self.read_parts(checkpoint, "optimizer", ".pdopt")
+        optimizer = self.optimizer
+        while hasattr(optimizer, "_inner_opt"):  # fleet's wrappers; with sharding the innermost updates some weights
+            optimizer = optimizer._inner_opt
+        weights = self.model.state_dict()
+        names = read_mark(checkpoint).get("parameters") or {weight.name: name for name, weight in weights.items()}
+        state = convert_optimizer_state(
+            parts, names, self.model, convert_layout(self.model, degree),
+            # multi_precision: O2 trains float32 master weights of the half-precision ones.
+            self.args.fp16_opt_level == "O2" and (self.args.fp16 or self.args.bf16),
+            functools.partial(self.read_weights, checkpoint), {weight.name for weight in optimizer._parameter_list},
+        )  # fmt: skip
+        self.optimizer.set_state_dict(state)
+        self.lr_scheduler.set_state_dict(paddle.load(os.path.join(checkpoint, "scheduler.pdparams")))
+        scaler = os.path.join(checkpoint, "scaler.pdparams")
+        if self.do_grad_scaling and os.path.isfile(scaler):
+            self.scaler.load_state_dict(paddle.load(scaler, return_numpy=True))
 
     # The Trainer's fails where the GPU build runs on a CPU, and SeedEachStep needs no state.
     def _load_rng_state(self, checkpoint):
