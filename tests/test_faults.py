@@ -1,12 +1,14 @@
 """Faults, done for real: kills, signals, a full disk, an exception in the loader's thread, a loss that is no number."""
 
 import fcntl
+import hashlib
 import json
 import os
 import pty
 import re
 import shutil
 import signal
+import socket
 import struct
 import subprocess
 import sys
@@ -19,7 +21,8 @@ import pytest
 from conftest import MINI, ROOT, TINY_GLM
 from paddle.distributed.fleet.meta_parallel import get_rng_state_tracker
 
-from utils import CHECKPOINT_DONE, Fault, SeedEachStep, StopBySignal, WholeCheckpoints, last_whole_checkpoint
+import utils
+from utils import CHECKPOINT_DONE, Fault, SeedEachStep, StopBySignal, WholeCheckpoints
 
 FLAGS = ["--task_name", MINI, "--src_length", 160, "--tgt_length", 24, "--min_tgt_length", 0, "--num_beams", 2,
          "--do_train", "--learning_rate", 1e-3, "--per_device_train_batch_size", 4, "--logging_steps", 1]  # fmt: skip
@@ -42,6 +45,10 @@ def wait_for_line(process, text):
         if text in line:
             return
     pytest.fail(f"the run ended before it said {text!r}")
+
+
+def last_whole_checkpoint(folder):
+    return utils.last_whole_checkpoint(SimpleNamespace(output_dir=str(folder), world_size=1, local_rank=-1))
 
 
 def losses(folder):
@@ -127,19 +134,103 @@ def test_a_finished_run_goes_no_further(tmp_path):
     assert (tmp_path / "train_results.json").read_bytes() == results
 
 
-@pytest.mark.parametrize(
-    "name", ["model_state.pdparams", "optimizer.pdopt", "scheduler.pdparams", "trainer_state.json"]
-)
+FILES = ["model_state.pdparams", "optimizer.pdopt", "scheduler.pdparams", "trainer_state.json"]
+
+
+@pytest.mark.parametrize("name", FILES)
 def test_a_damaged_checkpoint_is_named(checkpoints, tmp_path, name):
+    """One whose mark has no checksums, as an older run wrote it."""
     shutil.copytree(checkpoints, tmp_path / "out")
     path = tmp_path / "out/checkpoint-2" / name
     os.truncate(path, path.stat().st_size // 2)
+    (tmp_path / "out/checkpoint-2" / CHECKPOINT_DONE).write_text("")
     args = ["--model_name_or_path", TINY_GLM, "--output_dir", tmp_path / "out", "--max_steps", 3]
     code, lines = finish(start(*args))
     assert code == 2 and "Traceback" not in "".join(lines)
     assert f"{tmp_path}/out/checkpoint-2 can't be loaded (" in lines[-1] and lines[-1].endswith(
         "the checkpoint before it"
     )
+
+
+def damaged(folder, name, how):
+    path = folder / name
+    if how == "cut short":
+        os.truncate(path, path.stat().st_size // 2)
+    elif how == "missing":
+        path.unlink()
+    else:
+        data = bytearray(path.read_bytes())
+        data[len(data) // 2] ^= 1
+        path.write_bytes(data)
+
+
+@pytest.mark.parametrize("name", FILES)
+@pytest.mark.parametrize("how", ["cut short", "changed", "missing"])
+def test_damage_is_found_by_the_mark(checkpoints, tmp_path, name, how):
+    shutil.copytree(checkpoints, tmp_path / "out")
+    assert last_whole_checkpoint(tmp_path / "out") == f"{tmp_path}/out/checkpoint-2"
+    damaged(tmp_path / "out/checkpoint-2", name, how)
+    assert last_whole_checkpoint(tmp_path / "out") == f"{tmp_path}/out/checkpoint-1"
+    damaged(tmp_path / "out/checkpoint-1", name, how)
+    assert last_whole_checkpoint(tmp_path / "out") is None
+
+
+def test_a_damaged_checkpoint_is_skipped(checkpoints, tmp_path):
+    shutil.copytree(checkpoints, tmp_path / "out")
+    damaged(tmp_path / "out/checkpoint-2", "optimizer.pdopt", "changed")
+    args = ["--model_name_or_path", TINY_GLM, "--output_dir", tmp_path / "out", "--max_steps", 2]
+    size = (tmp_path / "out/checkpoint-2/optimizer.pdopt").stat().st_size
+    skipping = f"skipping {tmp_path}/out/checkpoint-2, which is damaged: its optimizer.pdopt is not what was written"
+    code, lines = finish(start(*args))
+    assert code == 0 and any(f"{skipping} ({size} bytes)" in line for line in lines)
+    assert any(f"resuming from {tmp_path}/out/checkpoint-1" in line for line in lines)
+    assert losses(tmp_path / "out") == pytest.approx(losses(checkpoints), abs=1e-5)
+    # Asked for by name, it is a mistake.
+    code, lines = finish(start(*args, "--resume_from_checkpoint", tmp_path / "out/checkpoint-1", "--max_steps", 3))
+    assert code == 0
+    damaged(tmp_path / "out/checkpoint-1", "scheduler.pdparams", "cut short")
+    code, lines = finish(start(*args, "--resume_from_checkpoint", tmp_path / "out/checkpoint-1", "--max_steps", 3))
+    assert code == 2 and "checkpoint-1 is damaged: its scheduler.pdparams is not what was written" in lines[-1]
+
+
+@pytest.mark.parametrize("where", ["model_state.pdparams", "train_results.json", "rename"])
+def test_a_kill_in_the_final_save(tmp_path, where):
+    """Without a checkpoint: what stands in the folder is whole, and the same command goes on."""
+    args = ["--model_name_or_path", TINY_GLM, "--output_dir", tmp_path, "--max_steps", 2, "--save_strategy", "no"]
+    code = "import os, finetune_generation as f\nold, moved = os.replace, []\n"
+    if where == "rename":  # when two files stand in their places
+        code += "def new(*args):\n    if len(moved) == 2:\n        os.kill(os.getpid(), 9)\n"
+        code += "    moved.append(1)\n    return old(*args)\nos.replace = new\n"
+    else:  # when this one is opened
+        code += "import sys\ndef watch(event, args):\n"
+        path = f"{utils.UNFINISHED}/{where}"
+        code += f"    if event == 'open' and str(args[0]).endswith('{path}'):\n        os.kill(os.getpid(), 9)\n"
+        code += "sys.addaudithook(watch)\n"
+    killed, lines = finish(start(*args, code=code + "f.main()"))
+    assert killed == -signal.SIGKILL
+    names = {path.name for path in tmp_path.iterdir()}
+    assert utils.UNFINISHED in names and (where == "rename" or "model_state.pdparams" not in names)
+    assert finish(start(*args))[0] == 0
+    left = {path.name for path in tmp_path.iterdir()}
+    assert {"model_state.pdparams", "config.json", "train_results.json", "trainer_state.json"} <= left
+    assert not {utils.UNFINISHED, utils.LOCK} & left and not list(tmp_path.rglob("*.tmp"))
+
+
+def test_two_runs_in_one_folder(tmp_path):
+    args = ["--model_name_or_path", TINY_GLM, "--output_dir", tmp_path / "out", "--max_steps", 1]
+    code = "import time, finetune_generation as f\nold = f.load_model\n"
+    code += "def new(*args):\n    print('LOADING', file=f.sys.stderr, flush=True)\n    time.sleep(600)\n"
+    first = start(*args, code=code + "f.load_model = new\nf.main()")
+    wait_for_line(first, "LOADING")
+    code, lines = finish(start(*args))
+    assert code == 2 and lines[-1] == (
+        f"finetune_generation.py: error: --output_dir {tmp_path}/out is in use by another run, process {first.pid} on "
+        f"{socket.gethostname()}: wait for its end, or give another folder"
+    )
+    first.kill()  # what it leaves behind stops nobody
+    finish(first)
+    assert (tmp_path / "out" / utils.LOCK).exists()
+    assert finish(start(*args))[0] == 0 and not (tmp_path / "out" / utils.LOCK).exists()
 
 
 def test_a_model_beside_a_torn_checkpoint_is_not_written_over(tmp_path):
@@ -177,7 +268,7 @@ def test_a_signal_in_the_last_step(tmp_path, strategy, whole):
     code += "    return old(self, *args)\nutils.GLMTrainer.training_step = new\nf.main()"
     code, lines = finish(start(*args, code=code))
     assert code == 143 and "stopped by SIGTERM at step 2" in lines[-1]
-    assert (last_whole_checkpoint(str(tmp_path)) == f"{tmp_path}/checkpoint-2") == whole
+    assert (last_whole_checkpoint(tmp_path) == f"{tmp_path}/checkpoint-2") == whole
     assert not (tmp_path / "model_state.pdparams").exists() and not (tmp_path / "eval_predictions.jsonl").exists()
 
 
@@ -214,7 +305,7 @@ def test_a_full_disk_leaves_the_last_checkpoint_whole(tmp_path):
         f"{tmp_path}/checkpoint-4 can't be written: No space left on device; "
         f"the same command goes on from {tmp_path}/checkpoint-2"
     )
-    assert last_whole_checkpoint(str(tmp_path)) == f"{tmp_path}/checkpoint-2"
+    assert last_whole_checkpoint(tmp_path) == f"{tmp_path}/checkpoint-2"
     assert finish(start(*args))[0] == 0 and sorted(losses(tmp_path)) == list(range(1, 7))
 
 
@@ -246,7 +337,7 @@ def test_a_run_that_was_written_over_is_not_gone_on_with(tmp_path):
         if name != "checkpoint-10":
             (tmp_path / name / CHECKPOINT_DONE).touch()
             os.utime(tmp_path / name / CHECKPOINT_DONE, (1000 + number, 1000 + number))
-    assert last_whole_checkpoint(str(tmp_path)) == f"{tmp_path}/checkpoint-2"
+    assert last_whole_checkpoint(tmp_path) == f"{tmp_path}/checkpoint-2"
 
 
 def test_an_exception_in_the_loader_ends_the_run(tmp_path):
@@ -369,8 +460,18 @@ def test_each_step_draws_anew_and_a_resumed_one_alike():
     assert first[:3] == other_rank[:3] and first[3] != other_rank[3]
 
 
+def saving_arguments(folder):
+    return SimpleNamespace(
+        output_dir=str(folder), local_rank=-1, world_size=1, per_device_train_batch_size=2,
+        gradient_accumulation_steps=3, dataset_world_size=4,
+    )  # fmt: skip
+
+
+NO_MODEL = SimpleNamespace(state_dict=dict)
+
+
 def test_a_checkpoint_that_is_written_anew_is_not_whole_meanwhile(tmp_path):
-    args = SimpleNamespace(output_dir=str(tmp_path), local_rank=-1)
+    args = saving_arguments(tmp_path)
     state, control = SimpleNamespace(global_step=4, best_model_checkpoint=None), SimpleNamespace(should_save=False)
     done = tmp_path / "checkpoint-4" / CHECKPOINT_DONE
     done.parent.mkdir()
@@ -381,9 +482,14 @@ def test_a_checkpoint_that_is_written_anew_is_not_whole_meanwhile(tmp_path):
     assert done.exists()
     control.should_save = True
     callback.on_step_end(args, state, control)
-    assert not done.exists() and last_whole_checkpoint(str(tmp_path)) is None
-    callback.on_save(args, state, control)
-    assert done.exists()
+    assert not done.exists() and last_whole_checkpoint(tmp_path) is None
+    callback.on_save(args, state, control, model=SimpleNamespace(state_dict=lambda: {"w": SimpleNamespace(name="w_0")}))
+    text = b'{\n  "global_step": 4\n}'
+    assert json.loads(done.read_text()) == {
+        "files": {"trainer_state.json": [len(text), hashlib.blake2b(text, digest_size=16).hexdigest()]},
+        "parameters": {"w_0": "w"},
+        "records": 24,
+    }
     # PaddleNLP 2 refuses what PaddleNLP 3 adds to the state.
     assert json.loads((done.parent / "trainer_state.json").read_text()) == {"global_step": 4}
 
@@ -396,25 +502,29 @@ def test_the_newest_and_the_best_checkpoint_stay(tmp_path, limit, best, kept):
         (tmp_path / f"checkpoint-{number}/trainer_state.json").write_text("{}")
         os.utime(tmp_path / f"checkpoint-{number}", (1000 + number, 1000 + number))
     callback = WholeCheckpoints(limit)
-    args = SimpleNamespace(output_dir=str(tmp_path), local_rank=-1)
+    args = saving_arguments(tmp_path)
     state = SimpleNamespace(global_step=4, best_model_checkpoint=best and f"{tmp_path}/checkpoint-{best}")
     callback.on_step_end(args, state, SimpleNamespace(should_save=True))
-    callback.on_save(args, state, None)
+    callback.on_save(args, state, None, model=NO_MODEL)
     assert sorted(path.name for path in tmp_path.iterdir()) == [f"checkpoint-{number}" for number in kept]
 
 
-@pytest.mark.parametrize("world_size, training, signals", [(1, True, 2), (1, False, 1), (2, True, 1)])
-def test_when_a_signal_ends_at_once(tmp_path, world_size, training, signals):
-    """A second one; the first in an evaluation, and where several processes would have to agree on a step."""
+@pytest.mark.parametrize("world_size, training, seconds", [(1, True, [0, 0]), (1, False, [0]), (2, False, [0]),
+                                                           (2, True, [0, 0.6, 1.9, 2.1])])  # fmt: skip
+def test_when_a_signal_ends_at_once(tmp_path, world_size, training, seconds, monkeypatch):
+    """A second one; the first in an evaluation. A launcher's, which sends three in 0.6 seconds, are one."""
     args = SimpleNamespace(world_size=world_size, output_dir=str(tmp_path), overwrite_output_dir=False)
-    state, callback = SimpleNamespace(global_step=7), StopBySignal()
+    state, callback, now = SimpleNamespace(global_step=7), StopBySignal(), [100.0]
+    monkeypatch.setattr(utils.time, "monotonic", lambda: now[0])
     callback.on_train_begin(args, state, None, model=SimpleNamespace(training=training))
     try:
-        for _ in range(signals - 1):
+        for second in seconds[:-1]:
+            now[0] = 100.0 + second
             os.kill(os.getpid(), signal.SIGTERM)
+        now[0] = 100.0 + seconds[-1]
         with pytest.raises(Fault, match="stopped by SIGTERM at step 7: there is no checkpoint") as fault:
             os.kill(os.getpid(), signal.SIGTERM)
         assert fault.value.exit_code == 143
     finally:
-        callback.number = None
-        callback.on_train_end(args, state, None)
+        for number, handler in callback.previous.items():
+            signal.signal(number, handler)

@@ -258,7 +258,10 @@ def test_the_edges_of_what_fits_a_model():
 def test_who_may_write_into_a_folder(tmp_path):
     """Results may go where other files are; a run that writes over another does not go on with it."""
     (tmp_path / "thesis.txt").write_text("mine")
-    args = SimpleNamespace(output_dir=str(tmp_path), do_train=False, overwrite_output_dir=False)
+    args = SimpleNamespace(
+        output_dir=str(tmp_path), do_train=False, overwrite_output_dir=False, world_size=1, local_rank=-1,
+        per_device_train_batch_size=2, gradient_accumulation_steps=1, dataset_world_size=1,
+    )  # fmt: skip
     finetune_generation.check_output_dir(args, None)
     args.do_train = True
     with pytest.raises(InputError, match="nothing of a run"):
