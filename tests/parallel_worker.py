@@ -110,6 +110,9 @@ class Hub:
         tensor.set_value(np.asarray(self.exchange(tensor.numpy(), combine), dtype=tensor.numpy().dtype))
         return Done()
 
+    def reduce(self, tensor, destination, op, sync_op=True):
+        return self.all_reduce(tensor, op)  # what the others hold afterwards is not said
+
     def all_gather(self, output, tensor, sync_op=True):
         for part, value in zip(output, self.exchange(tensor.numpy(), list)):
             part.set_value(value)
