@@ -40,6 +40,7 @@ from modeling import (
     LORA_MODULES,
     LORA_WEIGHTS,
     add_lora,
+    count_parameters,
     evaluation_memory,
     free_memory,
     load,
@@ -192,11 +193,33 @@ RANGES = {
     **dict.fromkeys(("learning_rate", "warmup_steps", "weight_decay", "max_grad_norm"), (0,)),
     **dict.fromkeys(("adam_beta1", "adam_beta2"), (0, None, 1)),
     **dict.fromkeys(("adam_epsilon", "num_train_epochs", "scale_loss"), (1e-30,)),
-    **dict.fromkeys(("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps"), (1,)),
+    **dict.fromkeys(("per_device_train_batch_size", "per_device_eval_batch_size"), (1, 4096)),
+    "gradient_accumulation_steps": (1,),
     **dict.fromkeys(("logging_steps", "save_steps", "eval_steps", "save_total_limit", "early_stopping_patience"), (1,)),
     "dataloader_num_workers": (0, 256),
     "warmup_ratio": (0, 1),
     "seed": (0, None, 2**31),
+}
+
+
+# What PaddleNLP can do, but not with what is here.
+REFUSED = {
+    "to_static": "the training code here is dynamic",
+    "enable_auto_parallel": "PaddleNLP's GLM can't be run this way",
+    "use_expert_parallel": "GLM has no experts",
+    **dict.fromkeys(
+        ("unified_checkpoint", "save_sharding_stage1_model", "load_sharding_stage1_model"),
+        "runs here go on from a checkpoint of any layout without it",
+    ),
+}
+
+# Of what a config.json says the types and the ranges, both ends included.
+CONFIG_RANGES = {
+    **dict.fromkeys(("num_layers", "hidden_size", "num_attention_heads", "vocab_size"), (int, 1, 2**31)),
+    "max_sequence_length": (int, 1, 2**31),
+    **dict.fromkeys(("embedding_dropout_prob", "attention_dropout_prob", "output_dropout_prob"), ((int, float), 0, 1)),
+    **dict.fromkeys(("layernorm_epsilon", "initializer_range"), ((int, float), 0, 1)),
+    "block_position_encoding": (bool, True, True),
 }
 
 
@@ -253,6 +276,9 @@ class GLMTrainingArguments(TrainingArguments):
         for name, limits in RANGES.items():
             if getattr(self, name) is not None:
                 require_range(self, name, *limits)
+        for name, value in vars(self).items():
+            if isinstance(value, int):  # which goes into logs and files that hold 64 bits
+                require_range(self, name, -(2**63), below=2**63)
         if self.minimum_eval_times and not self.eval_steps:
             raise InputError("--minimum_eval_times needs --evaluation_strategy steps and --eval_steps")
         if self.max_steps != -1:  # PaddleNLP's way to say: as num_train_epochs has it
@@ -261,8 +287,9 @@ class GLMTrainingArguments(TrainingArguments):
             raise InputError(f"--fp16_opt_level is {self.fp16_opt_level}: give O1 or O2")
         if self.optim != "adamw":
             raise InputError(f"--optim is {self.optim}: PaddleNLP has adamw alone")
-        if self.to_static:
-            raise InputError("--to_static: the training code here is dynamic, leave it out")
+        for name, reason in REFUSED.items():
+            if getattr(self, name, False):
+                raise InputError(f"--{name}: {reason}, leave it out")
         metrics = ("loss", "rouge1", "rouge2", "rougel", "bleu4")
         if self.metric_for_best_model is not None and self.metric_for_best_model not in metrics:
             raise InputError(f"--metric_for_best_model is {self.metric_for_best_model}: give {', '.join(metrics)}")
@@ -288,8 +315,6 @@ class GLMTrainingArguments(TrainingArguments):
                 f"--tensor_parallel_degree {self.tensor_parallel_degree} does not divide the {processes} processes of "
                 "this run: start that many by python -m paddle.distributed.launch"
             )
-        if self.unified_checkpoint:
-            raise InputError("--unified_checkpoint: checkpoints here go on with on any layout without it, leave it out")
         for name, most in (("pipeline_parallel_degree", 1), ("sep_parallel_degree", 1), ("past_index", -1)):
             if getattr(self, name) > most:
                 raise InputError(f"--{name} is {getattr(self, name)}: PaddleNLP's GLM can't be run this way, leave it")
@@ -404,10 +429,37 @@ def keep_records_a_step(args, records):
     )
 
 
+def check_accumulation(args, train_dataset):
+    """Raise InputError where the last passes of a step could only repeat records."""
+    passes = -(-len(train_dataset) * args.gradient_accumulation_steps // records_a_step(args))
+    if args.gradient_accumulation_steps > max(passes, 1):
+        raise InputError(
+            f"--gradient_accumulation_steps {args.gradient_accumulation_steps}: the {len(train_dataset)} records are "
+            f"seen in {passes} passes: give at most as many"
+        )
+
+
 def check_config(config, name, data_args, generation, degree):
     """Raise InputError where the model is no GLM, or not one for these lengths, beams and processes."""
     if not isinstance(config, GLMConfig):
         raise InputError(f"--model_name_or_path {name} is no GLM, but a {config.model_type}")
+    for key, (kind, least, most) in CONFIG_RANGES.items():
+        value = getattr(config, key)
+        if not isinstance(value, kind) or not least <= value <= most:
+            expected = "true" if least is most else f"a number from {least} to {most}"
+            raise InputError(f"--model_name_or_path {name}: {key} in its config.json is {value}: it must be {expected}")
+    if config.hidden_size % config.num_attention_heads:
+        raise InputError(
+            f"--model_name_or_path {name}: hidden_size {config.hidden_size} in its config.json is no multiple of "
+            f"num_attention_heads {config.num_attention_heads}"
+        )
+    files = [path for kind in ("pdparams", "safetensors") for path in glob.glob(f"{glob.escape(name)}/model*.{kind}")]
+    size, count = sum(map(os.path.getsize, files)), count_parameters(config)[0]
+    if files and size < 1.9 * count:  # float16 has two bytes
+        raise InputError(
+            f"--model_name_or_path {name}: its config.json is of a model of {count} weights, and its weights are {size} "
+            "bytes: they are not of one model"
+        )
     for what, number in (("attention heads", config.num_attention_heads), ("vocabulary entries", config.vocab_size)):
         if number % degree:
             raise InputError(
@@ -591,6 +643,8 @@ def run(model_args, lora_args, data_args, generation, args, output=None):
         return build_dataset(tokenizer, records, data_args.src_length, generation.tgt_length, args.disable_tqdm)
 
     train_dataset = read("train", data_args.max_train_samples) if args.do_train else []
+    if args.do_train:
+        check_accumulation(args, train_dataset)
     dev_dataset = read("dev", data_args.max_eval_samples) if args.do_eval else []
     test_dataset = []
     if args.do_predict and output is None:

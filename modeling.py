@@ -21,6 +21,7 @@ import paddle.nn.functional as F
 from paddle.autograd import PyLayer
 from paddle.distributed.fleet.meta_parallel import get_rng_state_tracker
 from paddlenlp.peft import LoRAModel
+from paddlenlp.transformers.conversion_utils import split_or_merge_func
 from paddlenlp.utils.log import logger
 
 from data import InputError
@@ -355,17 +356,30 @@ LORA_WEIGHTS = "lora_model_state.pdparams"  # as PaddleNLP calls the file
 LORA_MODULES = ("query_key_value", "dense", "dense_h_to_4h", "dense_4h_to_h")  # the linears of a layer
 
 
+def is_split_adapter(name):
+    """Whether tensor parallelism splits this weight of an adapter: B where outputs are split, A where inputs are."""
+    return ("query_key_value" in name or "h_to_4h" in name) == name.endswith("lora_B")
+
+
 class LoRA(LoRAModel):
     """PaddleNLP's low-rank adapters (arXiv 2106.09685), which are the same on one process and split over several."""
 
     # Its own split cuts query_key_value's output where one process has it, [all q | all k | all v], but the model's
-    # parts have it by heads: an adapter trained with tensor parallelism would be another one on a single process.
+    # parts have it by heads: an adapter trained with tensor parallelism would be another one on a single process, where
+    # it knows no split at all.
     def _get_tensor_parallel_mappings(self, config, is_split=True):
-        mappings = super()._get_tensor_parallel_mappings(config, is_split)
+        action = split_or_merge_func(
+            is_split, config.tensor_parallel_degree, config.tensor_parallel_rank, config.num_attention_heads
+        )
         return {
-            name: functools.partial(action, is_old_qkv=True) if "query_key_value" in name else action
-            for name, action in mappings.items()
+            name: functools.partial(action, is_column=name.endswith("lora_B"), is_old_qkv="query_key_value" in name)
+            for name in self.state_dict()
+            if ".lora_" in name and is_split_adapter(name)
         }
+
+    def state_dict(self, *args, **kwargs):
+        """By the names that its files have, not by those below this wrapper."""
+        return self.model.state_dict(*args, **kwargs)
 
     def split(self, weights):
         """This process's part of an adapter's ``weights``, both numpy by name."""
@@ -448,8 +462,7 @@ def count_parameters(config, degree=1, lora_config=None):
         return count, count
     trained = 0
     for name, shape in adapter_shapes(config, lora_config).items():
-        by_column = "query_key_value" in name or "h_to_4h" in name  # whose B is split; of the others A is
-        trained += shape[0] * shape[1] // (degree if by_column == name.endswith("lora_B") else 1)
+        trained += shape[0] * shape[1] // (degree if is_split_adapter(name) else 1)
     return count + trained, trained
 
 

@@ -884,8 +884,9 @@ class GLMTrainer(Trainer):
         return self.train_sampler
 
     def _get_eval_sampler(self, eval_dataset):
-        """From long to short, so that a batch has little padding."""
+        """From long to short, so that a batch has little padding; none of more records than there are."""
         args, batch_size = self.args, self.args.per_device_eval_batch_size
+        batch_size = min(batch_size, -(-len(eval_dataset) // args.dataset_world_size))
         return GroupedBatchSampler(
             eval_dataset, batch_size, args.dataset_world_size, args.dataset_rank, batch_size * args.dataset_world_size,
             shuffle=False, group_by_length=True, seed=args.seed,
@@ -897,7 +898,7 @@ class GLMTrainer(Trainer):
             self.model.set_state_dict(cast_weights(self.read_weights(checkpoint), self.model))
 
     def _load_optimizer_and_scheduler(self, checkpoint):
-        if checkpoint is None:
+        if checkpoint is None or self.args.ignore_load_lr_and_optim:
             return
         parts, degree = self.read_parts(checkpoint, "optimizer", ".pdopt")
         optimizer = self.optimizer

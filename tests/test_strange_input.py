@@ -1,0 +1,198 @@
+"""Input that nobody would write, by chance: the run ends with 0 or 2, without a traceback, and in time.
+
+STRANGE_CASES=2000 python -m pytest tests/test_strange_input.py tries as many; by default they are 100. The cases that
+failed once are examples of their own.
+"""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from dataclasses import fields
+
+import pytest
+from conftest import ROOT, TINY_GLM
+from hypothesis import HealthCheck, Phase, assume, given, settings
+from hypothesis import strategies as st
+
+from data import DataArguments
+from finetune_generation import GenerationArguments, GLMTrainingArguments, LoRAArguments, ModelArguments
+
+CASES = int(os.environ.get("STRANGE_CASES", 100))
+RECORD = {"context": "北京大学在北京。", "answer": "北京", "question": "北京大学在哪里?"}
+
+
+class Server:
+    def __init__(self, folder):
+        self.folder = folder
+        command, pipe = [sys.executable, ROOT / "tests/fork_server.py"], subprocess.PIPE
+        self.process = subprocess.Popen(
+            command, stdin=pipe, stdout=pipe, stderr=subprocess.DEVNULL, text=True, cwd=folder
+        )
+
+    def run(self, *arguments):
+        print(json.dumps(list(map(str, arguments))), file=self.process.stdin, flush=True)
+        return json.loads(self.process.stdout.readline())
+
+    def check(self, *arguments):
+        code, text = self.run(*arguments)
+        assert code in (0, 2) and "Traceback" not in text, f"{code}\n{text[-3000:]}"
+        if code == 2:  # it says what is wrong, by the script's name
+            assert any("finetune_generation.py: error: " in line for line in text.splitlines()[-3:]), text[-2000:]
+        return code, text
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("strange")
+    (folder / "data").mkdir()
+    for split in ("train", "dev", "test"):
+        (folder / f"data/{split}.json").write_text(json.dumps(RECORD) + "\n", encoding="utf-8")
+    server = Server(folder)
+    yield server
+    server.process.stdin.close()
+    server.process.wait(60)
+
+
+def cases(share):
+    checks = [HealthCheck.too_slow, HealthCheck.function_scoped_fixture, HealthCheck.data_too_large]
+    return settings(max_examples=max(int(CASES * share), 1), deadline=None, suppress_health_check=checks,
+                    database=None, phases=(Phase.explicit, Phase.generate))  # fmt: skip
+
+
+anything = st.text(st.characters(), max_size=20)  # lone surrogates and NUL among them
+long_text = st.builds(lambda text, times: (text * times)[:100_000], anything, st.sampled_from([1, 1, 3, 50, 5000]))
+json_value = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | long_text,
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(anything, inner, max_size=3),
+    max_leaves=5,
+)
+record = st.builds(
+    lambda texts, others: {**texts, **others},
+    st.fixed_dictionaries(dict.fromkeys(RECORD, long_text)),
+    st.dictionaries(
+        st.sampled_from([*RECORD, "id", "source", "title", "target", "\ufeff", ""]), json_value, max_size=2
+    ),
+)
+plain_record = st.builds(lambda *texts: dict(zip(RECORD, texts)), long_text, long_text, long_text)
+line = st.one_of(
+    plain_record.map(lambda value: json.dumps(value).encode()),
+    plain_record.map(lambda value: json.dumps(value, ensure_ascii=False).encode("utf-8", "surrogatepass")),
+    record.map(lambda value: json.dumps(value).encode()),
+    json_value.map(lambda value: json.dumps(value).encode()),
+    st.binary(max_size=40),
+)
+
+
+@cases(0.3)
+@given(lines=st.lists(line, max_size=3), split=st.sampled_from(["train", "test"]))
+def test_any_records(server, lines, split):
+    (server.folder / "records.json").write_bytes(b"\n".join(lines))
+    arguments = ["--model_name_or_path", TINY_GLM, "--output_dir", server.folder / "out", "--overwrite_output_dir",
+                 "--src_length", 40, "--tgt_length", 16, "--min_tgt_length", 0, "--num_beams", 1]  # fmt: skip
+    if split == "test":
+        server.check(*arguments, "--predict_file", server.folder / "records.json")
+    else:
+        shutil.rmtree(server.folder / "task", ignore_errors=True)
+        (server.folder / "task").mkdir()
+        shutil.copy(server.folder / "records.json", server.folder / "task/train.json")
+        server.check(*arguments, "--do_train", "--max_steps", 1, "--task_name", server.folder / "task")
+
+
+GROUPS = (ModelArguments, LoRAArguments, DataArguments, GenerationArguments, GLMTrainingArguments)
+FLAGS = {field.name: str(field.type) for group in GROUPS for field in fields(group) if field.init}
+
+strange_value = st.one_of(
+    st.sampled_from(["", "-1", "0", "1", "2", "1e400", "-1e400", "nan", "inf", "-inf", "1e-400", "99999999999999999999",
+                     "true", "False", "None", "null", "[]", "{}", "..", "/", "/dev/null", "~", "O1", "O2", "gpu", "cpu",
+                     "xpu:0", "gpu:99", "steps", "epoch", "no", "linear", "stage1", "all", "none", "--do_eval", "0x10",
+                     "1_000", "１", "1,5", "a b"]),
+    anything.filter(lambda text: "\0" not in text),
+    st.integers().map(str),
+    st.floats().map(str),
+)  # fmt: skip
+
+
+def flag_and_value(any_value):
+    """A flag and a value that its type may allow, or, one time in five, any value at all."""
+
+    def value(name):
+        kind = FLAGS[name]
+        choices = [any_value, strange_value]
+        if "bool" in kind:
+            choices += [st.booleans()] * 8
+        elif "int" in kind or "float" in kind:
+            numbers = st.integers(-2, 5) | st.sampled_from([10, 100, 2**31 - 1, 2**31, 2**63, 10**30])
+            choices += [numbers, numbers, numbers | st.floats(allow_nan="float" in kind)] * 3
+        return st.tuples(st.just(name), st.one_of(choices))
+
+    return st.sampled_from(sorted(FLAGS)).flatmap(value)
+
+
+def training(folder):
+    return {"model_name_or_path": str(TINY_GLM), "task_name": str(folder / "data"), "output_dir": str(folder / "out"),
+            "src_length": 40, "tgt_length": 16, "min_tgt_length": 0, "num_beams": 1, "max_steps": 1, "do_train": True,
+            "do_eval": True, "overwrite_output_dir": True}  # fmt: skip
+
+
+def is_long(name, value):
+    """Whether the run would rightly take its time."""
+    try:
+        return name in ("max_steps", "num_train_epochs") and float(value) > 10
+    except (TypeError, ValueError):
+        return False
+
+
+@cases(0.3)
+@given(flag=flag_and_value(strange_value))
+def test_any_value_of_any_flag(server, flag):
+    name, value = flag
+    assume(not is_long(name, value))
+    arguments = {**training(server.folder), name: value}
+    server.check(*(text for name, value in arguments.items() for text in (f"--{name}", value)))
+
+
+@cases(0.2)
+@given(flag=flag_and_value(json_value))
+def test_any_json_value_of_any_flag(server, flag):
+    name, value = flag
+    assume(not is_long(name, value))
+    (server.folder / "arguments.json").write_text(json.dumps({**training(server.folder), name: value}))
+    server.check(server.folder / "arguments.json")
+
+
+FILES = sorted(path.name for path in TINY_GLM.iterdir())
+
+
+@st.composite
+def damages(draw):
+    """What is done to a file of the model folder: its name, and a function of its bytes; None: it is taken away."""
+    name = draw(st.sampled_from(FILES))
+    kind = draw(st.sampled_from(["gone", "cut", "changed", "other", "json"]))
+    if kind == "json" and name.endswith(".json"):
+        content = json.loads((TINY_GLM / name).read_text(encoding="utf-8"))
+        key, value = draw(st.sampled_from(sorted(content))), draw(json_value)
+        return name, json.dumps({**content, key: value}).encode()
+    data = (TINY_GLM / name).read_bytes()
+    place = draw(st.integers(0, len(data) - 1))
+    if kind == "gone":
+        return name, None
+    if kind == "cut":
+        return name, data[:place]
+    if kind == "other":
+        return name, draw(st.binary(max_size=100))
+    return name, data[:place] + draw(st.binary(min_size=1, max_size=8)) + data[place + 8 :]
+
+
+@cases(0.2)
+@given(damage=damages())
+def test_any_damage_to_a_model_folder(server, damage):
+    model, (name, content) = server.folder / "model", damage
+    shutil.rmtree(model, ignore_errors=True)
+    shutil.copytree(TINY_GLM, model)
+    (model / name).unlink()
+    if content is not None:
+        (model / name).write_bytes(content)
+    arguments = {**training(server.folder), "model_name_or_path": model, "do_train": False}
+    server.check(*(text for name, value in arguments.items() for text in (f"--{name}", value)))
