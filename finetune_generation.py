@@ -457,7 +457,7 @@ def check_config(config, name, data_args, generation, degree):
     size, count = sum(map(os.path.getsize, files)), count_parameters(config)[0]
     if files and size < 1.9 * count:  # float16 has two bytes
         raise InputError(
-            f"--model_name_or_path {name}: its config.json is of a model of {count} weights, and its weights are {size} "
+            f"--model_name_or_path {name}: its config.json is of a model of {count} weights, and these are {size} "
             "bytes: they are not of one model"
         )
     for what, number in (("attention heads", config.num_attention_heads), ("vocabulary entries", config.vocab_size)):

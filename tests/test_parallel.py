@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -15,6 +16,8 @@ from conftest import ROOT, TINY_GLM
 from paddlenlp.transformers import GLMConfig, GLMForConditionalGeneration
 from test_cli import read_jsonl, small_data
 from test_loss import reference_loss
+
+from utils import CHECKPOINT_DONE
 
 COMMON = ["--src_length", 160, "--tgt_length", 20, "--min_tgt_length", 2, "--num_beams", 3, "--learning_rate", 1e-3,
           "--label_smoothing", 0.1, "--recompute", "--per_device_eval_batch_size", 3, "--do_train", "--do_eval",
@@ -69,17 +72,8 @@ def data(tmp_path_factory):
     return small_data(tmp_path_factory.mktemp("data"), train=26, dev=7)
 
 
-@pytest.fixture(scope="module")
-def single(data, tmp_path_factory):
-    out = tmp_path_factory.mktemp("single")
-    command = [sys.executable, "finetune_generation.py", "--model_name_or_path", TINY_GLM, "--task_name", data, *COMMON,
-               "--output_dir", out, "--per_device_train_batch_size", 4]  # fmt: skip
-    codes, outputs = run_processes([command])
-    assert codes == [0], outputs[0][-3000:]
-    return outcome(out)
-
-
 LAYOUTS = {
+    "one": (1, ["--per_device_train_batch_size", 4]),
     "TP 2": (2, ["--tensor_parallel_degree", 2, "--per_device_train_batch_size", 4]),
     "TP 4": (4, ["--tensor_parallel_degree", 4, "--per_device_train_batch_size", 4]),
     "DP 2": (2, ["--per_device_train_batch_size", 2]),
@@ -90,13 +84,39 @@ LAYOUTS = {
 }
 
 
-@pytest.mark.parametrize("name", LAYOUTS)
-def test_any_layout_gives_what_one_process_gives(name, data, single, tmp_path):
+def train(name, folder, *args):
+    """Train on a layout, with the output in ``folder``/out. Returns what was logged."""
     processes, flags = LAYOUTS[name]
-    out = tmp_path / "out"
-    args = ["--model_name_or_path", TINY_GLM, "--task_name", data, *COMMON, "--output_dir", out, *flags]
-    launch(processes, tmp_path / "log", *args)
-    losses, predictions, weights = outcome(out)
+    args = ["--model_name_or_path", TINY_GLM, *COMMON, "--save_steps", 3, "--output_dir", folder / "out", *flags, *args]
+    if processes > 1:
+        return launch(processes, folder / "log", *args)
+    codes, outputs = run_processes([[sys.executable, "finetune_generation.py", *args]])
+    assert codes == [0], outputs[0][-3000:]
+    return outputs[0]
+
+
+@pytest.fixture(scope="module")
+def trained(data, tmp_path_factory):
+    """A function: the output folder of six steps on a layout, with a checkpoint of the third."""
+    folders = {}
+
+    def folder(name):
+        if name not in folders:
+            folders[name] = tmp_path_factory.mktemp("layout")
+            train(name, folders[name], "--task_name", data)
+        return folders[name] / "out"
+
+    return folder
+
+
+@pytest.fixture(scope="module")
+def single(trained):
+    return outcome(trained("one"))
+
+
+@pytest.mark.parametrize("name", [name for name in LAYOUTS if name != "one"])
+def test_any_layout_gives_what_one_process_gives(name, single, trained):
+    losses, predictions, weights = outcome(trained(name))
     expected_losses, expected_predictions, expected_weights = single
     worst_loss = np.abs(np.subtract(losses, expected_losses)).max()
     assert weights.keys() == expected_weights.keys()
@@ -106,6 +126,43 @@ def test_any_layout_gives_what_one_process_gives(name, data, single, tmp_path):
     assert len(losses) == 6 and worst_loss < 2e-4
     assert predictions == expected_predictions
     assert worst_weight < 1e-3
+
+
+@pytest.mark.parametrize("before, after", [("one", "TP 2"), ("TP 2", "one"), ("TP 4", "TP 2"), ("DP 2", "accumulating"),
+                                           ("sharding stage 1", "TP 2"), ("one", "sharding stage 1")])  # fmt: skip
+def test_going_on_on_another_layout(before, after, data, single, trained, tmp_path):
+    """From a checkpoint of the third step: as the run on one process that never stopped."""
+    (tmp_path / "out").mkdir()
+    shutil.copytree(trained(before) / "checkpoint-3", tmp_path / "out/checkpoint-3")
+    assert f"resuming from {tmp_path}/out/checkpoint-3" in train(after, tmp_path, "--task_name", data)
+    losses, predictions, weights = outcome(tmp_path / "out")
+    print(f"\n| {before} | {after} | {np.abs(np.subtract(losses, single[0])).max():.1e} |")
+    np.testing.assert_allclose(losses, single[0], atol=2e-4)
+    assert predictions == single[1]
+    assert max(np.abs(weights[key] - single[2][key]).max() for key in weights) < 1e-3
+
+
+def test_going_on_on_fewer_processes(data, single, trained, tmp_path):
+    """Half of the data-parallel processes take twice as many passes a step, so that the order of the data stays."""
+    (tmp_path / "out").mkdir()
+    shutil.copytree(trained("DP 2") / "checkpoint-3", tmp_path / "out/checkpoint-3")
+    output = train("one", tmp_path, "--task_name", data, "--per_device_train_batch_size", 2)
+    assert "steps are of 4 records: this run takes gradient_accumulation_steps 2" in output
+    np.testing.assert_allclose(outcome(tmp_path / "out")[0], single[0], atol=2e-4)
+
+
+def test_a_checkpoint_without_names_of_its_weights(data, trained, tmp_path):
+    """As an older run wrote it: it goes on on the layout it is of."""
+    (tmp_path / "out").mkdir()
+    shutil.copytree(trained("TP 2") / "checkpoint-3", tmp_path / "out/checkpoint-3")
+    (tmp_path / "out/checkpoint-3" / CHECKPOINT_DONE).write_text("")
+    command = [sys.executable, "finetune_generation.py", "--model_name_or_path", TINY_GLM, "--task_name", data, *COMMON,
+               "--output_dir", tmp_path / "out"]  # fmt: skip
+    (code,), (output,) = run_processes([command])
+    assert code == 2 and "was saved with tensor_parallel_degree 2 and no names of its" in output.splitlines()[-1]
+    train("TP 2", tmp_path, "--task_name", data)
+    losses, expected = outcome(tmp_path / "out")[0], outcome(trained("TP 2"))[0]
+    np.testing.assert_allclose(losses, expected, atol=1e-5)
 
 
 def test_lora_on_two_processes(data, tmp_path):
@@ -227,25 +284,6 @@ GLMTrainer.evaluation_loop = checked
                   "--top_k", 50, "--top_p", 0.9, WORKER_HOOK=str(hook))  # fmt: skip
     assert logs.count("ALIKE True") == 2
     assert all(row["token_ids"] for row in read_jsonl(tmp_path / "out/eval_predictions.jsonl"))
-
-
-def test_resuming_on_the_same_and_on_another_layout(data, single, tmp_path):
-    out = tmp_path / "out"
-    args = ["--model_name_or_path", TINY_GLM, "--task_name", data, *COMMON, "--output_dir", out, "--save_steps", 3]
-    split = ["--tensor_parallel_degree", 2, "--per_device_train_batch_size", 4]
-    launch(2, tmp_path / "log1", *args, *split)
-    unbroken = outcome(out)
-    subprocess.run(["rm", "-r", out / "checkpoint-6", out / "model_state.pdparams"], check=True)
-    command = [sys.executable, "finetune_generation.py", *args, "--per_device_train_batch_size", 4]
-    (code,), (output,) = run_processes([command])
-    assert code == 2 and "was saved with tensor_parallel_degree 2" in output.splitlines()[-1]
-    logs = launch(2, tmp_path / "log2", *args, *split)
-    assert "resuming from" in logs
-    losses, predictions, weights = outcome(out)
-    np.testing.assert_allclose(losses, unbroken[0], atol=1e-5)
-    assert predictions == unbroken[1] == single[1]
-    for key, value in weights.items():
-        np.testing.assert_allclose(value, unbroken[2][key], atol=1e-5)
 
 
 def test_a_degree_that_does_not_divide(data, tmp_path):
