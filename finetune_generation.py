@@ -207,6 +207,7 @@ REFUSED = {
     "to_static": "the training code here is dynamic",
     "enable_auto_parallel": "PaddleNLP's GLM can't be run this way",
     "use_expert_parallel": "GLM has no experts",
+    "skip_data_intervals": "each step here has its own records",
     **dict.fromkeys(
         ("unified_checkpoint", "save_sharding_stage1_model", "load_sharding_stage1_model"),
         "runs here go on from a checkpoint of any layout without it",

@@ -553,6 +553,8 @@ class WholeCheckpoints(TrainerCallback):
         if first:
             write_whole(os.path.join(self.folder, CHECKPOINT_DONE), json.dumps(mark))
             self.remove_old_ones(args, state)
+        if args.world_size > 1:
+            dist.barrier()  # who says where to go on has to find the mark
         self.folder = None
 
     def make_state_readable(self):
