@@ -202,12 +202,17 @@ RANGES = {
 }
 
 
+NAME_MAX = 255  # bytes of a folder's name
+
 # What PaddleNLP can do, but not with what is here.
 REFUSED = {
     "to_static": "the training code here is dynamic",
     "enable_auto_parallel": "PaddleNLP's GLM can't be run this way",
     "use_expert_parallel": "GLM has no experts",
-    "skip_data_intervals": "each step here has its own records",
+    **dict.fromkeys(  # of PaddleNLP 3
+        ("skip_data_intervals", "ordered_save_group_size", "use_async_save", "offload_optim", "pdc_download_ckpt"),
+        "the runs here do without",
+    ),
     **dict.fromkeys(
         ("unified_checkpoint", "save_sharding_stage1_model", "load_sharding_stage1_model"),
         "runs here go on from a checkpoint of any layout without it",
@@ -316,8 +321,9 @@ class GLMTrainingArguments(TrainingArguments):
                 f"--tensor_parallel_degree {self.tensor_parallel_degree} does not divide the {processes} processes of "
                 "this run: start that many by python -m paddle.distributed.launch"
             )
-        for name, most in (("pipeline_parallel_degree", 1), ("sep_parallel_degree", 1), ("past_index", -1)):
-            if getattr(self, name) > most:
+        kinds = ("pipeline", "sep", "context", "expert", "expert_tensor")
+        for name, most in {**{f"{kind}_parallel_degree": 1 for kind in kinds}, "past_index": -1}.items():
+            if getattr(self, name, -1) > most:
                 raise InputError(f"--{name} is {getattr(self, name)}: PaddleNLP's GLM can't be run this way, leave it")
 
 
@@ -349,6 +355,14 @@ def check_output_dir(args, checkpoint):
     """
     if not args.output_dir:
         raise InputError("--output_dir is missing: give the folder for checkpoints, the model and the results")
+    for name in ("output_dir", "logging_dir"):
+        try:
+            path = getattr(args, name, None) or ""
+            longest = max(map(len, os.fsencode(path).split(b"/")))
+        except UnicodeEncodeError:  # half of a character
+            longest = NAME_MAX + 1
+        if longest > NAME_MAX or "\0" in path:
+            raise InputError(f"--{name} is no name that a folder may have: give a shorter one, of other characters")
     existing = os.path.abspath(args.output_dir)
     while not os.path.lexists(existing):
         existing = os.path.dirname(existing)
