@@ -463,23 +463,23 @@ def check_config(config, name, data_args, generation, degree):
         if not isinstance(value, kind) or not least <= value <= most:
             expected = "true" if least is most else f"a number from {least} to {most}"
             raise InputError(f"--model_name_or_path {name}: {key} in its config.json is {value}: it must be {expected}")
-    if config.hidden_size % config.num_attention_heads:
-        raise InputError(
-            f"--model_name_or_path {name}: hidden_size {config.hidden_size} in its config.json is no multiple of "
-            f"num_attention_heads {config.num_attention_heads}"
-        )
     files = [path for kind in ("pdparams", "safetensors") for path in glob.glob(f"{glob.escape(name)}/model*.{kind}")]
     size, count = sum(map(os.path.getsize, files)), count_parameters(config)[0]
     if files and size < 1.9 * count:  # float16 has two bytes
         raise InputError(
-            f"--model_name_or_path {name}: its config.json is of a model of {count} weights, and these are {size} "
-            "bytes: they are not of one model"
+            f"--model_name_or_path {name}: its weights can't be loaded: they are {size} bytes, and its config.json is of a "
+            f"model of {count} weights: give whole files of one model"
         )
     for what, number in (("attention heads", config.num_attention_heads), ("vocabulary entries", config.vocab_size)):
         if number % degree:
             raise InputError(
                 f"--tensor_parallel_degree {degree} does not divide the {number} {what} of {name}: give one that does"
             )
+    if config.hidden_size % config.num_attention_heads:
+        raise InputError(
+            f"--model_name_or_path {name}: hidden_size {config.hidden_size} in its config.json is no multiple of "
+            f"num_attention_heads {config.num_attention_heads}"
+        )
     if data_args.src_length + generation.tgt_length > config.max_sequence_length:
         raise InputError(
             f"--src_length {data_args.src_length} + --tgt_length {generation.tgt_length} is over the "
