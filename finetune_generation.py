@@ -467,7 +467,7 @@ def check_config(config, name, data_args, generation, degree):
     size, count = sum(map(os.path.getsize, files)), count_parameters(config)[0]
     if files and size < 1.9 * count:  # float16 has two bytes
         raise InputError(
-            f"--model_name_or_path {name}: its weights can't be loaded: they are {size} bytes, and its config.json is of a "
+            f"--model_name_or_path {name}: its weights can't be loaded: they are {size} bytes, its config.json is of a "
             f"model of {count} weights: give whole files of one model"
         )
     for what, number in (("attention heads", config.num_attention_heads), ("vocabulary entries", config.vocab_size)):
