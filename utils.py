@@ -1,4 +1,4 @@
-"""Training and evaluation as a whole: the metrics, whole checkpoints, the callbacks, GLMTrainer."""
+"""Training and evaluation as a whole: the metrics, whole checkpoints, runs and processes, the callbacks, GLMTrainer."""
 
 import contextlib
 import errno
@@ -218,6 +218,9 @@ def where_to_resume(args):
         return "there is no checkpoint to resume from"
     without = " without --overwrite_output_dir" if args.overwrite_output_dir else ""
     return f"the same command{without} goes on from {checkpoint}"
+
+
+# ------------------------------------------------------------------------------------------------ runs and processes
 
 
 @contextlib.contextmanager
