@@ -732,7 +732,7 @@ def main():
         # On a terminal a log line goes above the bar that is there.
         share = logging_redirect_tqdm([logger.logger]) if sys.stderr.isatty() else contextlib.nullcontext()
         pipe = arguments[2].predict_file == "-"
-        with share, standard_output(pipe) as output, locked("" if pipe else args.output_dir):
+        with share, standard_output(pipe) as output, locked("" if pipe else args.output_dir, args):
             run(*arguments, args, output)
         if peers:
             peers.leave(b"done")

@@ -671,7 +671,7 @@ def convert_layout(model, saved_degree):
         config.tensor_parallel_degree = degree
         if degree == 1:
             return {}
-        if isinstance(model, LoRA):
+        if isinstance(model, LoRA):  # which has no public way to its own
             return model._get_tensor_parallel_convert_actions(names, is_split, config=config)
         return model.get_tensor_parallel_convert_actions(config, names, is_split)
 

@@ -129,6 +129,15 @@ def write_whole(path, text):
             os.remove(temporary)
 
 
+def of_all(value, args):
+    """The ``value`` that each process of the run has, list in their order. All of them have to call it."""
+    values = [value]
+    if args.world_size > 1:
+        values = []
+        dist.all_gather_object(values, value)
+    return values
+
+
 def records_a_step(args):
     """The number of records between two updates, of all processes."""
     return args.per_device_train_batch_size * args.gradient_accumulation_steps * args.dataset_world_size
@@ -169,20 +178,20 @@ def checksums(folder, names, args):
                 found[name] = [file.tell(), digest.hexdigest()]
         except OSError:
             found[name] = [None, None]
-    if args.world_size == 1:
-        return found
-    parts, first = [], dist.get_rank() // processes * processes
-    dist.all_gather_object(parts, found)
-    return {name: value for part in parts[first : first + processes] for name, value in part.items()}
+    first = dist.get_rank() // processes * processes
+    return {name: value for part in of_all(found, args)[first : first + processes] for name, value in part.items()}
 
 
 def find_damage(checkpoint, args):
-    """What is wrong with a checkpoint, by the sizes and checksums in its mark, str, or None. All processes call it."""
-    expected = read_mark(checkpoint).get("files", {})
+    """What is wrong with a checkpoint, by the sizes and checksums in its mark, str, or None.
+
+    All processes have to call it, for what one of them finds counts for all.
+    """
+    expected, damage = read_mark(checkpoint).get("files", {}), None
     for name, (size, digest) in checksums(checkpoint, expected, args).items():
         if [size, digest] != expected[name]:
-            return f"its {name} is " + ("missing" if size is None else f"not what was written ({size} bytes)")
-    return None
+            damage = f"its {name} is " + ("missing" if size is None else f"not what was written ({size} bytes)")
+    return next(filter(None, of_all(damage, args)), None)
 
 
 def whole_checkpoints(folder):
@@ -203,7 +212,10 @@ def last_whole_checkpoint(args):
 
     All processes have to call it.
     """
-    for path in whole_checkpoints(args.output_dir):
+    first, *others = of_all(whole_checkpoints(args.output_dir), args)
+    for path in first:
+        if not all(path in other for other in others):  # machines may have folders of their own
+            continue
         damage = find_damage(path, args)
         if damage is None:
             return path
@@ -224,30 +236,26 @@ def where_to_resume(args):
 
 
 @contextlib.contextmanager
-def locked(folder):
-    """Hold the lock of the output ``folder``, made if need be. Raises InputError while another run has it.
+def locked(folder, args):
+    """Hold the lock of the output ``folder``, made if need be; "": none. Raises InputError while another run has it.
 
     The system takes it from a process that ends, however it does. Of several processes of a run the first has it.
     """
     path, made = os.path.join(folder, LOCK), not os.path.exists(folder)
-    owner, file = None, None
-    with contextlib.suppress(OSError):  # what can't be written is told by those who check it
-        if folder and int(os.environ.get("PADDLE_TRAINER_ID", 0)) == 0:
-            os.makedirs(folder, exist_ok=True)
-            file = open(path, "a+", encoding="utf-8")
-    if file:
+    owner = file = None
+    if folder and args.process_index == 0:
         try:
-            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            os.makedirs(folder, exist_ok=True)
+            while file is None or os.fstat(file.fileno()).st_nlink == 0:  # a run that ended meanwhile took it away
+                file = open(path, "a+", encoding="utf-8")
+                fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             file.truncate(0)
             print(f"process {os.getpid()} on {socket.gethostname()}", file=file, flush=True)
-        except OSError as error:  # some network file systems know no locks
-            if error.errno in (errno.EACCES, errno.EAGAIN):
+        except OSError as error:  # what can't be written is told by those who check it; some systems know no locks
+            if file and error.errno in (errno.EACCES, errno.EAGAIN):
                 file.seek(0)
                 owner = file.read().strip() or "one that has just begun"
-    if dist.get_world_size() > 1:
-        owners = []
-        dist.all_gather_object(owners, owner)
-        owner = owners[0]
+    owner = of_all(owner, args)[0]
     if owner:
         raise InputError(
             f"--output_dir {folder} is in use by another run, {owner}: wait for its end, or give another folder"
@@ -276,11 +284,9 @@ class Peers:
         rank, count = dist.get_rank(), dist.get_world_size()
         host, key = os.environ["PADDLE_CURRENT_ENDPOINT"].rpartition(":")[0], os.urandom(16)
         listener = Listener((host, 0), backlog=count, authkey=key) if rank == 0 else None
-        places = []
-        dist.all_gather_object(places, listener and (listener.address, key))
+        address, key = of_all(listener and (listener.address, key), args)[0]
         self.ranks = {}  # by connection
         if rank:
-            address, key = places[0]
             self.ranks[Client(address, authkey=key)] = 0
             self.tell(b"%d" % rank)
         else:
@@ -686,11 +692,7 @@ class GLMTrainer(Trainer):
 
     def memory_metrics(self, kind, peak):
         """The estimate for ``kind``, train or eval, and the ``peak`` in bytes or None: GB, of the largest process."""
-        peaks = [peak]
-        if self.args.world_size > 1:
-            peaks = []
-            dist.all_gather_object(peaks, peak)
-        peak = max((peak for peak in peaks if peak is not None), default=None)
+        peak = max((peak for peak in of_all(peak, self.args) if peak is not None), default=None)
         numbers = {"estimated": self.memory.get(kind), "peak": peak}
         return {f"{kind}_memory_{name}_gb": number and round(number / 1e9, 3) for name, number in numbers.items()}
 
@@ -842,10 +844,8 @@ class GLMTrainer(Trainer):
             output = super().evaluation_loop(
                 dataloader, description, *args, metric_key_prefix=metric_key_prefix, **kwargs
             )
-        if self.args.world_size > 1:
-            parts = []
-            dist.all_gather_object(parts, self.outputs)
-            self.outputs = {index: result for part in parts for index, result in part.items()}
+        parts = of_all(self.outputs, self.args)
+        self.outputs = {index: result for part in parts for index, result in part.items()}
         seconds = time.time() - self.start
         generated_tokens = sum(len(result["hypotheses"][0][0]) for result in self.outputs.values())
 
