@@ -11,7 +11,6 @@ import os
 import signal
 import sys
 import threading
-import time
 import traceback
 from dataclasses import dataclass, field
 from typing import List, Optional
@@ -744,8 +743,8 @@ def main():
             print("finetune_generation.py: error:", *str(error).split(), file=sys.stderr)
     except Exception as error:
         if not isinstance(error, OSError) or error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS):
-            if peers:  # it may be that another process is gone: then this one ends meanwhile, and says so
-                time.sleep(2)
+            if peers:
+                peers.explain()
             raise
         code = 1
         print(f"finetune_generation.py: error: can't write: {error.strerror}: give it room and start again,",

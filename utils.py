@@ -280,7 +280,7 @@ class Peers:
     """
 
     def __init__(self, args):
-        self.args, self.ending = args, False
+        self.args, self.ending, self.failed = args, False, False
         rank, count = dist.get_rank(), dist.get_world_size()
         host, key = os.environ["PADDLE_CURRENT_ENDPOINT"].rpartition(":")[0], os.urandom(16)
         listener = Listener((host, 0), backlog=count, authkey=key) if rank == 0 else None
@@ -318,7 +318,9 @@ class Peers:
                 if word == b"done":
                     continue
                 if word == b"ending":
-                    time.sleep(5)
+                    deadline = time.monotonic() + 5
+                    while time.monotonic() < deadline and not (self.ending or self.failed):
+                        time.sleep(0.05)
                 elif word:
                     rank = int(word)
                 if self.ending:
@@ -328,6 +330,13 @@ class Peers:
                 text = f"process {rank} is gone, so this one of {dist.get_world_size()} ends too: {resume}"
                 print(f"finetune_generation.py: error: {text}", file=sys.stderr, flush=True)
                 os._exit(1)
+
+    def explain(self):
+        """After an exception: where it came from another process's end, this one ends here and says so."""
+        for number in (signal.SIGINT, signal.SIGTERM):  # a launcher's, which has seen it, too
+            signal.signal(number, signal.SIG_IGN)
+        self.failed = True
+        time.sleep(2)
 
     def leave(self, word):
         """Say to the others that this process is b"done", or is b"ending" early."""
