@@ -1,4 +1,4 @@
-"""What both benchmarks share: a model of GLM-Large's width, records of DuReader's lengths, children, and the table."""
+"""What the benchmarks share: a model, records of DuReader's lengths, children, and the table."""
 
 import argparse
 import ctypes
@@ -17,6 +17,7 @@ SRC_LENGTH, TGT_LENGTH = 608, 160  # the recipe's
 def parser(description):
     result = argparse.ArgumentParser(description=description)
     result.add_argument("--layers", type=int, default=6, help="24 is GLM-Large")
+    result.add_argument("--width", type=int, default=1024, help="in heads of 64; 1024 is GLM-Large")
     result.add_argument("--batch_size", type=int, default=2)
     result.add_argument("--worker", help=argparse.SUPPRESS)
     result.add_argument("--model", help=argparse.SUPPRESS)
@@ -52,16 +53,16 @@ def make_dataset(count, seed=0):
     return dataset
 
 
-def save_model(folder, layers):
-    """A random GLM of GLM-Large's width, once for all children."""
+def save_model(folder, layers, width):
+    """A random GLM with GLM-Large's vocabulary, once for all children."""
     import paddle
     from paddlenlp.transformers import GLMConfig, GLMForConditionalGeneration
 
     paddle.seed(0)
     config = GLMConfig(
         num_layers=layers,
-        hidden_size=1024,
-        num_attention_heads=16,
+        hidden_size=width,
+        num_attention_heads=width // 64,
         vocab_size=50048,
         max_sequence_length=1024,
         output_predict=True,
@@ -129,7 +130,7 @@ def children(args, workers):
     results = {}
     with tempfile.TemporaryDirectory() as folder:
         code = f"import sys; sys.path.insert(0, {str(Path(__file__).parent)!r}); import common\n"
-        code += f"common.save_model({folder!r}, {args.layers})"
+        code += f"common.save_model({folder!r}, {args.layers}, {args.width})"
         subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
         for worker, flags in workers.items():
             command = [sys.executable, *sys.argv, "--worker", worker, "--model", folder, *map(str, flags)]

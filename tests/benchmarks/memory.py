@@ -134,7 +134,7 @@ def main():
     if not args.check:
         return table()
     print_machine()
-    print(f"{args.layers} layers of GLM-Large's width, source {args.source}, target {args.target}")
+    print(f"{args.layers} layers of width {args.width}, source {args.source}, target {args.target}")
     settings = [f"train{recompute}{kind}" for kind in ("", " lora") for recompute in ("", " recompute")]
     workers = {
         f"batch {size} {setting}": ["--setting", setting] for setting in [*settings, "evaluate"] for size in (2, 4)
