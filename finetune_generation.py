@@ -213,6 +213,7 @@ REFUSED = {
         ("skip_data_intervals", "ordered_save_group_size", "use_async_save", "offload_optim", "pdc_download_ckpt"),
         "the runs here do without",
     ),
+    "metrics_output_path": "trainer_state.json holds every log",  # of PaddleNLP 3, too
     **dict.fromkeys(
         ("unified_checkpoint", "save_sharding_stage1_model", "load_sharding_stage1_model"),
         "runs here go on from a checkpoint of any layout without it",
@@ -294,7 +295,7 @@ class GLMTrainingArguments(TrainingArguments):
         if self.optim != "adamw":
             raise InputError(f"--optim is {self.optim}: PaddleNLP has adamw alone")
         for name, reason in REFUSED.items():
-            if getattr(self, name, False):
+            if getattr(self, name, None) not in (None, False):
                 raise InputError(f"--{name}: {reason}, leave it out")
         metrics = ("loss", "rouge1", "rouge2", "rougel", "bleu4")
         if self.metric_for_best_model is not None and self.metric_for_best_model not in metrics:
@@ -332,12 +333,22 @@ def parse_arguments():
     parser = PdArgumentParser((ModelArguments, LoRAArguments, DataArguments, GenerationArguments, GLMTrainingArguments))
     try:
         if len(sys.argv) >= 2 and sys.argv[1].endswith(".json"):
-            return parser.parse_json_file_and_cmd_lines()
-        return parser.parse_args_into_dataclasses()
+            groups = parser.parse_json_file_and_cmd_lines()
+        else:
+            groups = parser.parse_args_into_dataclasses()
     except (ValueError, TypeError, AttributeError, AssertionError, OSError) as error:
         # PaddleNLP's assertions have no words of their own.
         line = traceback.extract_tb(error.__traceback__)[-1].line
         raise InputError(str(error) or f"PaddleNLP refuses these arguments, by its rule: {line}") from error
+    for group in groups:
+        for name, value in vars(group).items():
+            try:
+                valid = not isinstance(value, str) or b"\0" not in value.encode()
+            except UnicodeEncodeError:  # half of a character
+                valid = False
+            if not valid:  # for a file's name or a log
+                raise InputError(f"--{name} is {value!r}, which is no text in UTF-8: give it without such characters")
+    return groups
 
 
 def is_own_output(path):
@@ -356,13 +367,8 @@ def check_output_dir(args, checkpoint):
     if not args.output_dir:
         raise InputError("--output_dir is missing: give the folder for checkpoints, the model and the results")
     for name in ("output_dir", "logging_dir"):
-        try:
-            path = getattr(args, name, None) or ""
-            longest = max(map(len, os.fsencode(path).split(b"/")))
-        except UnicodeEncodeError:  # half of a character
-            longest = NAME_MAX + 1
-        if longest > NAME_MAX or "\0" in path:
-            raise InputError(f"--{name} is no name that a folder may have: give a shorter one, of other characters")
+        if max(map(len, os.fsencode(getattr(args, name, None) or "").split(b"/"))) > NAME_MAX:
+            raise InputError(f"--{name} is longer than a folder's name may be: give a shorter one")
     existing = os.path.abspath(args.output_dir)
     while not os.path.lexists(existing):
         existing = os.path.dirname(existing)

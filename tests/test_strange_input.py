@@ -160,6 +160,8 @@ def test_any_value_of_any_flag(server, flag):
 @given(flag=flag_and_value(json_value))
 @example(flag=("enable_auto_parallel", True))
 @example(flag=("eval_accumulation_steps", 0))
+@example(flag=("run_name", "\ud800"))
+@example(flag=("predict_file", "a\0b"))
 @example(flag=("dataloader_num_workers", 10))
 def test_any_json_value_of_any_flag(server, flag):
     name, value = flag
