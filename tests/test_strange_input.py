@@ -139,7 +139,8 @@ def training(folder):
 def is_long(name, value):
     """Whether the run would rightly take its time."""
     try:
-        return name in ("max_steps", "num_train_epochs") and float(value) > 10
+        most = 4096 if name.endswith("batch_size") else float("inf")  # what is over it is refused
+        return name in ("max_steps", "num_train_epochs", "per_device_train_batch_size") and 10 < float(value) <= most
     except (TypeError, ValueError):
         return False
 
