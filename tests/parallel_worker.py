@@ -69,7 +69,7 @@ def c_concat(tensor, group=None):
 
 
 class Hub:
-    """A process group where there are more than two processes: gloo's are then refused connections now and then.
+    """A process group in gloo's place, whose processes are now and then refused each other's connections.
 
     The first process sums or collects what the others send, and sends them the result.
     """
@@ -143,12 +143,9 @@ class Done:
 
 
 def use_gloo():
-    create = core.ProcessGroupGloo.create
-
-    def create_group(store, rank, world_size, group_id):
-        return (Hub if dist.get_world_size() > 2 else create)(store, rank, world_size, group_id)
-
-    core.ProcessGroupGloo.create = create_group
+    # Plain data parallelism averages gradients in C++, which wants a group of Paddle's own.
+    if dist.get_world_size() > 2 or "--tensor_parallel_degree" in sys.argv:
+        core.ProcessGroupGloo.create = Hub
     for module in (mp_ops, paddle.distributed.collective):
         module._c_identity, module._mp_allreduce, module._c_concat = c_identity, mp_allreduce, c_concat
     for module in (tensor_parallel, hybrid_parallel_util):
