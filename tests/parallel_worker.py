@@ -7,6 +7,7 @@ python -m paddle.distributed.launch --nproc_per_node 2 tests/parallel_worker.py 
 """
 
 import os
+import socket
 import sys
 from multiprocessing.connection import Client, Listener
 from pathlib import Path
@@ -85,6 +86,9 @@ class Hub:
             store.wait(f"hub {group_id}")
             self.peers = [Client(("127.0.0.1", int(store.get(f"hub {group_id}"))))]
             self.peers[0].send(rank)
+        for peer in self.peers:  # or a message of two packets would wait for an acknowledgement
+            with socket.socket(fileno=os.dup(peer.fileno())) as connection:
+                connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
 
     def exchange(self, value, combine):
         """Give every process ``combine`` of all processes' values, a list in their order."""
