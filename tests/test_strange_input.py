@@ -139,8 +139,9 @@ def training(folder):
 def is_long(name, value):
     """Whether the run would rightly take its time."""
     try:
-        most = 4096 if name.endswith("batch_size") else float("inf")  # what is over it is refused
-        return name in ("max_steps", "num_train_epochs", "per_device_train_batch_size") and 10 < float(value) <= most
+        if name == "per_device_train_batch_size":  # what is over 4096 is refused
+            return 256 < float(value) <= 4096
+        return name in ("max_steps", "num_train_epochs") and float(value) > 10
     except (TypeError, ValueError):
         return False
 
