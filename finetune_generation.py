@@ -17,7 +17,6 @@ from typing import List, Optional
 
 import paddle
 from paddle.distributed.fleet.utils import log_util
-from paddlenlp.peft import LoRAConfig
 from paddlenlp.trainer import PdArgumentParser, TrainingArguments, set_seed
 from paddlenlp.trainer.integrations import get_available_reporting_integrations
 from paddlenlp.transformers import AutoConfig, AutoModelForConditionalGeneration, GLMConfig, GLMTokenizer
@@ -41,9 +40,12 @@ from modeling import (
     add_lora,
     count_parameters,
     evaluation_memory,
+    find_base,
     free_memory,
     load,
+    make_lora_config,
     new_adapter,
+    new_lora_config,
     read_adapter,
     supports_dtype,
     training_memory,
@@ -61,7 +63,7 @@ from utils import (
     locked,
     prediction_row,
     read_mark,
-    records_a_step,
+    where_to_resume,
 )
 
 
@@ -111,43 +113,6 @@ class LoRAArguments:
         for name in self.lora_target_modules or []:
             if name not in LORA_MODULES:
                 raise InputError(f"--lora_target_modules has {name}: give some of {', '.join(LORA_MODULES)}")
-
-    def find_base(self, name):
-        """The folder of the adapter that ``name`` is, or None, and the name of the model to load."""
-        if os.path.isfile(os.path.join(name, "lora_config.json")) and not glob.glob(
-            os.path.join(glob.escape(name), "model_state*")
-        ):
-            self.lora = True
-            return name, self.lora_base or load(LoRAConfig, name, "lora_config.json").base_model_name_or_path
-        if self.lora_base:
-            raise InputError(f"--lora_base is for an adapter, and --model_name_or_path {name} is none: leave it out")
-        if self.merge_lora and not self.lora:
-            raise InputError(f"--merge_lora: there is no adapter in --model_name_or_path {name}, and no --lora True")
-        return None, name
-
-    def config(self, adapter, base, dtype, degree):
-        """The LoRAConfig of the folder ``adapter``, or of a new one where it is None."""
-        modules = self.lora_target_modules or LORA_MODULES
-        targets = [rf".*\.{module}" for module in LORA_MODULES if module in modules]
-        if adapter is None:
-            rank = self.lora_rank or 8
-            config = LoRAConfig(
-                r=rank, lora_alpha=self.lora_alpha or 2 * rank, target_modules=targets, rslora=self.rslora
-            )
-        else:
-            config = load(LoRAConfig, adapter, "lora_config.json")
-            for name, given, own in (
-                ("lora_rank", self.lora_rank, config.r),
-                ("lora_alpha", self.lora_alpha, config.lora_alpha),
-                ("lora_target_modules", self.lora_target_modules and targets, config.target_modules),
-                ("rslora", self.rslora or None, config.rslora),
-            ):
-                if given is not None and given != own:
-                    raise InputError(f"--{name}: the adapter in {adapter} has {own}: leave it out")
-        # A folder is found from anywhere.
-        config.base_model_name_or_path = os.path.abspath(base) if os.path.isdir(base) else base
-        config.dtype, config.tensor_parallel_degree, config.merge_weights = dtype, degree, False
-        return config
 
 
 @dataclass
@@ -272,6 +237,11 @@ class GLMTrainingArguments(TrainingArguments):
         self.do_eval, self.log_level = self.do_eval or do_eval, log_level
         self.disable_tqdm = self.disable_tqdm or not sys.stderr.isatty()  # no bars in files
 
+    @property
+    def records_a_step(self):
+        """The number of records between two updates, of all processes."""
+        return self.per_device_train_batch_size * self.gradient_accumulation_steps * self.dataset_world_size
+
     def weights_dtype(self):
         """In which type the weights are loaded: in half precision, but for O1, which trains float32 weights."""
         if (self.fp16 or self.bf16) and (self.fp16_opt_level == "O2" or not self.do_train):
@@ -381,7 +351,7 @@ def check_output_dir(args, checkpoint):
     names = [name for name in os.listdir(args.output_dir) if name != LOCK]
     if UNFINISHED in names:  # a run of this folder was killed while it saved
         return
-    if {"model_state.pdparams", LORA_WEIGHTS} & {*names} and checkpoint is None:
+    if any(name.endswith("model_state.pdparams") for name in names) and checkpoint is None:
         raise InputError(
             f"--output_dir {args.output_dir} holds a model and no checkpoint to resume from: "
             "give another folder, or --overwrite_output_dir"
@@ -406,7 +376,7 @@ def find_last_checkpoint(args, lora):
     checkpoint = args.resume_from_checkpoint
     if checkpoint is None and not args.overwrite_output_dir:
         checkpoint = last_whole_checkpoint(args)
-    elif checkpoint is not None and (damage := find_damage(checkpoint, args)):
+    elif checkpoint is not None and (damage := find_damage(checkpoint)):
         raise InputError(f"--resume_from_checkpoint {checkpoint} is damaged: {damage}: give another one")
     if checkpoint is None:
         return None
@@ -433,7 +403,7 @@ def find_last_checkpoint(args, lora):
 
 def keep_records_a_step(args, records):
     """Let each update be of as many ``records`` as before (int, or None), or the order of the data would be another."""
-    now = records_a_step(args)
+    now = args.records_a_step
     if records in (None, now):
         return
     passes = now // args.gradient_accumulation_steps
@@ -452,7 +422,7 @@ def keep_records_a_step(args, records):
 
 def check_accumulation(args, train_dataset):
     """Raise InputError where the last passes of a step could only repeat records."""
-    passes = -(-len(train_dataset) * args.gradient_accumulation_steps // records_a_step(args))
+    passes = -(-len(train_dataset) * args.gradient_accumulation_steps // args.records_a_step)
     if args.gradient_accumulation_steps > max(passes, 1):
         raise InputError(
             f"--gradient_accumulation_steps {args.gradient_accumulation_steps}: the {len(train_dataset)} records are "
@@ -565,7 +535,7 @@ def estimate_memory(args, config, lora_config, generation, train_dataset, test_d
         if kind == "train":
             ways["--recompute"], ways["--fp16 --fp16_opt_level O2"] = {"recompute": True}, {"precision": "O2"}
             if lora_config is None:
-                ways["--lora True"] = {"lora_config": LoRAArguments(lora=True).config(None, "", "", degree)}
+                ways["--lora True"] = {"lora_config": new_lora_config()}
         now = need(kind)["total"]
         saved = {way: now - need(kind, **changes)["total"] for way, changes in ways.items()}
         best = [
@@ -648,7 +618,7 @@ def run(model_args, lora_args, data_args, generation, args, output=None):
     args.do_predict = args.do_predict or bool(data_args.predict_file)
     check_task(args, lora_args, data_args)
     name, degree = model_args.model_name_or_path, max(args.tensor_parallel_degree, 1)
-    adapter, base = lora_args.find_base(name)
+    adapter, base = find_base(lora_args, name)
     checkpoint = find_last_checkpoint(args, lora_args.lora)
     if output is None:
         check_output_dir(args, checkpoint)
@@ -672,7 +642,7 @@ def run(model_args, lora_args, data_args, generation, args, output=None):
         test_dataset = read("test", data_args.max_predict_samples, data_args.predict_file or data_args.task_name)
     lora_config = weights = None
     if lora_args.lora:
-        lora_config = lora_args.config(adapter, base, args.weights_dtype(), degree)
+        lora_config = make_lora_config(lora_args, adapter, base, args.weights_dtype(), degree)
         weights = read_adapter(adapter, config, lora_config) if adapter else new_adapter(config, lora_config, args.seed)
 
     memory = estimate_memory(args, config, lora_config, generation, train_dataset, dev_dataset + test_dataset)
@@ -734,11 +704,11 @@ def main():
         *arguments, args = parse_arguments()
         use_the_whole_cpu()
         if args.world_size > 1:
-            peers = Peers(args)
+            peers = Peers(lambda: where_to_resume(args) if args.do_train else "the same command starts again")
         # On a terminal a log line goes above the bar that is there.
         share = logging_redirect_tqdm([logger.logger]) if sys.stderr.isatty() else contextlib.nullcontext()
         pipe = arguments[2].predict_file == "-"
-        with share, standard_output(pipe) as output, locked("" if pipe else args.output_dir, args):
+        with share, standard_output(pipe) as output, locked("" if pipe else args.output_dir):
             run(*arguments, args, output)
         if peers:
             peers.leave(b"done")

@@ -8,6 +8,7 @@ import contextlib
 import copy
 import ctypes
 import functools
+import glob
 import logging
 import mmap
 import os
@@ -20,7 +21,7 @@ import paddle.distributed as dist
 import paddle.nn.functional as F
 from paddle.autograd import PyLayer
 from paddle.distributed.fleet.meta_parallel import get_rng_state_tracker
-from paddlenlp.peft import LoRAModel
+from paddlenlp.peft import LoRAConfig, LoRAModel
 from paddlenlp.transformers.conversion_utils import split_or_merge_func
 from paddlenlp.utils.log import logger
 
@@ -377,6 +378,14 @@ class LoRA(LoRAModel):
             if ".lora_" in name and is_split_adapter(name)
         }
 
+    def get_tensor_parallel_convert_actions(self, config, names, is_split):
+        """As the models have it: functions by the names of the weights that are split over processes."""
+        return self._get_tensor_parallel_convert_actions(names, is_split, config=config)
+
+    def read_checkpoint(self, checkpoint):
+        """This process's weights in a checkpoint, numpy by name: one file on every layout."""
+        return self.split(read_arrays(os.path.join(checkpoint, LORA_WEIGHTS)))
+
     def state_dict(self, *args, **kwargs):
         """By the names that its files have, not by those below this wrapper."""
         return self.model.state_dict(*args, **kwargs)
@@ -384,6 +393,52 @@ class LoRA(LoRAModel):
     def split(self, weights):
         """This process's part of an adapter's ``weights``, both numpy by name."""
         return self._convert_tensor_parallel(dict(weights)) if self.lora_config.tensor_parallel_degree > 1 else weights
+
+
+def find_base(lora_args, name):
+    """The folder of the adapter that ``name`` is, or None, and the name of the model to load."""
+    if os.path.isfile(os.path.join(name, "lora_config.json")) and not glob.glob(
+        os.path.join(glob.escape(name), "model_state*")
+    ):
+        lora_args.lora = True
+        return name, lora_args.lora_base or load(LoRAConfig, name, "lora_config.json").base_model_name_or_path
+    if lora_args.lora_base:
+        raise InputError(f"--lora_base is for an adapter, and --model_name_or_path {name} is none: leave it out")
+    if lora_args.merge_lora and not lora_args.lora:
+        raise InputError(f"--merge_lora: there is no adapter in --model_name_or_path {name}, and no --lora True")
+    return None, name
+
+
+def new_lora_config(rank=None, alpha=None, modules=None, rslora=False):
+    """The LoRAConfig of a new adapter."""
+    rank = rank or 8
+    return LoRAConfig(r=rank, lora_alpha=alpha or 2 * rank, target_modules=target_modules(modules), rslora=rslora)
+
+
+def target_modules(modules=None):
+    """The patterns of the linears beside which an adapter stands, list[str]."""
+    return [rf".*\.{module}" for module in LORA_MODULES if module in (modules or LORA_MODULES)]
+
+
+def make_lora_config(lora_args, adapter, base, dtype, degree):
+    """The LoRAConfig of the folder ``adapter``, or of a new one where it is None."""
+    modules = lora_args.lora_target_modules
+    if adapter is None:
+        config = new_lora_config(lora_args.lora_rank, lora_args.lora_alpha, modules, lora_args.rslora)
+    else:
+        config = load(LoRAConfig, adapter, "lora_config.json")
+        for name, given, own in (
+            ("lora_rank", lora_args.lora_rank, config.r),
+            ("lora_alpha", lora_args.lora_alpha, config.lora_alpha),
+            ("lora_target_modules", modules and target_modules(modules), config.target_modules),
+            ("rslora", lora_args.rslora or None, config.rslora),
+        ):
+            if given is not None and given != own:
+                raise InputError(f"--{name}: the adapter in {adapter} has {own}: leave it out")
+    # A folder is found from anywhere.
+    config.base_model_name_or_path = os.path.abspath(base) if os.path.isdir(base) else base
+    config.dtype, config.tensor_parallel_degree, config.merge_weights = dtype, degree, False
+    return config
 
 
 def adapter_shapes(config, lora_config):
@@ -671,8 +726,6 @@ def convert_layout(model, saved_degree):
         config.tensor_parallel_degree = degree
         if degree == 1:
             return {}
-        if isinstance(model, LoRA):  # which has no public way to its own
-            return model._get_tensor_parallel_convert_actions(names, is_split, config=config)
         return model.get_tensor_parallel_convert_actions(config, names, is_split)
 
     join, split = actions(saved_degree, is_split=False), actions(degree, is_split=True)
@@ -761,3 +814,51 @@ def convert_optimizer_state(parts, names, model, convert, master_weights, read_w
     if not state["master_weights"]:
         del state["master_weights"]
     return state
+
+
+def read_parts(checkpoint, kind, ending, model):
+    """What tensor-parallel processes wrote into the files ``kind`` of a checkpoint, as convert_layout wants it.
+
+    Returns: list of dicts of numpy arrays, whose values stay in the files until they are used; of how many
+    processes the checkpoint is.
+    """
+    parts = {}
+    for path in sorted(glob.glob(os.path.join(glob.escape(checkpoint), f"{kind}*{ending}"))):
+        rank = re.search(r"\.tp(\d+)", os.path.basename(path))
+        parts.setdefault(int(rank[1]) if rank else 0, []).append(path)
+    degree = len(parts)
+    if degree == max(model.config.tensor_parallel_degree, 1):
+        parts = {0: parts[max(model.config.tensor_parallel_rank, 0)]}
+    joined = []
+    for _, paths in sorted(parts.items()):
+        part = {}
+        for path in paths:  # with sharding an optimizer's state is in several, each of other weights
+            found = read_arrays(path)
+            masters = {**part.get("master_weights", {}), **found.get("master_weights", {})}
+            part.update(found, **({"master_weights": masters} if masters else {}))
+        joined.append(part)
+    return joined, degree
+
+
+def read_weights(checkpoint, model):
+    """This process's weights in a checkpoint by their names, numpy, in the type they were saved in."""
+    if hasattr(model, "read_checkpoint"):
+        return model.read_checkpoint(checkpoint)
+    parts, degree = read_parts(checkpoint, "model_state", ".pdparams", model)
+    convert = convert_layout(model, degree)
+    return {name: convert(name, [part[name] for part in parts]) for name in parts[0]}
+
+
+def read_optimizer_state(checkpoint, optimizer, model, names, master_weights):
+    """What the ``optimizer`` of this process goes on with, from a checkpoint of any precision and layout.
+
+    Args: names (dict): what the model calls the weights that the checkpoint's state names, or None.
+    """
+    parts, degree = read_parts(checkpoint, "optimizer", ".pdopt", model)
+    while hasattr(optimizer, "_inner_opt"):  # fleet's wrappers; with sharding the innermost updates some weights
+        optimizer = optimizer._inner_opt
+    names = names or {weight.name: name for name, weight in model.state_dict().items()}
+    return convert_optimizer_state(
+        parts, names, model, convert_layout(model, degree), master_weights,
+        functools.partial(read_weights, checkpoint, model), {weight.name for weight in optimizer._parameter_list},
+    )  # fmt: skip

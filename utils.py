@@ -8,7 +8,6 @@ import glob
 import hashlib
 import json
 import os
-import re
 import shutil
 import signal
 import socket
@@ -36,15 +35,12 @@ from tqdm import tqdm
 from data import GroupedBatchSampler, InputError, decode_target
 from generation import beam_search
 from modeling import (
-    LORA_WEIGHTS,
-    LoRA,
     cast_weights,
-    convert_layout,
-    convert_optimizer_state,
     memory_peak,
     merge_lora,
     prepare_for_training,
-    read_arrays,
+    read_optimizer_state,
+    read_weights,
     target_losses,
 )
 
@@ -129,18 +125,13 @@ def write_whole(path, text):
             os.remove(temporary)
 
 
-def of_all(value, args):
+def of_all(value):
     """The ``value`` that each process of the run has, list in their order. All of them have to call it."""
     values = [value]
-    if args.world_size > 1:
+    if dist.get_world_size() > 1:
         values = []
         dist.all_gather_object(values, value)
     return values
-
-
-def records_a_step(args):
-    """The number of records between two updates, of all processes."""
-    return args.per_device_train_batch_size * args.gradient_accumulation_steps * args.dataset_world_size
 
 
 class Fault(BaseException):  # as KeyboardInterrupt: a signal must pass what catches every Exception while loading
@@ -163,13 +154,13 @@ def read_mark(checkpoint):
         return {}
 
 
-def checksums(folder, names, args):
+def checksums(folder, names):
     """Sizes and checksums of files, {name: [bytes, BLAKE2b]}, or [None, None] of one that can't be read.
 
     The processes of a node share the work. All of them have to call it, and each is given the whole.
     """
     processes, found = int(os.environ.get("PADDLE_LOCAL_SIZE", 1)), {}
-    for name in sorted(names)[max(args.local_rank, 0) :: processes]:
+    for name in sorted(names)[dist.get_rank() % processes :: processes]:
         digest = hashlib.blake2b(digest_size=16)
         try:
             with open(os.path.join(folder, name), "rb") as file:
@@ -179,19 +170,19 @@ def checksums(folder, names, args):
         except OSError:
             found[name] = [None, None]
     first = dist.get_rank() // processes * processes
-    return {name: value for part in of_all(found, args)[first : first + processes] for name, value in part.items()}
+    return {name: value for part in of_all(found)[first : first + processes] for name, value in part.items()}
 
 
-def find_damage(checkpoint, args):
+def find_damage(checkpoint):
     """What is wrong with a checkpoint, by the sizes and checksums in its mark, str, or None.
 
     All processes have to call it, for what one of them finds counts for all.
     """
     expected, damage = read_mark(checkpoint).get("files", {}), None
-    for name, (size, digest) in checksums(checkpoint, expected, args).items():
+    for name, (size, digest) in checksums(checkpoint, expected).items():
         if [size, digest] != expected[name]:
             damage = f"its {name} is " + ("missing" if size is None else f"not what was written ({size} bytes)")
-    return next(filter(None, of_all(damage, args)), None)
+    return next(filter(None, of_all(damage)), None)
 
 
 def whole_checkpoints(folder):
@@ -212,11 +203,11 @@ def last_whole_checkpoint(args):
 
     All processes have to call it.
     """
-    first, *others = of_all(whole_checkpoints(args.output_dir), args)
+    first, *others = of_all(whole_checkpoints(args.output_dir))
     for path in first:
         if not all(path in other for other in others):  # machines may have folders of their own
             continue
-        damage = find_damage(path, args)
+        damage = find_damage(path)
         if damage is None:
             return path
         logger.warning(f"skipping {path}, which is damaged: {damage}")
@@ -236,14 +227,14 @@ def where_to_resume(args):
 
 
 @contextlib.contextmanager
-def locked(folder, args):
+def locked(folder):
     """Hold the lock of the output ``folder``, made if need be; "": none. Raises InputError while another run has it.
 
     The system takes it from a process that ends, however it does. Of several processes of a run the first has it.
     """
     path, made = os.path.join(folder, LOCK), not os.path.exists(folder)
     owner = file = None
-    if folder and args.process_index == 0:
+    if folder and dist.get_rank() == 0:
         try:
             os.makedirs(folder, exist_ok=True)
             while file is None or os.fstat(file.fileno()).st_nlink == 0:  # a run that ended meanwhile took it away
@@ -255,7 +246,7 @@ def locked(folder, args):
             if file and error.errno in (errno.EACCES, errno.EAGAIN):
                 file.seek(0)
                 owner = file.read().strip() or "one that has just begun"
-    owner = of_all(owner, args)[0]
+    owner = of_all(owner)[0]
     if owner:
         raise InputError(
             f"--output_dir {folder} is in use by another run, {owner}: wait for its end, or give another folder"
@@ -279,12 +270,12 @@ class Peers:
     on who did. One that ends by itself says so before: the others get some seconds to do the same.
     """
 
-    def __init__(self, args):
-        self.args, self.ending, self.failed = args, False, False
+    def __init__(self, advice):
+        self.advice, self.ending, self.failed = advice, False, False
         rank, count = dist.get_rank(), dist.get_world_size()
         host, key = os.environ["PADDLE_CURRENT_ENDPOINT"].rpartition(":")[0], os.urandom(16)
         listener = Listener((host, 0), backlog=count, authkey=key) if rank == 0 else None
-        address, key = of_all(listener and (listener.address, key), args)[0]
+        address, key = of_all(listener and (listener.address, key))[0]
         self.ranks = {}  # by connection
         if rank:
             self.ranks[Client(address, authkey=key)] = 0
@@ -326,8 +317,7 @@ class Peers:
                 if self.ending:
                     return
                 self.tell(b"%d" % rank)
-                resume = where_to_resume(self.args) if self.args.do_train else "the same command starts again"
-                text = f"process {rank} is gone, so this one of {dist.get_world_size()} ends too: {resume}"
+                text = f"process {rank} is gone, so this one of {dist.get_world_size()} ends too: {self.advice()}"
                 print(f"finetune_generation.py: error: {text}", file=sys.stderr, flush=True)
                 os._exit(1)
 
@@ -564,9 +554,9 @@ class WholeCheckpoints(TrainerCallback):
         if args.world_size > 1:
             dist.barrier()  # all have written theirs
         mark = {
-            "files": checksums(self.folder, {*os.listdir(self.folder)} - {CHECKPOINT_DONE}, args),
+            "files": checksums(self.folder, {*os.listdir(self.folder)} - {CHECKPOINT_DONE}),
             "parameters": {weight.name: name for name, weight in model.state_dict().items()},
-            "records": records_a_step(args),
+            "records": args.records_a_step,
         }
         if first:
             write_whole(os.path.join(self.folder, CHECKPOINT_DONE), json.dumps(mark))
@@ -587,8 +577,8 @@ class WholeCheckpoints(TrainerCallback):
     def remove_old_ones(self, args, state):
         checkpoints = glob.glob(os.path.join(glob.escape(args.output_dir), "checkpoint-*[0-9]"))
         kept = {self.folder, state.best_model_checkpoint or self.folder}
-        count = len(checkpoints) - max(self.limit or NEVER, len(kept))
         old = sorted((path for path in checkpoints if path not in kept), key=os.path.getmtime)
+        count = len(checkpoints) - max(self.limit or len(checkpoints), len(kept))
         for path in old[: max(count, 0)]:
             shutil.rmtree(path, ignore_errors=True)
 
@@ -701,7 +691,7 @@ class GLMTrainer(Trainer):
 
     def memory_metrics(self, kind, peak):
         """The estimate for ``kind``, train or eval, and the ``peak`` in bytes or None: GB, of the largest process."""
-        peak = max((peak for peak in of_all(peak, self.args) if peak is not None), default=None)
+        peak = max((peak for peak in of_all(peak) if peak is not None), default=None)
         numbers = {"estimated": self.memory.get(kind), "peak": peak}
         return {f"{kind}_memory_{name}_gb": number and round(number / 1e9, 3) for name, number in numbers.items()}
 
@@ -763,37 +753,6 @@ class GLMTrainer(Trainer):
                 f"{checkpoint} can't be loaded ({text}): remove it to go on from the checkpoint before it"
             ) from error
 
-    def read_parts(self, checkpoint, kind, ending):
-        """What tensor-parallel processes wrote into the files ``kind`` of a checkpoint, as convert_layout wants it.
-
-        Returns: list of dicts of numpy arrays, whose values stay in the files until they are used; of how many
-        processes the checkpoint is.
-        """
-        parts = {}
-        for path in sorted(glob.glob(os.path.join(glob.escape(checkpoint), f"{kind}*{ending}"))):
-            rank = re.search(r"\.tp(\d+)", os.path.basename(path))
-            parts.setdefault(int(rank[1]) if rank else 0, []).append(path)
-        degree = len(parts)
-        if degree == max(self.args.tensor_parallel_degree, 1):
-            parts = {0: parts[max(self.args.tensor_parallel_rank, 0)]}
-        joined = []
-        for _, paths in sorted(parts.items()):
-            part = {}
-            for path in paths:  # with sharding an optimizer's state is in several, each of other weights
-                found = read_arrays(path)
-                masters = {**part.get("master_weights", {}), **found.get("master_weights", {})}
-                part.update(found, **({"master_weights": masters} if masters else {}))
-            joined.append(part)
-        return joined, degree
-
-    def read_weights(self, checkpoint):
-        """This process's weights in a checkpoint by their names, numpy, in the type they were saved in."""
-        if isinstance(self.model, LoRA):  # one file on every layout
-            return self.model.split(read_arrays(os.path.join(checkpoint, LORA_WEIGHTS)))
-        parts, degree = self.read_parts(checkpoint, "model_state", ".pdparams")
-        convert = convert_layout(self.model, degree)
-        return {name: convert(name, [part[name] for part in parts]) for name in parts[0]}
-
     def create_scheduler(self, num_training_steps):
         """linear: from 0 up to learning_rate, then straight down to lr_decay_ratio of it at the last step."""
         if self.args.lr_scheduler_type != SchedulerType.LINEAR or self.lr_scheduler is not None:
@@ -853,7 +812,7 @@ class GLMTrainer(Trainer):
             output = super().evaluation_loop(
                 dataloader, description, *args, metric_key_prefix=metric_key_prefix, **kwargs
             )
-        parts = of_all(self.outputs, self.args)
+        parts = of_all(self.outputs)
         self.outputs = {index: result for part in parts for index, result in part.items()}
         seconds = time.time() - self.start
         generated_tokens = sum(len(result["hypotheses"][0][0]) for result in self.outputs.values())
@@ -909,23 +868,15 @@ class GLMTrainer(Trainer):
     # A checkpoint may be of another precision and layout than this run. Theirs know the layout at hand alone.
     def _load_from_checkpoint(self, checkpoint=None):
         if checkpoint is not None:
-            self.model.set_state_dict(cast_weights(self.read_weights(checkpoint), self.model))
+            self.model.set_state_dict(cast_weights(read_weights(checkpoint, self.model), self.model))
 
     def _load_optimizer_and_scheduler(self, checkpoint):
         if checkpoint is None or self.args.ignore_load_lr_and_optim:
             return
-        parts, degree = self.read_parts(checkpoint, "optimizer", ".pdopt")
-        optimizer = self.optimizer
-        while hasattr(optimizer, "_inner_opt"):  # fleet's wrappers; with sharding the innermost updates some weights
-            optimizer = optimizer._inner_opt
-        weights = self.model.state_dict()
-        names = read_mark(checkpoint).get("parameters") or {weight.name: name for name, weight in weights.items()}
-        state = convert_optimizer_state(
-            parts, names, self.model, convert_layout(self.model, degree),
-            # multi_precision: O2 trains float32 master weights of the half-precision ones.
-            self.args.fp16_opt_level == "O2" and (self.args.fp16 or self.args.bf16),
-            functools.partial(self.read_weights, checkpoint), {weight.name for weight in optimizer._parameter_list},
-        )  # fmt: skip
+        # multi_precision: O2 trains float32 master weights of the half-precision ones.
+        master_weights = self.args.fp16_opt_level == "O2" and (self.args.fp16 or self.args.bf16)
+        names = read_mark(checkpoint).get("parameters")
+        state = read_optimizer_state(checkpoint, self.optimizer, self.model, names, master_weights)
         self.optimizer.set_state_dict(state)
         self.lr_scheduler.set_state_dict(paddle.load(os.path.join(checkpoint, "scheduler.pdparams")))
         scaler = os.path.join(checkpoint, "scaler.pdparams")
