@@ -7,61 +7,16 @@ import json
 import os
 import queue
 import threading
-from dataclasses import dataclass, field
-from typing import Optional
 
 import numpy as np
 from paddle.io import DistributedBatchSampler
 from tqdm import tqdm
 
+from glm.errors import InputError
+
 SOURCE_OPENING = "答案：{answer}，上下文："
 TARGET_OPENING = "在已知答案的前提下，问题："
 PAD_MULTIPLE = 8  # matrix units want lengths that are multiples of 8
-
-
-class InputError(ValueError):
-    """A mistake in what the user gave, told in one line: what is wrong, where, and what to do."""
-
-    exit_code = 2
-
-
-def require_range(arguments, name, low, most=None, below=None):
-    """Raise InputError unless ``arguments.name`` is a finite number from ``low`` to ``most``, or under ``below``."""
-    value = getattr(arguments, name)
-    if low <= value < float("inf") and (most is None or value <= most) and (below is None or value < below):
-        return
-    upper = f" and at most {most}" if most is not None else f" and under {below}" if below is not None else ""
-    raise InputError(f"--{name} is {value}: it must be a finite number of at least {low}{upper}")
-
-
-@dataclass
-class DataArguments:
-    """What to read, and how much of it."""
-
-    task_name: str = field(
-        default="dureader_qg",
-        metadata={"help": "dureader_qg (downloaded by paddlenlp) or a folder with train.json, dev.json and test.json."},
-    )
-    src_length: int = field(
-        default=608, metadata={"help": "Most token ids of a source: prompt, answer, context and special tokens."}
-    )
-    predict_file: str = field(
-        default="",
-        metadata={"help": "JSON lines to predict from, not test.json; -: from standard input to standard output."},
-    )
-
-    max_train_samples: Optional[int] = field(default=None, metadata={"help": "Train on the first so many records."})
-    max_eval_samples: Optional[int] = field(default=None, metadata={"help": "Evaluate the first so many records."})
-    max_predict_samples: Optional[int] = field(default=None, metadata={"help": "Predict the first so many records."})
-
-    def __post_init__(self):
-        require_range(self, "src_length", 1)
-        for name in ("max_train_samples", "max_eval_samples", "max_predict_samples"):
-            if getattr(self, name) is not None:
-                require_range(self, name, 1)
-
-
-# --------------------------------------------------------------------------------------------------------- reading
 
 
 def read_records(task_name, split, require_question=True):
@@ -158,9 +113,6 @@ def _parse_record(row, where, number, require_question):
             value = value.encode("utf-8", "replace").decode("utf-8")
         record[name] = value
     return record
-
-
-# -------------------------------------------------------------------------------------------------------- features
 
 
 def encode_text(tokenizer, text):
@@ -290,9 +242,6 @@ def read_in_batches(records, batch_size):
             yield batch
     if end is not None:
         raise end
-
-
-# ------------------------------------------------------------------------------------------- sampling and collation
 
 
 class GroupedBatchSampler(DistributedBatchSampler):

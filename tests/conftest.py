@@ -8,9 +8,9 @@ import pytest
 from paddlenlp.transformers import GLMConfig, GLMForConditionalGeneration, GLMTokenizer
 
 from data import DataCollator, build_features
-from finetune_generation import GenerationArguments
-from generation import beam_search
-from modeling import use_device, use_the_whole_cpu
+from glm.arguments import GenerationArguments
+from glm.device import use_device, use_the_whole_cpu
+from glm.generation import beam_search
 
 use_device("cpu")
 use_the_whole_cpu()

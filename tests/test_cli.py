@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 from conftest import MINI, ROOT, TINY_GLM, log_softmax
 
-import finetune_generation
-from utils import compute_metrics
+from glm import arguments
+from glm.metrics import compute_metrics
 
 
 def small_data(folder, train=12, dev=5, test=3):
@@ -229,7 +229,7 @@ def test_defaults():
         ["finetune_generation.py", "--output_dir", "unused", "--do_eval", "--eval_steps", "4"],
     )
     try:
-        model_args, _, data_args, generation, training_args = finetune_generation.parse_arguments()
+        model_args, _, data_args, generation, training_args = arguments.parse_arguments()
     finally:
         sys.argv = sys_argv
     assert model_args.model_name_or_path == "THUDM/glm-large-chinese" and data_args.src_length == 608

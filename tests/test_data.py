@@ -16,7 +16,6 @@ from data import (
     TARGET_OPENING,
     DataCollator,
     GroupedBatchSampler,
-    InputError,
     build_attention_mask,
     build_dataset,
     build_features,
@@ -28,6 +27,7 @@ from data import (
     read_in_batches,
     read_records,
 )
+from glm.errors import InputError
 
 RECORD = {"context": "白云山海拔1200米。", "answer": "1200米", "question": "白云山海拔多少米？", "where": "here:1"}
 

@@ -21,8 +21,10 @@ import pytest
 from conftest import MINI, ROOT, TINY_GLM
 from paddle.distributed.fleet.meta_parallel import get_rng_state_tracker
 
-import utils
-from utils import CHECKPOINT_DONE, Fault, SeedEachStep, StopBySignal, WholeCheckpoints
+from glm import callbacks, checkpoints, processes
+from glm.callbacks import SeedEachStep, StopBySignal
+from glm.checkpoints import CHECKPOINT_DONE, WholeCheckpoints
+from glm.errors import Fault
 
 FLAGS = ["--task_name", MINI, "--src_length", 160, "--tgt_length", 24, "--min_tgt_length", 0, "--num_beams", 2,
          "--do_train", "--learning_rate", 1e-3, "--per_device_train_batch_size", 4, "--logging_steps", 1]  # fmt: skip
@@ -48,7 +50,7 @@ def wait_for_line(process, text):
 
 
 def last_whole_checkpoint(folder):
-    return utils.last_whole_checkpoint(SimpleNamespace(output_dir=str(folder), world_size=1, local_rank=-1))
+    return checkpoints.last_whole_checkpoint(SimpleNamespace(output_dir=str(folder), world_size=1, local_rank=-1))
 
 
 def losses(folder):
@@ -57,7 +59,7 @@ def losses(folder):
 
 
 @pytest.fixture(scope="module")
-def checkpoints(tmp_path_factory):
+def two_checkpoints(tmp_path_factory):
     """The output of a run with checkpoints at steps 1 and 2."""
     folder = tmp_path_factory.mktemp("checkpoints")
     args = ["--model_name_or_path", TINY_GLM, "--output_dir", folder, "--max_steps", 2, "--save_steps", 1]
@@ -138,9 +140,9 @@ FILES = ["model_state.pdparams", "optimizer.pdopt", "scheduler.pdparams", "train
 
 
 @pytest.mark.parametrize("name", FILES)
-def test_a_damaged_checkpoint_is_named(checkpoints, tmp_path, name):
+def test_a_damaged_checkpoint_is_named(two_checkpoints, tmp_path, name):
     """One whose mark has no checksums, as an older run wrote it."""
-    shutil.copytree(checkpoints, tmp_path / "out")
+    shutil.copytree(two_checkpoints, tmp_path / "out")
     path = tmp_path / "out/checkpoint-2" / name
     os.truncate(path, path.stat().st_size // 2)
     (tmp_path / "out/checkpoint-2" / CHECKPOINT_DONE).write_text("")
@@ -166,8 +168,8 @@ def damaged(folder, name, how):
 
 @pytest.mark.parametrize("name", FILES)
 @pytest.mark.parametrize("how", ["cut short", "changed", "missing"])
-def test_damage_is_found_by_the_mark(checkpoints, tmp_path, name, how):
-    shutil.copytree(checkpoints, tmp_path / "out")
+def test_damage_is_found_by_the_mark(two_checkpoints, tmp_path, name, how):
+    shutil.copytree(two_checkpoints, tmp_path / "out")
     assert last_whole_checkpoint(tmp_path / "out") == f"{tmp_path}/out/checkpoint-2"
     damaged(tmp_path / "out/checkpoint-2", name, how)
     assert last_whole_checkpoint(tmp_path / "out") == f"{tmp_path}/out/checkpoint-1"
@@ -175,8 +177,8 @@ def test_damage_is_found_by_the_mark(checkpoints, tmp_path, name, how):
     assert last_whole_checkpoint(tmp_path / "out") is None
 
 
-def test_a_damaged_checkpoint_is_skipped(checkpoints, tmp_path):
-    shutil.copytree(checkpoints, tmp_path / "out")
+def test_a_damaged_checkpoint_is_skipped(two_checkpoints, tmp_path):
+    shutil.copytree(two_checkpoints, tmp_path / "out")
     damaged(tmp_path / "out/checkpoint-2", "optimizer.pdopt", "changed")
     args = ["--model_name_or_path", TINY_GLM, "--output_dir", tmp_path / "out", "--max_steps", 2]
     size = (tmp_path / "out/checkpoint-2/optimizer.pdopt").stat().st_size
@@ -184,7 +186,7 @@ def test_a_damaged_checkpoint_is_skipped(checkpoints, tmp_path):
     code, lines = finish(start(*args))
     assert code == 0 and any(f"{skipping} ({size} bytes)" in line for line in lines)
     assert any(f"resuming from {tmp_path}/out/checkpoint-1" in line for line in lines)
-    assert losses(tmp_path / "out") == pytest.approx(losses(checkpoints), abs=1e-5)
+    assert losses(tmp_path / "out") == pytest.approx(losses(two_checkpoints), abs=1e-5)
     # Asked for by name, it is a mistake.
     code, lines = finish(start(*args, "--resume_from_checkpoint", tmp_path / "out/checkpoint-1", "--max_steps", 3))
     assert code == 0
@@ -203,17 +205,17 @@ def test_a_kill_in_the_final_save(tmp_path, where):
         code += "    moved.append(1)\n    return old(*args)\nos.replace = new\n"
     else:  # when this one is opened
         code += "import sys\ndef watch(event, args):\n"
-        path = f"{utils.UNFINISHED}/{where}"
+        path = f"{checkpoints.UNFINISHED}/{where}"
         code += f"    if event == 'open' and str(args[0]).endswith('{path}'):\n        os.kill(os.getpid(), 9)\n"
         code += "sys.addaudithook(watch)\n"
     killed, lines = finish(start(*args, code=code + "f.main()"))
     assert killed == -signal.SIGKILL
     names = {path.name for path in tmp_path.iterdir()}
-    assert utils.UNFINISHED in names and (where == "rename" or "model_state.pdparams" not in names)
+    assert checkpoints.UNFINISHED in names and (where == "rename" or "model_state.pdparams" not in names)
     assert finish(start(*args))[0] == 0
     left = {path.name for path in tmp_path.iterdir()}
     assert {"model_state.pdparams", "config.json", "train_results.json", "trainer_state.json"} <= left
-    assert not {utils.UNFINISHED, utils.LOCK} & left and not list(tmp_path.rglob("*.tmp"))
+    assert not {checkpoints.UNFINISHED, processes.LOCK} & left and not list(tmp_path.rglob("*.tmp"))
 
 
 def test_two_runs_in_one_folder(tmp_path):
@@ -229,8 +231,8 @@ def test_two_runs_in_one_folder(tmp_path):
     )
     first.kill()  # what it leaves behind stops nobody
     finish(first)
-    assert (tmp_path / "out" / utils.LOCK).exists()
-    assert finish(start(*args))[0] == 0 and not (tmp_path / "out" / utils.LOCK).exists()
+    assert (tmp_path / "out" / processes.LOCK).exists()
+    assert finish(start(*args))[0] == 0 and not (tmp_path / "out" / processes.LOCK).exists()
 
 
 def test_a_model_beside_a_torn_checkpoint_is_not_written_over(tmp_path):
@@ -275,7 +277,7 @@ def test_a_signal_in_the_last_step(tmp_path, strategy, whole):
 def test_a_signal_in_an_evaluation_ends_it(tmp_path):
     args = ["--model_name_or_path", TINY_GLM, "--output_dir", tmp_path, "--do_train", "False", "--do_eval",
             "--num_beams", 20, "--per_device_eval_batch_size", 1, "--min_tgt_length", 24]  # fmt: skip
-    code = "import generation, finetune_generation as f\nold = generation.prefill\n"
+    code = "import finetune_generation as f\nfrom glm import generation\nold = generation.prefill\n"
     code += "def new(*args):\n    print('prefill', file=f.sys.stderr, flush=True)\n    return old(*args)\n"
     process = start(*args, code=code + "generation.prefill = new\nf.main()")
     wait_for_line(process, "prefill")
@@ -515,7 +517,7 @@ def test_when_a_signal_ends_at_once(tmp_path, world_size, training, seconds, mon
     """A second one; the first in an evaluation. A launcher's, which sends three in 0.6 seconds, are one."""
     args = SimpleNamespace(world_size=world_size, output_dir=str(tmp_path), overwrite_output_dir=False)
     state, callback, now = SimpleNamespace(global_step=7), StopBySignal(), [100.0]
-    monkeypatch.setattr(utils.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(callbacks.time, "monotonic", lambda: now[0])
     callback.on_train_begin(args, state, None, model=SimpleNamespace(training=training))
     try:
         for second in seconds[:-1]:

@@ -9,7 +9,7 @@ import pytest
 import scipy.stats
 from conftest import best_hypotheses, generation_arguments, log_softmax, plain_log_probabilities, random_glm
 
-from generation import Beams, beam_search, decode_one_token, next_token_candidates, prefill
+from glm.generation import Beams, beam_search, decode_one_token, next_token_candidates, prefill
 
 START, END = 1, 2
 
@@ -49,7 +49,7 @@ def test_the_branches_of_a_gpu_decode_alike(monkeypatch):
     generation = generation_arguments(tgt_length=10, num_beams=4, no_repeat_ngram_size=2)
     model = random_glm(4)
     expected = best_hypotheses(model, input_ids, lengths, generation, START, END)
-    for room in ("modeling", "generation"):
+    for room in ("glm.modeling", "glm.generation"):
         monkeypatch.setattr(f"{room}.on_cpu", lambda: False)
     for (tokens, score), (other, other_score) in zip(
         best_hypotheses(model, input_ids, lengths, generation, START, END), expected
@@ -138,7 +138,7 @@ def test_a_cache_that_grows_while_examples_leave(monkeypatch, growth):
     generation = generation_arguments(tgt_length=11, num_beams=3, no_repeat_ngram_size=2)
     expected = [best_hypotheses(model, input_ids[i : i + 1, :n], lengths[i : i + 1], generation, START, END)[0]
                 for i, n in enumerate(lengths.tolist())]  # fmt: skip
-    monkeypatch.setattr("generation.GROWTH", growth)
+    monkeypatch.setattr("glm.generation.GROWTH", growth)
     for (tokens, score), (expected_tokens, expected_score) in zip(
         best_hypotheses(model, input_ids, lengths, generation, START, END), expected
     ):

@@ -11,7 +11,7 @@ import pytest
 from conftest import MINI, ROOT, TINY_GLM
 from test_faults import losses
 
-from utils import CHECKPOINT_DONE
+from glm.checkpoints import CHECKPOINT_DONE
 
 ARGS = ["--model_name_or_path", TINY_GLM, "--task_name", MINI, "--src_length", 160, "--tgt_length", 24,
         "--min_tgt_length", 0, "--num_beams", 2, "--do_train", "--learning_rate", 1e-3, "--logging_steps", 1,
@@ -69,6 +69,7 @@ def at_step(step, rank, action, where="training_step"):
     return f"""
 import signal, time
 import utils
+from glm.errors import Fault
 old = utils.GLMTrainer.{where}
 def new(self, *args, **kwargs):
     if self.state.global_step == {step} and dist.get_rank() == {rank}:
@@ -162,7 +163,7 @@ def test_a_process_that_ends_alone_ends_all(tmp_path, where):
     """For a reason of its own, which it says: the other one names it, and shows no traceback of its collective."""
     args = ["--output_dir", tmp_path / "out", "--max_steps", 4, "--save_steps", 2, *SPLIT]
     step = {"training_step": 3, "_save_checkpoint": 4}[where]
-    hook = write_hook(tmp_path, at_step(step, 1, "raise utils.Fault('no more of this')", where))
+    hook = write_hook(tmp_path, at_step(step, 1, "raise Fault('no more of this')", where))
     launcher = start(2, tmp_path / "log", *args, **hook)
     assert finish(launcher) != 0
     assert "Traceback" not in str(logs(tmp_path / "log"))

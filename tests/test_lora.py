@@ -15,19 +15,18 @@ from test_cli import FAST, read_jsonl, run, small_data
 from test_loss import make_batch, make_trainer
 from test_mistakes import main
 
-import finetune_generation
-import modeling
 from data import DataCollator
+from glm import arguments, lora, memory, modeling
 
 
-def lora_config(modules=modeling.LORA_MODULES, **changes):
+def lora_config(modules=lora.LORA_MODULES, **changes):
     targets = [rf".*\.{module}" for module in modules]
     return LoRAConfig(**{"r": 2, "lora_alpha": 6, "dtype": "float32", "target_modules": targets, **changes})
 
 
 def random_adapter(model, config, seed=0):
     rng = np.random.default_rng(seed)
-    shapes = modeling.adapter_shapes(model.config, config)
+    shapes = lora.adapter_shapes(model.config, config)
     return {name: rng.normal(size=shape).astype("float32") * 0.3 for name, shape in shapes.items()}
 
 
@@ -41,7 +40,7 @@ def logits(model):
 
 
 @pytest.mark.parametrize("rslora, scaling", [(False, 3.0), (True, 6 / 2**0.5)])
-@pytest.mark.parametrize("modules", [modeling.LORA_MODULES, ["dense", "query_key_value"]])
+@pytest.mark.parametrize("modules", [lora.LORA_MODULES, ["dense", "query_key_value"]])
 def test_an_adapter_adds_the_product_of_its_matrices(modules, rslora, scaling):
     """To the weights, as numpy has it in float64: beside them, and merged into them."""
     model, plain = random_glm(), random_glm()
@@ -56,9 +55,9 @@ def test_an_adapter_adds_the_product_of_its_matrices(modules, rslora, scaling):
             changed += 1
     assert changed == 2 * len(modules)
     expected = logits(plain)
-    lora = modeling.add_lora(model, config, weights)
-    np.testing.assert_allclose(logits(lora), expected, atol=2e-4)
-    merged = modeling.merge_lora(lora)
+    adapted = lora.add_lora(model, config, weights)
+    np.testing.assert_allclose(logits(adapted), expected, atol=2e-4)
+    merged = lora.merge_lora(adapted)
     np.testing.assert_allclose(logits(merged), expected, atol=2e-4)
     assert set(merged.state_dict()) == set(plain.state_dict())
 
@@ -66,33 +65,33 @@ def test_an_adapter_adds_the_product_of_its_matrices(modules, rslora, scaling):
 def test_a_new_adapter_changes_nothing_and_is_kaimings():
     model = random_glm()
     expected = logits(random_glm())
-    weights = modeling.new_adapter(model.config, lora_config(), 5)
+    weights = lora.new_adapter(model.config, lora_config(), 5)
     assert len(weights) == 2 * 4 * 2
     for name, weight in weights.items():
         if name.endswith("lora_A"):
             bound = weight.shape[0] ** -0.5
             assert abs(weight).max() <= bound and weight.std() == pytest.approx(bound / 3**0.5, rel=0.25)
-    np.testing.assert_array_equal(logits(modeling.add_lora(model, lora_config(), weights)), expected)
+    np.testing.assert_array_equal(logits(lora.add_lora(model, lora_config(), weights)), expected)
 
 
 @pytest.mark.parametrize("recompute", [False, True])
 def test_a_step_moves_every_adapter_weight_and_no_other(tmp_path, recompute):
     model = random_glm()
-    lora = modeling.add_lora(model, lora_config(), random_adapter(model, lora_config()))
+    adapted = lora.add_lora(model, lora_config(), random_adapter(model, lora_config()))
     features, _ = make_batch()
     dataset = [{**feature, "index": index} for index, feature in enumerate(features)]
     trainer = make_trainer(
-        tmp_path, lora, recompute=recompute, max_steps=1, learning_rate=1e-2, per_device_train_batch_size=3,
+        tmp_path, adapted, recompute=recompute, max_steps=1, learning_rate=1e-2, per_device_train_batch_size=3,
         weight_decay=0.1, save_strategy="no",
     )  # fmt: skip
     trainer.train_dataset, trainer.data_collator = dataset, DataCollator(0)
     inputs, layers = [], model.glm.transformer.layers
     layers[0].register_forward_pre_hook(lambda layer, given: inputs.append(given[0].stop_gradient))
-    before = {name: weight.numpy().copy() for name, weight in lora.named_parameters()}
+    before = {name: weight.numpy().copy() for name, weight in adapted.named_parameters()}
     trainer.train()
-    moved = {name for name, weight in lora.named_parameters() if (weight.numpy() != before[name]).any()}
+    moved = {name for name, weight in adapted.named_parameters() if (weight.numpy() != before[name]).any()}
     assert moved == {name for name in before if "lora_" in name} and len(moved) == 16
-    for name, weight in lora.named_parameters():
+    for name, weight in adapted.named_parameters():
         if name in moved:
             assert (weight.numpy() != before[name]).mean() > 0.9, name
     # A moment for nothing else, and the first layer recomputed as the others.
@@ -229,10 +228,10 @@ def test_parameters_are_counted(config):
     model = random_glm(num_layers=3)
     whole = trained = None
     if config:
-        model = modeling.add_lora(model, config, modeling.new_adapter(model.config, config, 0))
+        model = lora.add_lora(model, config, lora.new_adapter(model.config, config, 0))
         trained = sum(weight.size for weight in model.parameters() if not weight.stop_gradient)
     whole = sum(weight.size for weight in model.parameters())
-    assert modeling.count_parameters(model.config, 1, config) == (whole, trained or whole)
+    assert memory.count_parameters(model.config, 1, config) == (whole, trained or whole)
 
 
 def test_memory_of_several_processes_by_hand():
@@ -240,13 +239,13 @@ def test_memory_of_several_processes_by_hand():
     config = GLMConfig(num_layers=48, hidden_size=4096, num_attention_heads=64, vocab_size=50048)
     linears = 48 * (4096 * (3 + 1 + 4 + 4) * 4096 + (3 + 4) * 4096) + 50048 * 4096
     whole = 48 * (2 + 4) * 4096 + 2 * (config.max_sequence_length + 1) * 4096 + 2 * 4096
-    assert modeling.count_parameters(config, 8) == (linears // 8 + whole,) * 2
-    needs = modeling.training_memory(config, 2, 608, 160, "O2", recompute=True, degree=8)
+    assert memory.count_parameters(config, 8) == (linears // 8 + whole,) * 2
+    needs = memory.training_memory(config, 2, 608, 160, "O2", recompute=True, degree=8)
     count = linears // 8 + whole
     assert needs["weights"] == 2 * count and needs["optimizer"] == 12 * count  # two moments, master weights
     assert needs["gradients"] == 8 * count  # in float32, and once more while they are clipped
     assert needs["total"] == sum(size for name, size in needs.items() if name != "total")
-    adapter = modeling.training_memory(config, 2, 608, 160, "O2", recompute=True, degree=8, lora_config=lora_config())
+    adapter = memory.training_memory(config, 2, 608, 160, "O2", recompute=True, degree=8, lora_config=lora_config())
     assert adapter["optimizer"] < needs["optimizer"] / 100 and adapter["total"] < 0.25 * needs["total"]
 
 
@@ -266,24 +265,24 @@ def test_estimates_are_close_to_peaks(tmp_path, setting):
 
 def test_a_run_says_what_it_needs(tmp_path, monkeypatch, capfd):
     """More than there is: a warning that names what would help, the most first, and no error."""
-    args = finetune_generation.GLMTrainingArguments(output_dir=str(tmp_path), do_train=True, device="cpu")
+    args = arguments.GLMTrainingArguments(output_dir=str(tmp_path), do_train=True, device="cpu")
     config = GLMConfig(num_layers=48, hidden_size=4096, num_attention_heads=64, vocab_size=50048)
     dataset = [{"source_length": 600, "labels": [1] * 25}, {"source_length": 20, "labels": [1] * 30}]
-    generation = finetune_generation.GenerationArguments()
+    generation = arguments.GenerationArguments()
     logged = []
     for level in ("train", "warning"):
-        monkeypatch.setattr(finetune_generation.logger, level, logged.append)
+        monkeypatch.setattr(memory.logger, level, logged.append)
     for free, warned in ((1e9, True), (1e12, False)):
         logged.clear()
-        monkeypatch.setattr(finetune_generation, "free_memory", lambda free=free: free)
-        needs = finetune_generation.estimate_memory(args, config, None, generation, dataset, dataset)
-        expected = modeling.training_memory(config, args.per_device_train_batch_size, 600, 30)
+        monkeypatch.setattr(memory, "free_memory", lambda free=free: free)
+        needs = memory.estimate_memory(args, config, None, generation, dataset, dataset)
+        expected = memory.training_memory(config, args.per_device_train_batch_size, 600, 30)
         assert needs["train"] == expected["total"] and needs["eval"] > expected["optimizer"]
         assert f"{expected['total'] / 1e9:.2f} GB to train" in logged[0] and f"{free / 1e9:.2f} GB free" in logged[0]
         assert len(logged) == 1 + warned
     logged.clear()
-    monkeypatch.setattr(finetune_generation, "free_memory", lambda: 1e9)
-    finetune_generation.estimate_memory(args, config, None, generation, dataset, [])
+    monkeypatch.setattr(memory, "free_memory", lambda: 1e9)
+    memory.estimate_memory(args, config, None, generation, dataset, [])
     saved = [float(text.split()[0]) for text in logged[1].split("(")[1:]]
     assert saved == sorted(saved, reverse=True)
     for flag in ("--lora True", "--recompute", "--tensor_parallel_degree 2", "--per_device_train_batch_size 1"):

@@ -8,8 +8,8 @@ import pytest
 from conftest import FakeTokenizer, generation_arguments, log_softmax, random_glm
 
 from data import DataCollator, build_features
-from finetune_generation import GLMTrainingArguments
-from modeling import LabelSmoothedLoss
+from glm.arguments import GLMTrainingArguments
+from glm.modeling import LabelSmoothedLoss
 from utils import GLMTrainer
 
 

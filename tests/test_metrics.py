@@ -2,7 +2,7 @@ import math
 
 import pytest
 
-from utils import compute_metrics
+from glm.metrics import compute_metrics
 
 
 def test_by_hand():

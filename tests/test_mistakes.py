@@ -17,9 +17,11 @@ from paddlenlp.transformers import GLMConfig
 from paddlenlp.utils.log import logger
 
 import finetune_generation
-from data import DataArguments, DataCollator, InputError, build_dataset, parse_lines
-from finetune_generation import GenerationArguments
-from utils import CHECKPOINT_DONE
+from data import DataCollator, build_dataset, parse_lines
+from glm import arguments, checkpoints
+from glm.arguments import DataArguments, GenerationArguments
+from glm.checkpoints import CHECKPOINT_DONE
+from glm.errors import InputError
 
 RECORD = {"context": "明霜峰高1205米。", "answer": "1205米", "question": "明霜峰有多高？"}
 
@@ -242,7 +244,7 @@ def test_the_edges_of_what_fits_a_model():
     def check(heads=4, vocab_size=100, positions=168, src_length=160, tgt_length=8, num_beams=100, degree=2):
         config = GLMConfig(num_attention_heads=heads, vocab_size=vocab_size, max_sequence_length=positions)
         generation = GenerationArguments(tgt_length=tgt_length, min_tgt_length=0, num_beams=num_beams)
-        finetune_generation.check_config(config, "it", DataArguments(src_length=src_length), generation, degree)
+        arguments.check_config(config, "it", DataArguments(src_length=src_length), generation, degree)
 
     check()
     for changes, message in (
@@ -262,12 +264,12 @@ def test_who_may_write_into_a_folder(tmp_path):
         output_dir=str(tmp_path), do_train=False, overwrite_output_dir=False, world_size=1, local_rank=-1,
         per_device_train_batch_size=2, gradient_accumulation_steps=1, dataset_world_size=1,
     )  # fmt: skip
-    finetune_generation.check_output_dir(args, None)
+    checkpoints.check_output_dir(args, None)
     args.do_train = True
     with pytest.raises(InputError, match="nothing of a run"):
-        finetune_generation.check_output_dir(args, None)
+        checkpoints.check_output_dir(args, None)
     args.overwrite_output_dir, args.resume_from_checkpoint, args.tensor_parallel_degree = True, None, 1
-    finetune_generation.check_output_dir(args, None)
+    checkpoints.check_output_dir(args, None)
     checkpoint = tmp_path / "checkpoint-2"
     checkpoint.mkdir()
     for name in (
@@ -278,16 +280,16 @@ def test_who_may_write_into_a_folder(tmp_path):
         CHECKPOINT_DONE,
     ):
         (checkpoint / name).touch()
-    assert finetune_generation.find_last_checkpoint(args, lora=False) is None
+    assert checkpoints.find_last_checkpoint(args, lora=False) is None
     args.overwrite_output_dir = False
-    assert finetune_generation.find_last_checkpoint(args, lora=False) == str(checkpoint)
+    assert checkpoints.find_last_checkpoint(args, lora=False) == str(checkpoint)
 
 
 def test_a_link_to_nowhere_is_nothing_of_a_run(tmp_path):
     (tmp_path / "link").symlink_to(tmp_path / "nowhere")
     args = SimpleNamespace(output_dir=str(tmp_path), do_train=True, overwrite_output_dir=False)
     with pytest.raises(InputError, match="holds link and nothing of a run"):
-        finetune_generation.check_output_dir(args, None)
+        checkpoints.check_output_dir(args, None)
 
 
 def test_a_run_may_log_into_its_own_folder(folder):
@@ -300,7 +302,7 @@ def test_a_run_may_log_into_its_own_folder(folder):
 
 
 def test_one_card_for_several_processes(folder, monkeypatch, capsys):
-    monkeypatch.setattr(finetune_generation, "use_device", lambda name: name)
+    monkeypatch.setattr(arguments, "use_device", lambda name: name)
     monkeypatch.setattr(finetune_generation.paddle.distributed, "get_world_size", lambda: 2)
     code, lines = main(monkeypatch, capsys, "--output_dir", folder / "out", "--do_train", "--device", "gpu:1")
     assert code == 2 and "--device gpu:1 puts all 2 processes on one card: leave it out" in lines[-1]

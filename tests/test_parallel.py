@@ -17,7 +17,7 @@ from paddlenlp.transformers import GLMConfig, GLMForConditionalGeneration
 from test_cli import read_jsonl, small_data
 from test_loss import reference_loss
 
-from utils import CHECKPOINT_DONE
+from glm.checkpoints import CHECKPOINT_DONE
 
 COMMON = ["--src_length", 160, "--tgt_length", 20, "--min_tgt_length", 2, "--num_beams", 3, "--learning_rate", 1e-3,
           "--label_smoothing", 0.1, "--recompute", "--per_device_eval_batch_size", 3, "--do_train", "--do_eval",
@@ -236,7 +236,7 @@ def test_split_loss_and_gradients_against_float64(tmp_path):
     hook = tmp_path / "hook.py"
     hook.write_text(f"""
 import numpy as np
-from modeling import LabelSmoothedLoss
+from glm.modeling import LabelSmoothedLoss
 dist.init_parallel_env()
 group, rank = dist.new_group([0, 1]), dist.get_rank()
 data = np.load({str(tmp_path / "in.npz")!r})

@@ -9,14 +9,14 @@ import pytest
 from conftest import random_glm
 from test_loss import make_batch, make_trainer
 
-import finetune_generation
-import modeling
-from finetune_generation import GLMTrainingArguments
-from utils import MOST_SKIPPED, CheckFinite, Fault, Gradients
+from glm import arguments, weights
+from glm.arguments import GLMTrainingArguments
+from glm.callbacks import MOST_SKIPPED, CheckFinite, Gradients
+from glm.errors import Fault
 
 
-def arguments(monkeypatch, tmp_path, supported=True, **changes):
-    monkeypatch.setattr(finetune_generation, "supports_dtype", lambda name: supported)
+def make_arguments(monkeypatch, tmp_path, supported=True, **changes):
+    monkeypatch.setattr(arguments, "supports_dtype", lambda name: supported)
     return GLMTrainingArguments(output_dir=str(tmp_path), **changes)
 
 
@@ -34,18 +34,18 @@ def arguments(monkeypatch, tmp_path, supported=True, **changes):
     ],
 )
 def test_the_type_the_weights_are_loaded_in(monkeypatch, tmp_path, changes, dtype):
-    assert arguments(monkeypatch, tmp_path, **changes).weights_dtype() == dtype
+    assert make_arguments(monkeypatch, tmp_path, **changes).weights_dtype() == dtype
     # The same on a device that does not compute in it.
-    args = arguments(monkeypatch, tmp_path, supported=False, **changes)
+    args = make_arguments(monkeypatch, tmp_path, supported=False, **changes)
     assert args.weights_dtype() == "float32" and not args.fp16 and not args.bf16 and not args.amp_master_grad
 
 
 def test_master_gradients_are_what_o2_does(monkeypatch, tmp_path):
     o2 = {"fp16": True, "fp16_opt_level": "O2"}
-    assert arguments(monkeypatch, tmp_path, **o2).amp_master_grad is True
-    assert arguments(monkeypatch, tmp_path, **o2, amp_master_grad=False).amp_master_grad is False
-    assert arguments(monkeypatch, tmp_path, fp16=True).amp_master_grad is False
-    assert arguments(monkeypatch, tmp_path, fp16_opt_level="O2").amp_master_grad is False
+    assert make_arguments(monkeypatch, tmp_path, **o2).amp_master_grad is True
+    assert make_arguments(monkeypatch, tmp_path, **o2, amp_master_grad=False).amp_master_grad is False
+    assert make_arguments(monkeypatch, tmp_path, fp16=True).amp_master_grad is False
+    assert make_arguments(monkeypatch, tmp_path, fp16_opt_level="O2").amp_master_grad is False
 
 
 def test_master_gradients_are_float32(tmp_path):
@@ -194,10 +194,10 @@ SAVED = {
 @pytest.mark.parametrize("wanted", SAVED)
 def test_weights_of_every_type_in_every_other(saved, wanted):
     model = Model(wanted)
-    weights = modeling.cast_weights({**SAVED[saved], "other": np.zeros(1)}, model)
-    assert set(weights) == {*EXACT, "other"}
+    result = weights.cast_weights({**SAVED[saved], "other": np.zeros(1)}, model)
+    assert set(result) == {*EXACT, "other"}
     for name, exact in EXACT.items():
-        value = weights[name]
+        value = result[name]
         if isinstance(value, np.ndarray):  # as it was: set_state_dict takes it
             assert saved == wanted and value is SAVED[saved][name]
             continue
@@ -229,7 +229,7 @@ def test_optimizer_states_with_and_without_master_weights(had, wanted, dtype):
     model = Model(dtype if wanted else "float32")
     read = []
     names = {"linear_0.w_0": "dense.weight", "linear_0.b_0": "dense.bias"}
-    state = modeling.convert_optimizer_state(
+    state = weights.convert_optimizer_state(
         [moments(had)], names, model, lambda name, parts: parts[0], wanted, lambda: read.append(1) or EXACT, set(names)
     )
     expected = moments(wanted)

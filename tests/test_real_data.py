@@ -13,7 +13,7 @@ from conftest import ROOT
 from paddlenlp.datasets import dureader_qg
 
 from data import build_dataset, decode_target, encode_text, read_records
-from utils import compute_metrics
+from glm.metrics import compute_metrics
 
 DEV = ROOT.parent / "shared/data/DuReaderQG/dev.json"
 pytestmark = pytest.mark.skipif(not DEV.is_file(), reason="the published DuReaderQG dev file is not here")

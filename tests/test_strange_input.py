@@ -16,8 +16,7 @@ from conftest import ROOT, TINY_GLM
 from hypothesis import HealthCheck, Phase, assume, example, given, settings
 from hypothesis import strategies as st
 
-from data import DataArguments
-from finetune_generation import GenerationArguments, GLMTrainingArguments, LoRAArguments, ModelArguments
+from glm.arguments import DataArguments, GenerationArguments, GLMTrainingArguments, LoRAArguments, ModelArguments
 
 CASES = int(os.environ.get("STRANGE_CASES", 100))
 RECORD = {"context": "北京大学在北京。", "answer": "北京", "question": "北京大学在哪里?"}

@@ -76,7 +76,7 @@ def save_model(folder, layers, width):
 def load_model(folder):
     from paddlenlp.transformers import AutoModelForConditionalGeneration
 
-    from modeling import use_the_whole_cpu
+    from glm.device import use_the_whole_cpu
 
     use_the_whole_cpu()
     return AutoModelForConditionalGeneration.from_pretrained(folder)

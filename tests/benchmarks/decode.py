@@ -5,7 +5,7 @@ python tests/benchmarks/decode.py --growth                     how a step's time
 
 PaddleNLP's recipe pads every source to 608 tokens; ours pads to the batch's longest. Step times are taken at 608 on
 both sides, the mean of all steps; PaddleNLP's, which grow with every token, of the first --peer_tokens alone. Both have
-the CPU set up as in modeling.use_the_whole_cpu.
+the CPU set up as in device.use_the_whole_cpu.
 """
 
 import json
@@ -29,8 +29,8 @@ from common import (
 )
 
 from data import build_attention_mask
-from finetune_generation import GenerationArguments
-from generation import Beams, beam_search, decode_one_token, next_token_candidates, prefill
+from glm.arguments import GenerationArguments
+from glm.generation import Beams, beam_search, decode_one_token, next_token_candidates, prefill
 
 START, END = SpecialTokens.sop_token_id, SpecialTokens.eop_token_id
 

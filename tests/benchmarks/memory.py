@@ -3,7 +3,7 @@
 python tests/benchmarks/memory.py              GB a card of GLM-Large and GLM-10B, and which cards that fits
 python tests/benchmarks/memory.py --check      estimates beside peaks, and full training beside LoRA, side by side
 
-The table is what modeling.training_memory and modeling.evaluation_memory give for batch 2, source 608, target 160,
+The table is what memory.training_memory and memory.evaluation_memory give for batch 2, source 608, target 160,
 recompute, fp16 O2 and 5 beams, without what the device's libraries take for themselves. A card is said to fit where its
 GiB hold 1 GB more than that. The check runs each setting in a process of its own, in float32 and on this machine.
 """
@@ -17,10 +17,10 @@ from common import SRC_LENGTH, TGT_LENGTH, SpecialTokens, children, load_model, 
 from paddlenlp.peft import LoRAConfig
 from paddlenlp.transformers import GLMConfig
 
-import modeling
 from data import DataCollator, build_features
-from finetune_generation import GenerationArguments, GLMTrainingArguments
-from generation import beam_search
+from glm import device, lora, memory
+from glm.arguments import GenerationArguments, GLMTrainingArguments
+from glm.generation import beam_search
 from utils import GLMTrainer
 
 CARDS = (16, 24, 40, 80)  # GiB
@@ -30,7 +30,7 @@ MODELS = {
 }
 
 
-def lora(rank=8, modules=modeling.LORA_MODULES, **kwargs):
+def config_of_lora(rank=8, modules=lora.LORA_MODULES, **kwargs):
     return LoRAConfig(r=rank, lora_alpha=2 * rank, target_modules=[rf".*\.{module}" for module in modules], **kwargs)
 
 
@@ -43,27 +43,27 @@ def cards(size):
 
 
 def table():
-    modeling.on_cpu = lambda: False  # of a card, whatever this machine has
+    device.on_cpu = lambda: False  # of a card, whatever this machine has
     rows = []
     lengths = {"batch_size": 2, "source_length": SRC_LENGTH, "target_length": TGT_LENGTH}
     for name in MODELS:
-        for kind, lora_config in (("full", None), ("LoRA", lora())):
+        for kind, lora_config in (("full", None), ("LoRA", config_of_lora())):
             common = {**lengths, "lora_config": lora_config}
             cells = {"train": [], "evaluate": []}
             for degree in (1, 2, 4, 8):
                 config = config_of(name)
-                train = modeling.training_memory(config, precision="O2", recompute=True, degree=degree, **common)
-                test = modeling.evaluation_memory(config, num_beams=5, dtype="float16", degree=degree, **common)
+                train = memory.training_memory(config, precision="O2", recompute=True, degree=degree, **common)
+                test = memory.evaluation_memory(config, num_beams=5, dtype="float16", degree=degree, **common)
                 for purpose, needs in zip(cells, (train, test)):
                     cells[purpose].append(f"{needs['total'] / 1e9:.1f} ({cards(needs['total'])})")
             rows += [[name, kind, purpose, *cells[purpose]] for purpose in cells]
     print_table(["GB a card (which fits)", "weights", "to", *(f"tensor parallel {n}" for n in (1, 2, 4, 8))], rows)
     print()
     peer = {"batch_size": 16, "source_length": 512, "target_length": 25, "precision": "O2", "recompute": True}
-    peer["lora_config"] = lora(4, ["query_key_value"])
+    peer["lora_config"] = config_of_lora(4, ["query_key_value"])
     rows = [["PaddleNLP's figure for 2 cards", f"{23913 * 2**20 / 1e9:.1f}"]]
     for degree in (1, 2):
-        size = modeling.training_memory(config_of("GLM-10B"), degree=degree, **peer)["total"]
+        size = memory.training_memory(config_of("GLM-10B"), degree=degree, **peer)["total"]
         rows.append([f"ours, tensor parallel {degree}", f"{size / 1e9:.1f}"])
     print_table(["GLM-10B, LoRA, fp16, recompute, batch 16, source 512, target 25", "GB a card"], rows)
 
@@ -72,10 +72,10 @@ def check(args):
     """One setting: its estimate, its peak in bytes, and how fast it trains."""
     kind, *flags = args.setting.split()
     model = load_model(args.model)
-    lora_config = lora(dtype="float32") if "lora" in flags else None
+    lora_config = config_of_lora(dtype="float32") if "lora" in flags else None
     if lora_config:
-        weights = modeling.new_adapter(model.config, lora_config, 0)
-        model = modeling.add_lora(model, lora_config, weights)
+        weights = lora.new_adapter(model.config, lora_config, 0)
+        model = lora.add_lora(model, lora_config, weights)
     rng, dataset = np.random.default_rng(0), []
     for index in range(3 * args.batch_size):  # as long as they may be
         source = rng.integers(10, 50000, args.source - 3).tolist()
@@ -96,10 +96,10 @@ def check(args):
         )  # fmt: skip
         lengths = {"batch_size": args.batch_size, "source_length": args.source, "target_length": args.target}
         common = {**lengths, "lora_config": lora_config}
-        modeling.memory_peak(reset=True)  # after loading, where Paddle can
+        memory.memory_peak(reset=True)  # after loading, where Paddle can
         if kind == "train":
             trainer.train()
-            needs = modeling.training_memory(model.config, recompute="recompute" in flags, **common)
+            needs = memory.training_memory(model.config, recompute="recompute" in flags, **common)
             step, before = (
                 [row["interval_runtime"] for row in trainer.state.log_history if "interval_runtime" in row],
                 1,
@@ -114,10 +114,10 @@ def check(args):
             beam_search(model, source, batch["source_length"], generation, vocab_size - 2, vocab_size - 1)
             with paddle.no_grad():
                 trainer.target_losses(model, {key: paddle.to_tensor(value) for key, value in batch.items()})
-            needs = modeling.evaluation_memory(model.config, num_beams=generation.num_beams, **common)
+            needs = memory.evaluation_memory(model.config, num_beams=generation.num_beams, **common)
             speed = None
-    count, trained = modeling.count_parameters(model.config, lora_config=lora_config)
-    return {"estimate": needs["total"], "peak": modeling.memory_peak(), "speed": speed, "share": trained / count}
+    count, trained = memory.count_parameters(model.config, lora_config=lora_config)
+    return {"estimate": needs["total"], "peak": memory.memory_peak(), "speed": speed, "share": trained / count}
 
 
 def main():

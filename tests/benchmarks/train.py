@@ -5,7 +5,7 @@ python tests/benchmarks/train.py [--layers 24]
 PaddleNLP's recipe pads every record to 608 + 160 tokens, computes logits at every position and takes its own loss; here
 without label smoothing, whose log_softmax on a CPU would flatter us. Ours groups records by length, pads to the batch's
 longest, and computes logits at target positions alone, with label smoothing. Both run AdamW without recompute, and have
-the CPU set up as in modeling.use_the_whole_cpu.
+the CPU set up as in device.use_the_whole_cpu.
 """
 
 import json
@@ -29,7 +29,7 @@ from common import (
 )
 
 from data import DataCollator, GroupedBatchSampler, build_attention_mask
-from finetune_generation import GenerationArguments, GLMTrainingArguments
+from glm.arguments import GenerationArguments, GLMTrainingArguments
 from utils import GLMTrainer
 
 

@@ -1,6 +1,5 @@
-"""What modeling.py says of a device, against a machine that is made up: no test has a GPU."""
+"""What glm/device.py says of a device, against a machine that is made up: no test has a GPU."""
 
-import ast
 import ctypes
 import os
 import subprocess
@@ -10,8 +9,8 @@ import paddle
 import pytest
 from conftest import ROOT
 
-import modeling
-from data import InputError
+from glm import device
+from glm.errors import InputError
 
 
 @pytest.fixture
@@ -49,34 +48,34 @@ def test_a_card_that_paddle_has_no_code_for(monkeypatch, archs, capability, outc
     if archs is not None:
         monkeypatch.setattr(paddle.version, "cuda_archs", lambda: archs, raising=False)
     monkeypatch.setattr(paddle.device.cuda, "get_device_capability", lambda card: capability)
-    monkeypatch.setattr(modeling.logger, "warning", warnings.append)
+    monkeypatch.setattr(device.logger, "warning", warnings.append)
     if outcome in (None, "warning"):
-        modeling.check_card(0)
+        device.check_card(0)
         assert len(warnings) == (outcome == "warning")
         return
     with pytest.raises(InputError) as error:
-        modeling.check_card(0)
+        device.check_card(0)
     number = ".".join(map(str, capability))
     assert f"has no code for a card of compute capability {number}: install {outcome}" in str(error.value)
 
 
 @pytest.mark.parametrize("name, used", [("", "gpu"), ("gpu", "gpu"), ("gpu:1", "gpu:1"), ("cpu", "cpu")])
 def test_the_device_that_is_used(cards, name, used):
-    assert modeling.use_device(name) == used
+    assert device.use_device(name) == used
     assert cards == [used, {"FLAGS_embedding_deterministic": 1}]
 
 
 @pytest.mark.parametrize("name", ["gpu:2", "gpu:-1", "gpu:x", "gpu:"])
 def test_a_card_that_is_not_there(cards, name):
     with pytest.raises(InputError, match=f"--device is {name}: the 2 cards here are gpu:0 to gpu:1"):
-        modeling.use_device(name)
+        device.use_device(name)
     assert cards == []
 
 
 def test_no_card(monkeypatch):
     monkeypatch.setattr(paddle.device.cuda, "device_count", lambda: 0)
-    assert [modeling.use_device(name) for name in ("", "gpu", "gpu:1", "cpu")] == ["cpu"] * 4
-    assert modeling.on_cpu() and not modeling.supports_dtype("float16") and not modeling.supports_dtype("bfloat16")
+    assert [device.use_device(name) for name in ("", "gpu", "gpu:1", "cpu")] == ["cpu"] * 4
+    assert device.on_cpu() and not device.supports_dtype("float16") and not device.supports_dtype("bfloat16")
 
 
 @pytest.mark.parametrize(
@@ -87,8 +86,8 @@ def test_no_card(monkeypatch):
 def test_types_by_compute_capability(monkeypatch, capability, float16, bfloat16):
     monkeypatch.setattr(paddle, "get_device", lambda: "gpu:0")
     monkeypatch.setattr(paddle.device.cuda, "get_device_capability", lambda *device: capability)
-    assert not modeling.on_cpu()
-    assert (modeling.supports_dtype("float16"), modeling.supports_dtype("bfloat16")) == (float16, bfloat16)
+    assert not device.on_cpu()
+    assert (device.supports_dtype("float16"), device.supports_dtype("bfloat16")) == (float16, bfloat16)
 
 
 @pytest.mark.parametrize("cpu", [True, False])
@@ -103,9 +102,9 @@ def test_the_allocator_is_left_alone_beside_a_gpu(monkeypatch, cpu):
             calls.append((parameter, value))
 
     monkeypatch.setattr(ctypes, "CDLL", Library)
-    monkeypatch.setattr(modeling, "on_cpu", lambda: cpu)
+    monkeypatch.setattr(device, "on_cpu", lambda: cpu)
     monkeypatch.setattr(paddle.base.core, "set_num_threads", lambda count: None)
-    modeling.use_the_whole_cpu()
+    device.use_the_whole_cpu()
     assert calls == ([(-4, 0), (-1, -1)] if cpu else [])
 
 
@@ -114,9 +113,9 @@ def test_the_allocator_is_left_alone_beside_a_gpu(monkeypatch, cpu):
 def test_threads(given, processes, threads):
     """The cores, shared by the processes of a launch; importing paddle has set OMP_NUM_THREADS by then."""
     code = (
-        "import os, paddle, modeling\nassert os.environ['OMP_NUM_THREADS'] == '1'\n"
+        "import os, paddle\nfrom glm import device\nassert os.environ['OMP_NUM_THREADS'] == '1'\n"
         "os.sched_getaffinity = lambda process: range(6)\n"
-        "paddle.base.core.set_num_threads = lambda count: print('threads', count)\nmodeling.use_the_whole_cpu()"
+        "paddle.base.core.set_num_threads = lambda count: print('threads', count)\ndevice.use_the_whole_cpu()"
     )
     env = {name: value for name, value in os.environ.items() if name != "OMP_NUM_THREADS"}
     env.update(given, PADDLE_LOCAL_SIZE=str(processes))
@@ -138,17 +137,13 @@ def test_nothing_happens_at_import():
         "before = state()\nfor name in sys.argv[1:]: __import__(name)\n"
         "assert state() == before and not calls, (before, state(), calls)\n"
     )
-    names = ["finetune_generation", "utils", "generation", "modeling", "data"]
+    names = [
+        "finetune_generation",
+        "utils",
+        "data",
+        *(f"glm.{path.stem}" for path in sorted(ROOT.glob("glm/[a-z]*.py"))),
+    ]
     for order in (names, names[::-1]):
         subprocess.run(
             [sys.executable, "-c", code, *order], cwd=ROOT, check=True, env={**os.environ, "PYTHONPATH": "."}
         )
-
-
-def test_imports_run_downwards():
-    rooms = ["data", "modeling", "generation", "utils", "finetune_generation"]
-    for number, room in enumerate(rooms):
-        tree = ast.parse((ROOT / f"{room}.py").read_text(encoding="utf-8"))
-        imported = {node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)}
-        imported |= {alias.name for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names}
-        assert not imported & set(rooms[number:]), room

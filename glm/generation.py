@@ -7,7 +7,8 @@ import paddle
 import paddle.distributed as dist
 import paddle.nn.functional as F
 
-from modeling import MASKED, additive_mask, attend, forward, laid_out_by_head, log_sum_exp, on_cpu, split_heads
+from glm.device import on_cpu
+from glm.modeling import MASKED, additive_mask, attend, forward, laid_out_by_head, log_sum_exp, split_heads
 
 GROWTH = 16  # tokens by which the room in a cache grows: what is not written yet is attended over too, under the mask
 
