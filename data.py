@@ -33,11 +33,15 @@ def read_records(task_name, split, require_question=True):
     if task_name == "dureader_qg" and not os.path.isdir(task_name):
         rows = _load_dureader_qg(split)
         name = f"the {split} split of dureader_qg"
-        records = [_parse_record(row, f"{name}, record {i}", i, require_question) for i, row in enumerate(rows)]
+        records = [
+            _parse_record(row, f"{name}, record {i}", i, require_question) for i, row in enumerate(rows)
+        ]
     else:
         name = os.path.join(task_name, f"{split}.json") if os.path.isdir(task_name) else task_name
         if name == task_name and split != "test":
-            raise InputError(f"--task_name {task_name} is neither dureader_qg nor a folder: give one of the two")
+            raise InputError(
+                f"--task_name {task_name} is neither dureader_qg nor a folder: give one of the two"
+            )
         try:
             with open(name, "rb") as file:
                 records = list(parse_lines(file, name, require_question))
@@ -55,7 +59,9 @@ def _load_dureader_qg(split):
         raise InputError(f"dureader_qg has no {split} split: give --task_name a folder with {split}.json")
     try:
         return load_dataset("dureader_qg", splits=split)
-    except Exception as error:  # requests, urllib3 and paddlenlp each raise their own when the host can't be reached
+    except (
+        Exception
+    ) as error:  # requests, urllib3 and paddlenlp each raise their own when the host can't be reached
         raise InputError(
             f"dureader_qg could not be downloaded ({type(error).__name__}): check the connection, "
             "or give --task_name a folder with train.json and dev.json"
@@ -83,7 +89,9 @@ def parse_lines(lines, name, require_question):
             text = line.decode("utf-8-sig" if number == 1 else "utf-8").strip()
             row = json.loads(text) if text else None
         except UnicodeDecodeError as error:
-            raise InputError(f"{where}: byte {error.start + 1} is not UTF-8: save the file as UTF-8") from error
+            raise InputError(
+                f"{where}: byte {error.start + 1} is not UTF-8: save the file as UTF-8"
+            ) from error
         except (ValueError, RecursionError) as error:
             raise InputError(f"{where}: not JSON ({error}): each line must be one JSON object") from error
         if text:
@@ -97,13 +105,17 @@ def _parse_record(row, where, number, require_question):
         raise InputError(f"{where}: a {type(row).__name__}: each line must be one JSON object")
     record = {"id": row.get("id", number), "where": where}
     if not isinstance(record["id"], (str, int)):
-        raise InputError(f"{where}: 'id' is a {type(record['id']).__name__}: it must be a string or a whole number")
+        raise InputError(
+            f"{where}: 'id' is a {type(record['id']).__name__}: it must be a string or a whole number"
+        )
     for name, other_name in (("context", "source"), ("answer", "title"), ("question", "target")):
         value = row.get(name, row.get(other_name))
         if name == "question" and not require_question and value in (None, ""):
             value = None
         elif value is None:
-            raise InputError(f"{where}: the field '{name}' is missing: a record needs context, answer and question")
+            raise InputError(
+                f"{where}: the field '{name}' is missing: a record needs context, answer and question"
+            )
         elif not isinstance(value, str):
             raise InputError(f"{where}: the field '{name}' is a {type(value).__name__}: it must be a string")
         elif name == "question" and not value.strip():
@@ -132,7 +144,9 @@ def encode_source(tokenizer, record, src_length):
     """
     opening = SOURCE_OPENING.format(answer=record["answer"])
     room = src_length - 3  # [CLS], [gMASK] and <|endoftext|>
-    needed = len(encode_text(tokenizer, opening)) if room < 2 * len(opening) + 8 else 0  # the answer is rarely long
+    needed = (
+        len(encode_text(tokenizer, opening)) if room < 2 * len(opening) + 8 else 0
+    )  # the answer is rarely long
     if needed > room:
         raise InputError(
             f"{record['where']}: prompt and answer take {needed + 3} tokens, more than --src_length {src_length}: "
@@ -154,7 +168,9 @@ def decode_target(tokenizer, token_ids):
     # A checkpoint's vocabulary is padded past the tokenizer's: such ids have no text.
     ids = [int(i) for i in token_ids if i < len(tokenizer) and int(i) not in special]
     text = tokenizer.convert_tokens_to_string(tokenizer.convert_ids_to_tokens(ids)) if ids else ""
-    opening = tokenizer.convert_tokens_to_string(tokenizer._tokenize(TARGET_OPENING))  # as the tokenizer writes it
+    opening = tokenizer.convert_tokens_to_string(
+        tokenizer._tokenize(TARGET_OPENING)
+    )  # as the tokenizer writes it
     return text[len(opening) :].strip() if text.startswith(opening) else text.strip()
 
 
@@ -172,7 +188,11 @@ def build_features(tokenizer, source_ids, labels):
     input_ids = source_ids + ([tokenizer.sop_token_id] + labels[:-1] if labels else [])
     ids = [*input_ids, *labels]
     ids = np.array(ids, dtype=np.min_scalar_type(max(ids)))  # one array, of which these are views
-    return {"input_ids": ids[: len(input_ids)], "labels": ids[len(input_ids) :], "source_length": len(source_ids)}
+    return {
+        "input_ids": ids[: len(input_ids)],
+        "labels": ids[len(input_ids) :],
+        "source_length": len(source_ids),
+    }
 
 
 def build_position_ids(source_length, length, padded_length):
@@ -186,7 +206,9 @@ def build_position_ids(source_length, length, padded_length):
     column, source_length = np.arange(padded_length), np.asarray(source_length)[:, None]
     gmask_position = source_length - 2  # the last but one of encode_source
     target = column >= source_length
-    position_ids = np.stack([np.where(target, gmask_position, column), (column - source_length + 1) * target], axis=1)
+    position_ids = np.stack(
+        [np.where(target, gmask_position, column), (column - source_length + 1) * target], axis=1
+    )
     return position_ids * (column < np.asarray(length)[:, None])[:, None]
 
 
@@ -206,7 +228,9 @@ def build_dataset(tokenizer, records, src_length, tgt_length, quiet=True):
     dataset = []
     for index, record in enumerate(tqdm(records, "features", delay=2, disable=quiet, dynamic_ncols=True)):
         source_ids = encode_source(tokenizer, record, src_length)
-        labels = [] if record["question"] is None else encode_target(tokenizer, record["question"], tgt_length)
+        labels = (
+            [] if record["question"] is None else encode_target(tokenizer, record["question"], tgt_length)
+        )
         dataset.append({**build_features(tokenizer, source_ids, labels), "index": index, "record": record})
     return dataset
 
@@ -257,7 +281,9 @@ class GroupedBatchSampler(DistributedBatchSampler):
         group_by_length (bool): put records of like length into the same global batch, and let chance order the batches.
     """
 
-    def __init__(self, dataset, batch_size, num_replicas, rank, global_batch_size, shuffle, group_by_length, seed):
+    def __init__(
+        self, dataset, batch_size, num_replicas, rank, global_batch_size, shuffle, group_by_length, seed
+    ):
         super().__init__(dataset, batch_size, num_replicas=num_replicas, rank=rank, shuffle=shuffle)
         self.global_batch_size, self.group_by_length, self.seed = global_batch_size, group_by_length, seed
         self.lengths = np.array([len(feature["input_ids"]) for feature in dataset])
@@ -266,7 +292,9 @@ class GroupedBatchSampler(DistributedBatchSampler):
     def global_batches(self):
         """Record numbers of an epoch, int64 [global batches, global_batch_size]."""
         rng = np.random.default_rng([self.seed, self.epoch])
-        order = rng.permutation(len(self.lengths)) if self.shuffle else np.argsort(-self.lengths, kind="stable")
+        order = (
+            rng.permutation(len(self.lengths)) if self.shuffle else np.argsort(-self.lengths, kind="stable")
+        )
         count = -(-len(order) // self.global_batch_size)
         order = np.resize(order, count * self.global_batch_size)  # repeats from the beginning
         if not (self.shuffle and self.group_by_length):

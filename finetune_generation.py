@@ -65,11 +65,15 @@ def predict_lines(model, tokenizer, src_length, generation, batch_size, output):
     collate = DataCollator(tokenizer.pad_token_id)
     # A file of its own: a thread that waits in sys.stdin would hinder the interpreter's end.
     standard_input = os.fdopen(os.dup(0), "rb")
-    for records in read_in_batches(parse_lines(standard_input, "standard input", require_question=False), batch_size):
+    for records in read_in_batches(
+        parse_lines(standard_input, "standard input", require_question=False), batch_size
+    ):
         features, mistake = [], None
         for index, record in enumerate(records):
             try:
-                features += build_dataset(tokenizer, [{**record, "question": None}], src_length, generation.tgt_length)
+                features += build_dataset(
+                    tokenizer, [{**record, "question": None}], src_length, generation.tgt_length
+                )
             except InputError as error:  # after those before it are answered
                 mistake, records = error, records[:index]
                 break
@@ -109,7 +113,12 @@ def show_results(results, rows, args, lora_args):
     for line in lines:
         logger.eval(line)
     wanted = {"eval": args.do_eval, "test": args.do_predict}
-    files = [f"{split}_{kind}" for split in wanted if wanted[split] for kind in ("results.json", "predictions.jsonl")]
+    files = [
+        f"{split}_{kind}"
+        for split in wanted
+        if wanted[split]
+        for kind in ("results.json", "predictions.jsonl")
+    ]
     files += [LORA_WEIGHTS if lora_args.lora else "model_state.pdparams"] if args.do_train else []
     files += ["model_state.pdparams"] if lora_args.merge_lora else []
     logger.eval(f"done: in {args.output_dir} are {', '.join(files)}")
@@ -128,12 +137,16 @@ def run(model_args, lora_args, data_args, generation, args, output=None):
     # Everything that can be wrong is read and checked before the weights are.
     config = load(AutoConfig, base, "config.json", adapter)
     check_config(config, base, data_args, generation, degree)
-    tokenizer = load(GLMTokenizer, name, "tokenizer")  # AutoTokenizer of PaddleNLP 3 does not know the Chinese one
+    tokenizer = load(
+        GLMTokenizer, name, "tokenizer"
+    )  # AutoTokenizer of PaddleNLP 3 does not know the Chinese one
     check_tokenizer(tokenizer, config, name)
 
     def read(split, limit, source=data_args.task_name):
         records = read_records(source, split, require_question=split != "test")[:limit]
-        return build_dataset(tokenizer, records, data_args.src_length, generation.tgt_length, args.disable_tqdm)
+        return build_dataset(
+            tokenizer, records, data_args.src_length, generation.tgt_length, args.disable_tqdm
+        )
 
     train_dataset = read("train", data_args.max_train_samples) if args.do_train else []
     if args.do_train:
@@ -141,11 +154,17 @@ def run(model_args, lora_args, data_args, generation, args, output=None):
     dev_dataset = read("dev", data_args.max_eval_samples) if args.do_eval else []
     test_dataset = []
     if args.do_predict and output is None:
-        test_dataset = read("test", data_args.max_predict_samples, data_args.predict_file or data_args.task_name)
+        test_dataset = read(
+            "test", data_args.max_predict_samples, data_args.predict_file or data_args.task_name
+        )
     lora_config = weights = None
     if lora_args.lora:
         lora_config = make_lora_config(lora_args, adapter, base, args.weights_dtype(), degree)
-        weights = read_adapter(adapter, config, lora_config) if adapter else new_adapter(config, lora_config, args.seed)
+        weights = (
+            read_adapter(adapter, config, lora_config)
+            if adapter
+            else new_adapter(config, lora_config, args.seed)
+        )
 
     memory = estimate_memory(args, config, lora_config, generation, train_dataset, dev_dataset + test_dataset)
     model = load_model(base, adapter, lora_config, weights, args)
@@ -221,7 +240,12 @@ def main():
         if isinstance(error, Fault) or int(os.environ.get("PADDLE_RANK_IN_NODE", 0)) == 0:
             print("finetune_generation.py: error:", *str(error).split(), file=sys.stderr)
     except Exception as error:
-        if not isinstance(error, OSError) or error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS):
+        if not isinstance(error, OSError) or error.errno not in (
+            errno.ENOSPC,
+            errno.EDQUOT,
+            errno.EFBIG,
+            errno.EROFS,
+        ):
             if peers:
                 peers.explain()
             raise

@@ -59,7 +59,11 @@ class GLMTrainer(Trainer):
         master_grad, args.amp_master_grad = args.amp_master_grad, False
         save_total_limit, args.save_total_limit = args.save_total_limit, None
         super().__init__(args=args, **kwargs)
-        self.generation, self.label_smoothing, self.lr_decay_ratio = generation, label_smoothing, lr_decay_ratio
+        self.generation, self.label_smoothing, self.lr_decay_ratio = (
+            generation,
+            label_smoothing,
+            lr_decay_ratio,
+        )
         prepare_for_training(self.model)
         self.tensor_parallel_group = None
         if self.args.tensor_parallel_degree > 1:
@@ -113,10 +117,16 @@ class GLMTrainer(Trainer):
         first_step, best_at_end = 0, self.args.load_best_model_at_end
         if resume_from_checkpoint:
             with self.loading(resume_from_checkpoint):
-                state = TrainerState.load_from_json(os.path.join(resume_from_checkpoint, "trainer_state.json"))
+                state = TrainerState.load_from_json(
+                    os.path.join(resume_from_checkpoint, "trainer_state.json")
+                )
             first_step = state.global_step
             steps_an_epoch = len(self._get_train_sampler()) // self.args.gradient_accumulation_steps
-            last_step = self.args.max_steps if self.args.max_steps > 0 else steps_an_epoch * self.args.num_train_epochs
+            last_step = (
+                self.args.max_steps
+                if self.args.max_steps > 0
+                else steps_an_epoch * self.args.num_train_epochs
+            )
             if first_step >= int(last_step):
                 best = state.best_model_checkpoint if best_at_end else None
                 with self.loading(best or resume_from_checkpoint):
@@ -142,7 +152,9 @@ class GLMTrainer(Trainer):
         # The Trainer divides what it summed up since it resumed by the steps of the whole run.
         output.metrics["train_loss"] *= output.global_step / (output.global_step - first_step)
         output.metrics["train_skipped_steps"] = self.check_finite.skipped
-        output.metrics["train_tokens_per_second"] = round(self.train_tokens / output.metrics["train_runtime"], 2)
+        output.metrics["train_tokens_per_second"] = round(
+            self.train_tokens / output.metrics["train_runtime"], 2
+        )
         self.train_memory_peak = max(self.train_memory_peak, memory_peak())
         output.metrics.update(self.memory_metrics("train", self.train_memory_peak))
         return output
@@ -151,7 +163,9 @@ class GLMTrainer(Trainer):
         """The estimate for ``kind``, train or eval, and the ``peak`` in bytes or None: GB, of the largest process."""
         peak = max((peak for peak in of_all(peak) if peak is not None), default=None)
         numbers = {"estimated": self.memory.get(kind), "peak": peak}
-        return {f"{kind}_memory_{name}_gb": number and round(number / 1e9, 3) for name, number in numbers.items()}
+        return {
+            f"{kind}_memory_{name}_gb": number and round(number / 1e9, 3) for name, number in numbers.items()
+        }
 
     @contextlib.contextmanager
     def finishing(self):
@@ -265,7 +279,12 @@ class GLMTrainer(Trainer):
         disable = self.args.disable_tqdm or not self.is_world_process_zero()
         records = len(dataloader.dataset) // self.args.dataset_world_size
         with tqdm(
-            total=records, desc=metric_key_prefix, unit="record", leave=False, disable=disable, dynamic_ncols=True
+            total=records,
+            desc=metric_key_prefix,
+            unit="record",
+            leave=False,
+            disable=disable,
+            dynamic_ncols=True,
         ) as self.bar:
             output = super().evaluation_loop(
                 dataloader, description, *args, metric_key_prefix=metric_key_prefix, **kwargs
@@ -282,14 +301,20 @@ class GLMTrainer(Trainer):
         metrics = {"samples": len(rows), "tokens_per_second": round(generated_tokens / seconds, 2)}
         scored = [row for row in rows if row["reference"] is not None]
         if scored:
-            metrics["loss"] = float(np.concatenate([result["losses"] for result in self.outputs.values()]).mean())
-            metrics.update(compute_metrics(*([row[key] for row in scored] for key in ("prediction", "reference"))))
+            metrics["loss"] = float(
+                np.concatenate([result["losses"] for result in self.outputs.values()]).mean()
+            )
+            metrics.update(
+                compute_metrics(*([row[key] for row in scored] for key in ("prediction", "reference")))
+            )
         output.metrics.update({f"{metric_key_prefix}_{name}": value for name, value in metrics.items()})
         memory = memory_peak()
         if self.args.do_train and memory == memory_before:
             memory = None  # training took more, and Paddle 2 can't begin anew
         memory = self.memory_metrics("eval", memory)
-        output.metrics.update({name.replace("eval", metric_key_prefix, 1): value for name, value in memory.items()})
+        output.metrics.update(
+            {name.replace("eval", metric_key_prefix, 1): value for name, value in memory.items()}
+        )
         if self.is_world_process_zero():
             numbers = ", ".join(f"{name} {value:.4g}" for name, value in metrics.items())
             logger.eval(f"{metric_key_prefix} at step {self.state.global_step}: {numbers}")

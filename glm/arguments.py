@@ -34,7 +34,8 @@ class ModelArguments:
     """The model and its loss."""
 
     model_name_or_path: str = field(
-        default="THUDM/glm-large-chinese", metadata={"help": "A published model's name, or a folder that holds one."}
+        default="THUDM/glm-large-chinese",
+        metadata={"help": "A published model's name, or a folder that holds one."},
     )
     label_smoothing: float = field(
         default=0.1, metadata={"help": "The share of a target's weight that is spread over the vocabulary."}
@@ -52,20 +53,30 @@ class ModelArguments:
 class LoRAArguments:
     """Low-rank adapters (arXiv 2106.09685): small weights that are trained beside the frozen ones."""
 
-    lora: bool = field(default=False, metadata={"help": "Train an adapter, and leave the model's weights as they are."})
-    lora_rank: Optional[int] = field(default=None, metadata={"help": "Its rank: 8, or that of the adapter at hand."})
+    lora: bool = field(
+        default=False, metadata={"help": "Train an adapter, and leave the model's weights as they are."}
+    )
+    lora_rank: Optional[int] = field(
+        default=None, metadata={"help": "Its rank: 8, or that of the adapter at hand."}
+    )
     lora_alpha: Optional[float] = field(
-        default=None, metadata={"help": "What it adds is multiplied by lora_alpha / rank; by default 2 * rank."}
+        default=None,
+        metadata={"help": "What it adds is multiplied by lora_alpha / rank; by default 2 * rank."},
     )
     lora_target_modules: Optional[List[str]] = field(
-        default=None, metadata={"help": f"The linears beside which it stands: {', '.join(LORA_MODULES)}, or some."}
+        default=None,
+        metadata={"help": f"The linears beside which it stands: {', '.join(LORA_MODULES)}, or some."},
     )
-    rslora: bool = field(default=False, metadata={"help": "Multiply by lora_alpha / sqrt(rank) (arXiv 2312.03732)."})
+    rslora: bool = field(
+        default=False, metadata={"help": "Multiply by lora_alpha / sqrt(rank) (arXiv 2312.03732)."}
+    )
     lora_base: Optional[str] = field(
-        default=None, metadata={"help": "The model an adapter belongs to, where it is not where the adapter says."}
+        default=None,
+        metadata={"help": "The model an adapter belongs to, where it is not where the adapter says."},
     )
     merge_lora: bool = field(
-        default=False, metadata={"help": "Write a whole model with the adapter in its weights into output_dir."}
+        default=False,
+        metadata={"help": "Write a whole model with the adapter in its weights into output_dir."},
     )
 
     def __post_init__(self):
@@ -83,19 +94,30 @@ class DataArguments:
 
     task_name: str = field(
         default="dureader_qg",
-        metadata={"help": "dureader_qg (downloaded by paddlenlp) or a folder with train.json, dev.json and test.json."},
+        metadata={
+            "help": "dureader_qg (downloaded by paddlenlp) or a folder with train.json, dev.json and test.json."
+        },
     )
     src_length: int = field(
-        default=608, metadata={"help": "Most token ids of a source: prompt, answer, context and special tokens."}
+        default=608,
+        metadata={"help": "Most token ids of a source: prompt, answer, context and special tokens."},
     )
     predict_file: str = field(
         default="",
-        metadata={"help": "JSON lines to predict from, not test.json; -: from standard input to standard output."},
+        metadata={
+            "help": "JSON lines to predict from, not test.json; -: from standard input to standard output."
+        },
     )
 
-    max_train_samples: Optional[int] = field(default=None, metadata={"help": "Train on the first so many records."})
-    max_eval_samples: Optional[int] = field(default=None, metadata={"help": "Evaluate the first so many records."})
-    max_predict_samples: Optional[int] = field(default=None, metadata={"help": "Predict the first so many records."})
+    max_train_samples: Optional[int] = field(
+        default=None, metadata={"help": "Train on the first so many records."}
+    )
+    max_eval_samples: Optional[int] = field(
+        default=None, metadata={"help": "Evaluate the first so many records."}
+    )
+    max_predict_samples: Optional[int] = field(
+        default=None, metadata={"help": "Predict the first so many records."}
+    )
 
     def __post_init__(self):
         require_range(self, "src_length", 1)
@@ -108,26 +130,43 @@ class DataArguments:
 class GenerationArguments:
     """Beam search; the names and the rules are those of THUDM/GLM."""
 
-    tgt_length: int = field(default=160, metadata={"help": "Most tokens of a question, in training and generation."})
-    min_tgt_length: int = field(default=55, metadata={"help": "Fewest tokens generated before the end token."})
+    tgt_length: int = field(
+        default=160, metadata={"help": "Most tokens of a question, in training and generation."}
+    )
+    min_tgt_length: int = field(
+        default=55, metadata={"help": "Fewest tokens generated before the end token."}
+    )
     num_beams: int = field(default=5, metadata={"help": "Beams; 1 with select_topk is greedy search."})
     num_return_sequences: int = field(
-        default=1, metadata={"help": "Candidates a record in the predictions, the best first; at most num_beams."}
+        default=1,
+        metadata={"help": "Candidates a record in the predictions, the best first; at most num_beams."},
     )
     length_penalty: float = field(
-        default=0.7, metadata={"help": "A hypothesis scores sum of log-probabilities / length ** length_penalty."}
+        default=0.7,
+        metadata={"help": "A hypothesis scores sum of log-probabilities / length ** length_penalty."},
     )
-    no_repeat_ngram_size: int = field(default=3, metadata={"help": "No n-gram of this size twice; 0: no limit."})
+    no_repeat_ngram_size: int = field(
+        default=3, metadata={"help": "No n-gram of this size twice; 0: no limit."}
+    )
     select_topk: bool = field(
-        default=True, metadata={"help": "Go on with the best continuations; False: draw them by their probability."}
+        default=True,
+        metadata={"help": "Go on with the best continuations; False: draw them by their probability."},
     )
-    top_k: int = field(default=0, metadata={"help": "Draw from a beam's top_k likeliest tokens only; 0: from all."})
+    top_k: int = field(
+        default=0, metadata={"help": "Draw from a beam's top_k likeliest tokens only; 0: from all."}
+    )
     top_p: float = field(
-        default=0.0, metadata={"help": "Draw from a beam's fewest tokens that hold this probability; 0 or 1: from all."}
+        default=0.0,
+        metadata={"help": "Draw from a beam's fewest tokens that hold this probability; 0 or 1: from all."},
     )
 
     def __post_init__(self):
-        for name, low in (("tgt_length", 1), ("min_tgt_length", 0), ("num_beams", 1), ("no_repeat_ngram_size", 0)):
+        for name, low in (
+            ("tgt_length", 1),
+            ("min_tgt_length", 0),
+            ("num_beams", 1),
+            ("no_repeat_ngram_size", 0),
+        ):
             require_range(self, name, low)
         require_range(self, "num_return_sequences", 1, most=self.num_beams)
         require_range(self, "length_penalty", -100, most=100)
@@ -161,7 +200,13 @@ REFUSED = {
     "enable_auto_parallel": "PaddleNLP's GLM can't be run this way",
     "use_expert_parallel": "GLM has no experts",
     **dict.fromkeys(  # of PaddleNLP 3
-        ("skip_data_intervals", "ordered_save_group_size", "use_async_save", "offload_optim", "pdc_download_ckpt"),
+        (
+            "skip_data_intervals",
+            "ordered_save_group_size",
+            "use_async_save",
+            "offload_optim",
+            "pdc_download_ckpt",
+        ),
         "the runs here do without",
     ),
     "metrics_output_path": "trainer_state.json holds every log",  # of PaddleNLP 3, too
@@ -175,7 +220,9 @@ REFUSED = {
 CONFIG_RANGES = {
     **dict.fromkeys(("num_layers", "hidden_size", "num_attention_heads", "vocab_size"), (int, 1, 2**31)),
     "max_sequence_length": (int, 1, 2**31),
-    **dict.fromkeys(("embedding_dropout_prob", "attention_dropout_prob", "output_dropout_prob"), ((int, float), 0, 1)),
+    **dict.fromkeys(
+        ("embedding_dropout_prob", "attention_dropout_prob", "output_dropout_prob"), ((int, float), 0, 1)
+    ),
     **dict.fromkeys(("layernorm_epsilon", "initializer_range"), ((int, float), 0, 1)),
     "block_position_encoding": (bool, True, True),
 }
@@ -185,20 +232,29 @@ CONFIG_RANGES = {
 class GLMTrainingArguments(TrainingArguments):
     """PaddleNLP's, with defaults that any machine can honour, and checked."""
 
-    output_dir: str = field(default="", metadata={"help": "The folder for checkpoints, the model and the results."})
-    device: str = field(default="", metadata={"help": "gpu, cpu, xpu or npu; a GPU if Paddle can use one, else cpu."})
+    output_dir: str = field(
+        default="", metadata={"help": "The folder for checkpoints, the model and the results."}
+    )
+    device: str = field(
+        default="", metadata={"help": "gpu, cpu, xpu or npu; a GPU if Paddle can use one, else cpu."}
+    )
     group_by_length: bool = field(
-        default=True, metadata={"help": "Train on batches of records of like length, in an order left to chance."}
+        default=True,
+        metadata={"help": "Train on batches of records of like length, in an order left to chance."},
     )
     amp_master_grad: Optional[bool] = field(
-        default=None, metadata={"help": "Gradients in float32; by default in O2, where float16 ones would overflow."}
+        default=None,
+        metadata={"help": "Gradients in float32; by default in O2, where float16 ones would overflow."},
     )
     early_stopping_patience: Optional[int] = field(
-        default=None, metadata={"help": "End training after so many evaluations without a better one than the best."}
+        default=None,
+        metadata={"help": "End training after so many evaluations without a better one than the best."},
     )
     log_level: str = field(
         default="train",
-        metadata={"help": "debug, info, train, eval or warning: train shows the run, info PaddleNLP's own lines too."},
+        metadata={
+            "help": "debug, info, train, eval or warning: train shows the run, info PaddleNLP's own lines too."
+        },
     )
 
     def __post_init__(self):
@@ -255,14 +311,18 @@ class GLMTrainingArguments(TrainingArguments):
                 raise InputError(f"--{name}: {reason}, leave it out")
         metrics = ("loss", "rouge1", "rouge2", "rougel", "bleu4")
         if self.metric_for_best_model is not None and self.metric_for_best_model not in metrics:
-            raise InputError(f"--metric_for_best_model is {self.metric_for_best_model}: give {', '.join(metrics)}")
+            raise InputError(
+                f"--metric_for_best_model is {self.metric_for_best_model}: give {', '.join(metrics)}"
+            )
         if self.early_stopping_patience and not self.load_best_model_at_end:
             raise InputError(
                 "--early_stopping_patience needs --load_best_model_at_end and --evaluation_strategy: add them"
             )
         for name in [self.report_to] if isinstance(self.report_to, str) else self.report_to or []:
             if name not in ("all", "none", *get_available_reporting_integrations()):
-                raise InputError(f"--report_to {name} is not installed here, or unknown: give visualdl or none")
+                raise InputError(
+                    f"--report_to {name} is not installed here, or unknown: give visualdl or none"
+                )
         if self.sharding not in ("", "stage1"):
             # stage3 clears the embedding after the forward, which the loss and decoding read; stage2, of which Paddle
             # has GPU code alone, has not been seen to give what one process gives.
@@ -281,12 +341,16 @@ class GLMTrainingArguments(TrainingArguments):
         kinds = ("pipeline", "sep", "context", "expert", "expert_tensor")
         for name, most in {**{f"{kind}_parallel_degree": 1 for kind in kinds}, "past_index": -1}.items():
             if getattr(self, name, -1) > most:
-                raise InputError(f"--{name} is {getattr(self, name)}: PaddleNLP's GLM can't be run this way, leave it")
+                raise InputError(
+                    f"--{name} is {getattr(self, name)}: PaddleNLP's GLM can't be run this way, leave it"
+                )
 
 
 def parse_arguments():
     """Read the command line, or the JSON file that is its first argument. A mistake in it is an InputError."""
-    parser = PdArgumentParser((ModelArguments, LoRAArguments, DataArguments, GenerationArguments, GLMTrainingArguments))
+    parser = PdArgumentParser(
+        (ModelArguments, LoRAArguments, DataArguments, GenerationArguments, GLMTrainingArguments)
+    )
     try:
         if len(sys.argv) >= 2 and sys.argv[1].endswith(".json"):
             groups = parser.parse_json_file_and_cmd_lines()
@@ -303,16 +367,24 @@ def parse_arguments():
             except UnicodeEncodeError:  # half of a character
                 valid = False
             if not valid:  # for a file's name or a log
-                raise InputError(f"--{name} is {value!r}, which is no text in UTF-8: give it without such characters")
+                raise InputError(
+                    f"--{name} is {value!r}, which is no text in UTF-8: give it without such characters"
+                )
     return groups
 
 
 def check_task(args, lora_args, data_args):
     """Raise InputError where there is nothing to do, or a pipe to answer and something else."""
     if not (args.do_train or args.do_eval or args.do_predict or lora_args.merge_lora):
-        raise InputError("nothing to do: give --do_train, --do_eval, --do_predict, --predict_file or --merge_lora")
-    if data_args.predict_file == "-" and (args.do_train or args.do_eval or lora_args.merge_lora or args.world_size > 1):
-        raise InputError("--predict_file - goes without --do_train, --do_eval and --merge_lora, on one process")
+        raise InputError(
+            "nothing to do: give --do_train, --do_eval, --do_predict, --predict_file or --merge_lora"
+        )
+    if data_args.predict_file == "-" and (
+        args.do_train or args.do_eval or lora_args.merge_lora or args.world_size > 1
+    ):
+        raise InputError(
+            "--predict_file - goes without --do_train, --do_eval and --merge_lora, on one process"
+        )
 
 
 def check_config(config, name, data_args, generation, degree):
@@ -323,15 +395,24 @@ def check_config(config, name, data_args, generation, degree):
         value = getattr(config, key)
         if not isinstance(value, kind) or not least <= value <= most:
             expected = "true" if least is most else f"a number from {least} to {most}"
-            raise InputError(f"--model_name_or_path {name}: {key} in its config.json is {value}: it must be {expected}")
-    files = [path for kind in ("pdparams", "safetensors") for path in glob.glob(f"{glob.escape(name)}/model*.{kind}")]
+            raise InputError(
+                f"--model_name_or_path {name}: {key} in its config.json is {value}: it must be {expected}"
+            )
+    files = [
+        path
+        for kind in ("pdparams", "safetensors")
+        for path in glob.glob(f"{glob.escape(name)}/model*.{kind}")
+    ]
     size, count = sum(map(os.path.getsize, files)), count_parameters(config)[0]
     if files and size < 1.9 * count:  # float16 has two bytes
         raise InputError(
             f"--model_name_or_path {name}: its weights can't be loaded: they are {size} bytes, its config.json is of a "
             f"model of {count} weights: give whole files of one model"
         )
-    for what, number in (("attention heads", config.num_attention_heads), ("vocabulary entries", config.vocab_size)):
+    for what, number in (
+        ("attention heads", config.num_attention_heads),
+        ("vocabulary entries", config.vocab_size),
+    ):
         if number % degree:
             raise InputError(
                 f"--tensor_parallel_degree {degree} does not divide the {number} {what} of {name}: give one that does"

@@ -54,7 +54,10 @@ class SeedEachStep(TrainerCallback):
     """
 
     def on_step_begin(self, args, state, control, **kwargs):
-        seed = int(np.random.default_rng([args.seed, state.global_step, args.dataset_rank]).integers(2**40)) * 1024
+        seed = (
+            int(np.random.default_rng([args.seed, state.global_step, args.dataset_rank]).integers(2**40))
+            * 1024
+        )
         tracker = get_rng_state_tracker()
         tracker.reset()
         # Alike on all processes of tensor parallelism, but for the last, which drops in heads that are split over them.
@@ -170,7 +173,9 @@ class CheckFinite(TrainerCallback):
         Returns the loss, or the last that was a number, for with it all that is logged afterwards would be none.
         """
         finite = paddle.isfinite(loss)
-        self.first_bad_step = paddle.minimum(self.first_bad_step, paddle.where(finite, NEVER, step).reshape([]))
+        self.first_bad_step = paddle.minimum(
+            self.first_bad_step, paddle.where(finite, NEVER, step).reshape([])
+        )
         self.last_loss = paddle.where(finite, loss, self.last_loss.astype(loss.dtype))
         return self.last_loss
 

@@ -14,8 +14,12 @@ from paddlenlp.utils.log import logger
 from glm.errors import InputError
 from glm.processes import LOCK, of_all
 
-CHECKPOINT_DONE = ".checkpoint_done"  # the last file of a checkpoint to be written, which says what the others are
-UNFINISHED = ".unfinished"  # the folder in which a run writes what it leaves behind, before it stands in output_dir
+CHECKPOINT_DONE = (
+    ".checkpoint_done"  # the last file of a checkpoint to be written, which says what the others are
+)
+UNFINISHED = (
+    ".unfinished"  # the folder in which a run writes what it leaves behind, before it stands in output_dir
+)
 NAME_MAX = 255  # bytes of a folder's name
 
 
@@ -70,7 +74,9 @@ def find_damage(checkpoint):
     expected, damage = read_mark(checkpoint).get("files", {}), None
     for name, (size, digest) in checksums(checkpoint, expected).items():
         if [size, digest] != expected[name]:
-            damage = f"its {name} is " + ("missing" if size is None else f"not what was written ({size} bytes)")
+            damage = f"its {name} is " + (
+                "missing" if size is None else f"not what was written ({size} bytes)"
+            )
     return next(filter(None, of_all(damage)), None)
 
 
@@ -180,7 +186,9 @@ def check_output_dir(args, checkpoint):
     ``checkpoint`` is the one to resume from, or None.
     """
     if not args.output_dir:
-        raise InputError("--output_dir is missing: give the folder for checkpoints, the model and the results")
+        raise InputError(
+            "--output_dir is missing: give the folder for checkpoints, the model and the results"
+        )
     for name in ("output_dir", "logging_dir"):
         if max(map(len, os.fsencode(getattr(args, name, None) or "").split(b"/"))) > NAME_MAX:
             raise InputError(f"--{name} is longer than a folder's name may be: give a shorter one")
@@ -202,8 +210,17 @@ def check_output_dir(args, checkpoint):
             "give another folder, or --overwrite_output_dir"
         )
     # The launcher's logs may lie there, and what this run prints.
-    traces = ("checkpoint-*", "runs/*", "*_results.json", "*_predictions.jsonl*", "workerlog.*", "*/workerlog.*")
-    found = [path for pattern in traces for path in glob.glob(os.path.join(glob.escape(args.output_dir), pattern))]
+    traces = (
+        "checkpoint-*",
+        "runs/*",
+        "*_results.json",
+        "*_predictions.jsonl*",
+        "workerlog.*",
+        "*/workerlog.*",
+    )
+    found = [
+        path for pattern in traces for path in glob.glob(os.path.join(glob.escape(args.output_dir), pattern))
+    ]
     if names and not found and not any(is_own_output(os.path.join(args.output_dir, name)) for name in names):
         raise InputError(
             f"--output_dir {args.output_dir} holds {names[0]} and nothing of a run: "
@@ -222,11 +239,15 @@ class WholeCheckpoints(TrainerCallback):
         self.folder = None  # the checkpoint that is being written
 
     def on_train_begin(self, args, state, control, **kwargs):
-        args.load_best_model_at_end = False  # GLMTrainer.train does, from a checkpoint of any precision and layout
+        args.load_best_model_at_end = (
+            False  # GLMTrainer.train does, from a checkpoint of any precision and layout
+        )
 
     def on_step_end(self, args, state, control, **kwargs):
         if control.should_save:
-            self.folder = os.path.join(args.output_dir, f"checkpoint-{state.global_step}")  # as the Trainer calls it
+            self.folder = os.path.join(
+                args.output_dir, f"checkpoint-{state.global_step}"
+            )  # as the Trainer calls it
             with contextlib.suppress(FileNotFoundError):
                 os.remove(os.path.join(self.folder, CHECKPOINT_DONE))
 

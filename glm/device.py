@@ -9,7 +9,13 @@ from paddlenlp.utils.log import logger
 
 from glm.errors import InputError
 
-PADDLE_2_ARCHS = (61, 70, 75, 80, 86)  # what PyPI's wheel of 2.6.2 has code for, read from it: it can't be asked
+PADDLE_2_ARCHS = (
+    61,
+    70,
+    75,
+    80,
+    86,
+)  # what PyPI's wheel of 2.6.2 has code for, read from it: it can't be asked
 
 
 def use_device(name=""):

@@ -9,7 +9,9 @@ class InputError(ValueError):
     exit_code = 2
 
 
-class Fault(BaseException):  # as KeyboardInterrupt: a signal must pass what catches every Exception while loading
+class Fault(
+    BaseException
+):  # as KeyboardInterrupt: a signal must pass what catches every Exception while loading
     """What ended a run and was no mistake of the user's, told in one line."""
 
     def __init__(self, message, exit_code=1):

@@ -54,13 +54,19 @@ class Cache:
         self.used = seen.sum(1).max()
         # [A', used], the seen ones first: where an example has fewer, unseen ones fill up.
         kept = np.argsort(~seen, axis=1, kind="stable")[:, : self.used]
-        mask = paddle.take_along_axis(self.mask, paddle.to_tensor(kept).unsqueeze(1).tile([1, num_beams, 1]), axis=2)
-        self.mask = paddle.concat([mask, paddle.full([len(examples), num_beams, room], MASKED, self.dtype)], axis=2)
+        mask = paddle.take_along_axis(
+            self.mask, paddle.to_tensor(kept).unsqueeze(1).tile([1, num_beams, 1]), axis=2
+        )
+        self.mask = paddle.concat(
+            [mask, paddle.full([len(examples), num_beams, room], MASKED, self.dtype)], axis=2
+        )
         # The same slots of every head, as numbers of a layer's rows: whole rows are copied fast.
         kind, head = np.ogrid[:2, : self.num_heads]
         old = ((kind * num_rows + examples[:, None, None]) * self.num_heads + head) * slots  # [A', 2, H]
         rows = old.swapaxes(0, 1)[..., None] + kept[:, None]
-        rows = np.pad(rows, [(0, 0)] * 3 + [(0, room)]).reshape(-1)  # what is not written yet may hold anything
+        rows = np.pad(rows, [(0, 0)] * 3 + [(0, room)]).reshape(
+            -1
+        )  # what is not written yet may hold anything
         queries, slots = len(rows), self.used + room
         rows = paddle.to_tensor(np.pad(rows, (0, len(examples) * self.num_heads * num_beams)))
         shape = [len(examples), self.num_heads, slots, self.head_size]
@@ -138,7 +144,9 @@ def decode_one_token(model, cache, token_ids, position_ids):
         return attend(query, keys, values, mask)
 
     hidden_states = forward(model, token_ids, position_ids.unsqueeze(-1), core)
-    rows = hidden_states.reshape([-1, hidden_states.shape[-1]])  # or Paddle would read the weight once an example
+    rows = hidden_states.reshape(
+        [-1, hidden_states.shape[-1]]
+    )  # or Paddle would read the weight once an example
     logits = paddle.matmul(rows, model.glm.word_embeddings.weight, transpose_y=True)
     return logits.reshape([*token_ids.shape, -1])
 
@@ -179,14 +187,22 @@ def next_token_candidates(logits, banned, count, select_topk=True, top_k=0, top_
     if not select_topk:
         minus_infinity = paddle.full([1], -float("inf"))
         if banned:
-            logits[tuple(paddle.to_tensor(index) for index in np.array(banned, dtype="int64").T)] = -float("inf")
+            logits[tuple(paddle.to_tensor(index) for index in np.array(banned, dtype="int64").T)] = -float(
+                "inf"
+            )
         gumbel = -paddle.log(-paddle.log(paddle.uniform(logits.shape, min=1e-20, max=1.0)))
-        noisy = paddle.where(logits >= _lowest_logit_to_draw(logits, top_k, top_p), logits + gumbel, minus_infinity)
+        noisy = paddle.where(
+            logits >= _lowest_logit_to_draw(logits, top_k, top_p), logits + gumbel, minus_infinity
+        )
         keys, token_ids = paddle.topk(noisy, min(count, part))
-        impossible = keys == -float("inf")  # filtered or banned; on a GPU topk gives such an entry any number for an id
+        impossible = keys == -float(
+            "inf"
+        )  # filtered or banned; on a GPU topk gives such an entry any number for an id
         token_ids = paddle.where(impossible, paddle.zeros_like(token_ids), token_ids)
         chosen = paddle.where(impossible, minus_infinity, paddle.take_along_axis(logits, token_ids, axis=-1))
-    table = paddle.stack([column.astype("float64") for column in (keys - whole, chosen - whole, token_ids + first)])
+    table = paddle.stack(
+        [column.astype("float64") for column in (keys - whole, chosen - whole, token_ids + first)]
+    )
     # One copy from the device a step, of this small table.
     table = (table if group is None else _all_gather(table, group)).numpy()
     for row, beam, token in banned if select_topk else []:
@@ -286,7 +302,9 @@ class Beams:
         ends = token_ids == self.end_token_id
         # An end token among the first num_beams finishes its hypothesis; a later one is dropped.
         scores = np.where(ends, sums, -np.inf)[:, :num_beams] / max(step, 1) ** penalty
-        self._finish(self.tokens[row, parents[:, :num_beams]], np.full_like(scores, step, dtype="int64"), scores)
+        self._finish(
+            self.tokens[row, parents[:, :num_beams]], np.full_like(scores, step, dtype="int64"), scores
+        )
         # "Worst no worse than the best running sum": of all candidates and over the length before this step, as THUDM
         # has it, so that one beam is greedy search.
         worst = self.finished_scores[:, -1]
@@ -316,7 +334,9 @@ class Beams:
 
     def _running(self, rows):
         """The running beams of ``rows`` (bool [A]) as hypotheses with their own scores."""
-        scores = np.where(rows[:, None], self.sums, -np.inf) / max(self.step, 1) ** self.generation.length_penalty
+        scores = (
+            np.where(rows[:, None], self.sums, -np.inf) / max(self.step, 1) ** self.generation.length_penalty
+        )
         return self.tokens, np.full(scores.shape, self.step), scores
 
     def _drop(self, done):
@@ -357,7 +377,9 @@ def beam_search(model, input_ids, source_length, generation, start_token_id, end
     beams = Beams(len(source_length), generation, end_token_id)
     token_ids = paddle.full([len(source_length), num_beams], start_token_id, dtype="int64")
     while True:
-        position_ids = np.stack([source_length[beams.example] - 2, np.full(len(beams.example), beams.step + 1)], axis=1)
+        position_ids = np.stack(
+            [source_length[beams.example] - 2, np.full(len(beams.example), beams.step + 1)], axis=1
+        )
         logits = decode_one_token(model, cache, token_ids, paddle.to_tensor(position_ids))
         candidates = next_token_candidates(logits, beams.banned(), 2 * num_beams, *draw, group=group)
         origins = beams.advance(candidates)

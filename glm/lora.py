@@ -33,7 +33,9 @@ class LoRA(LoRAModel):
             is_split, config.tensor_parallel_degree, config.tensor_parallel_rank, config.num_attention_heads
         )
         return {
-            name: functools.partial(action, is_column=name.endswith("lora_B"), is_old_qkv="query_key_value" in name)
+            name: functools.partial(
+                action, is_column=name.endswith("lora_B"), is_old_qkv="query_key_value" in name
+            )
             for name in self.state_dict()
             if ".lora_" in name and is_split_adapter(name)
         }
@@ -52,7 +54,11 @@ class LoRA(LoRAModel):
 
     def split(self, weights):
         """This process's part of an adapter's ``weights``, both numpy by name."""
-        return self._convert_tensor_parallel(dict(weights)) if self.lora_config.tensor_parallel_degree > 1 else weights
+        return (
+            self._convert_tensor_parallel(dict(weights))
+            if self.lora_config.tensor_parallel_degree > 1
+            else weights
+        )
 
 
 def find_base(lora_args, name):
@@ -63,16 +69,22 @@ def find_base(lora_args, name):
         lora_args.lora = True
         return name, lora_args.lora_base or load(LoRAConfig, name, "lora_config.json").base_model_name_or_path
     if lora_args.lora_base:
-        raise InputError(f"--lora_base is for an adapter, and --model_name_or_path {name} is none: leave it out")
+        raise InputError(
+            f"--lora_base is for an adapter, and --model_name_or_path {name} is none: leave it out"
+        )
     if lora_args.merge_lora and not lora_args.lora:
-        raise InputError(f"--merge_lora: there is no adapter in --model_name_or_path {name}, and no --lora True")
+        raise InputError(
+            f"--merge_lora: there is no adapter in --model_name_or_path {name}, and no --lora True"
+        )
     return None, name
 
 
 def new_lora_config(rank=None, alpha=None, modules=None, rslora=False):
     """The LoRAConfig of a new adapter."""
     rank = rank or 8
-    return LoRAConfig(r=rank, lora_alpha=alpha or 2 * rank, target_modules=target_modules(modules), rslora=rslora)
+    return LoRAConfig(
+        r=rank, lora_alpha=alpha or 2 * rank, target_modules=target_modules(modules), rslora=rslora
+    )
 
 
 def target_modules(modules=None):
@@ -112,7 +124,10 @@ def adapter_shapes(config, lora_config):
         for linear, (inputs, outputs) in linears.items():
             name = f"glm.transformer.layers.{number}.{linear}"
             if any(re.fullmatch(target, name) for target in lora_config.target_modules):
-                shapes[f"{name}.lora_A"], shapes[f"{name}.lora_B"] = [inputs, lora_config.r], [lora_config.r, outputs]
+                shapes[f"{name}.lora_A"], shapes[f"{name}.lora_B"] = (
+                    [inputs, lora_config.r],
+                    [lora_config.r, outputs],
+                )
     return shapes
 
 
@@ -135,7 +150,9 @@ def read_adapter(folder, config, lora_config):
         weights = paddle.load(path, return_numpy=True)
         found = {name: list(weight.shape) for name, weight in weights.items()}
     except Exception as error:  # paddle.load raises many kinds
-        raise InputError(f"{path} can't be loaded ({str(error)[:200]}): give the folder of a whole adapter") from error
+        raise InputError(
+            f"{path} can't be loaded ({str(error)[:200]}): give the folder of a whole adapter"
+        ) from error
     shapes = adapter_shapes(config, lora_config)
     for name in sorted({*shapes, *found}):
         if found.get(name) != shapes.get(name):
@@ -157,7 +174,9 @@ def merge_lora(lora):
     """Add the adapters to the weights they stand beside, in float32, and take them away. Returns the GLM."""
     for layer in lora.model.sublayers():
         if hasattr(layer, "lora_A"):
-            change = paddle.matmul(layer.lora_A.astype("float32"), layer.lora_B.astype("float32")) * layer.scaling
+            change = (
+                paddle.matmul(layer.lora_A.astype("float32"), layer.lora_B.astype("float32")) * layer.scaling
+            )
             layer.weight.set_value((layer.weight.astype("float32") + change).astype(layer.weight.dtype))
             layer.merged = True  # its forward then is that of the plain layer
             del layer.lora_A, layer.lora_B

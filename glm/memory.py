@@ -52,7 +52,9 @@ def training_memory(
     vocab, length = config.vocab_size / degree, source_length + target_length
     weight_size = 2 if precision == "O2" else 4
     size = 4 if precision == "float32" else 2  # of what linears give
-    residual = 4 if precision == "O1" else size  # of hidden states; autocast keeps sums and softmax in float32
+    residual = (
+        4 if precision == "O1" else size
+    )  # of hidden states; autocast keeps sums and softmax in float32
     count, trained = count_parameters(config, degree, lora_config)
     positions, pairs = batch_size * length, batch_size * heads * length**2
 
@@ -78,7 +80,12 @@ def training_memory(
         "loading": (0, loading - optimizer),  # before which there is no optimizer
     }
     gradients, activations = max(peaks.values(), key=sum)
-    needs = {"weights": count * weight_size, "optimizer": optimizer, "gradients": gradients, "activations": activations}
+    needs = {
+        "weights": count * weight_size,
+        "optimizer": optimizer,
+        "gradients": gradients,
+        "activations": activations,
+    }
     return {**needs, "total": sum(needs.values())}
 
 
@@ -107,7 +114,12 @@ def evaluation_memory(
         (caches, caches / layers + batch_size * num_beams * vocab * (size + 8)),
         # the loss
         (0, mask + 2 * pairs * length**2 + batch_size * length * width * size * (layers + 1 + 7 / degree)),
-        (0, mask + batch_size * length * width * size * layers + batch_size * target_length * vocab * (4 + size)),
+        (
+            0,
+            mask
+            + batch_size * length * width * size * layers
+            + batch_size * target_length * vocab * (4 + size),
+        ),
     ]
     weights = count_parameters(config, degree, lora_config)[0] * size
     stages.append((0, _loading_memory(weights, vocab * width * 4)))
@@ -193,7 +205,9 @@ def estimate_memory(args, config, lora_config, generation, train_dataset, test_d
         now = need(kind)["total"]
         saved = {way: now - need(kind, **changes)["total"] for way, changes in ways.items()}
         best = [
-            f"{way} ({saved[way] / 1e9:.2f} GB less)" for way in sorted(saved, key=saved.get)[::-1] if saved[way] > 0
+            f"{way} ({saved[way] / 1e9:.2f} GB less)"
+            for way in sorted(saved, key=saved.get)[::-1]
+            if saved[way] > 0
         ]
         logger.warning(f"that may not fit: what would help most is {', '.join(best)}")
     return {kind: parts["total"] for kind, parts in needs.items()}

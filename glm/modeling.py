@@ -111,7 +111,9 @@ def _transpose_rows(inputs, order):
     if not on_cpu():
         return inputs.transpose([*order, len(order)])
     # The same from a look-up, which copies rows whole, takes Paddle a tenth of the time on a CPU, and its gradient too.
-    return F.embedding(_transposed_rows(tuple(inputs.shape[:-1]), tuple(order)), inputs.reshape([-1, inputs.shape[-1]]))
+    return F.embedding(
+        _transposed_rows(tuple(inputs.shape[:-1]), tuple(order)), inputs.reshape([-1, inputs.shape[-1]])
+    )
 
 
 def laid_out_by_head(attention):
@@ -162,7 +164,11 @@ def prepare_for_training(model):
     def forward(attention, hidden_states, mask, cache=None):
         query, key, value = paddle.unbind(split_heads(attention, attention.query_key_value(hidden_states)))
         # In evaluation dropout would copy what it is given.
-        drop = functools.partial(_dropout, attention.attention_dropout, "local_seed") if attention.training else None
+        drop = (
+            functools.partial(_dropout, attention.attention_dropout, "local_seed")
+            if attention.training
+            else None
+        )
         context = _merge_heads(attend(query, key, value, mask, drop))
         return _dropout(attention.output_dropout, "global_seed", attention.dense(context))
 
@@ -176,7 +182,9 @@ def prepare_for_training(model):
 
     def embedding_dropout(inputs):
         outputs = drop(inputs)
-        if stack.enable_recompute:  # else the first layer's activations, below which LoRA trains nothing, would be kept
+        if (
+            stack.enable_recompute
+        ):  # else the first layer's activations, below which LoRA trains nothing, would be kept
             outputs.stop_gradient = False
         return outputs
 
@@ -215,7 +223,9 @@ def forward(model, input_ids, position_ids, core):
         projected = linear(attention.query_key_value, layer.input_layernorm(hidden_states))
         context = _merge_heads(core(number, attention, projected))
         hidden_states = hidden_states + linear(attention.dense, context)
-        inner = F.gelu(linear(mlp.dense_h_to_4h, layer.post_attention_layernorm(hidden_states)), approximate=True)
+        inner = F.gelu(
+            linear(mlp.dense_h_to_4h, layer.post_attention_layernorm(hidden_states)), approximate=True
+        )
         hidden_states = hidden_states + linear(mlp.dense_4h_to_h, inner)
     return stack.final_layernorm(hidden_states)
 
@@ -230,7 +240,11 @@ def target_losses(model, wrapped, inputs, label_smoothing, group=None):
     mask = additive_mask(inputs["attention_mask"].astype("float32"), "float32")  # [B, 1, L, L]
     if on_cpu():  # which is slow at broadcasting
         mask = mask.tile([1, model.glm.transformer.layers[0].attention.num_attention_heads, 1, 1])
-    hidden_states = wrapped(input_ids=inputs["input_ids"], position_ids=inputs["position_ids"], attention_mask=mask)[0]
-    hidden_states = hidden_states.reshape([-1, hidden_states.shape[-1]]).gather(inputs["target_positions"])  # [N, C]
+    hidden_states = wrapped(
+        input_ids=inputs["input_ids"], position_ids=inputs["position_ids"], attention_mask=mask
+    )[0]
+    hidden_states = hidden_states.reshape([-1, hidden_states.shape[-1]]).gather(
+        inputs["target_positions"]
+    )  # [N, C]
     weight = model.glm.word_embeddings.weight
     return LabelSmoothedLoss.apply(hidden_states, weight, inputs["labels"], label_smoothing, group)

@@ -40,12 +40,16 @@ def locked(folder):
     if folder and dist.get_rank() == 0:
         try:
             os.makedirs(folder, exist_ok=True)
-            while file is None or os.fstat(file.fileno()).st_nlink == 0:  # a run that ended meanwhile took it away
+            while (
+                file is None or os.fstat(file.fileno()).st_nlink == 0
+            ):  # a run that ended meanwhile took it away
                 file = open(path, "a+", encoding="utf-8")
                 fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             file.truncate(0)
             print(f"process {os.getpid()} on {socket.gethostname()}", file=file, flush=True)
-        except OSError as error:  # what can't be written is told by those who check it; some systems know no locks
+        except (
+            OSError
+        ) as error:  # what can't be written is told by those who check it; some systems know no locks
             if file and error.errno in (errno.EACCES, errno.EAGAIN):
                 file.seek(0)
                 owner = file.read().strip() or "one that has just begun"

@@ -134,7 +134,9 @@ def cast_weights(state_dict, model):
     for name, parameter in model.state_dict().items():
         wanted = str(parameter.dtype).split(".")[-1]
         if name in result and list(result[name].shape) != parameter.shape:  # Paddle would leave it out
-            raise ValueError(f"its {name} is {list(result[name].shape)}, where this run has {parameter.shape}")
+            raise ValueError(
+                f"its {name} is {list(result[name].shape)}, where this run has {parameter.shape}"
+            )
         if name in result and _saved_dtype(result[name]) != wanted:
             casts.add(f"from {_saved_dtype(result[name])} to {wanted}")
             result[name] = _float32(result[name]).astype(wanted)
@@ -233,7 +235,9 @@ def read_optimizer_state(checkpoint, optimizer, model, names, master_weights):
     Args: names (dict): what the model calls the weights that the checkpoint's state names, or None.
     """
     parts, degree = read_parts(checkpoint, "optimizer", ".pdopt", model)
-    while hasattr(optimizer, "_inner_opt"):  # fleet's wrappers; with sharding the innermost updates some weights
+    while hasattr(
+        optimizer, "_inner_opt"
+    ):  # fleet's wrappers; with sharding the innermost updates some weights
         optimizer = optimizer._inner_opt
     names = names or {weight.name: name for name, weight in model.state_dict().items()}
     return convert_optimizer_state(

@@ -72,7 +72,13 @@ def log_softmax(logits):
 
 
 def generation_arguments(**changes):
-    defaults = {"tgt_length": 8, "min_tgt_length": 0, "num_beams": 3, "length_penalty": 0.7, "no_repeat_ngram_size": 0}
+    defaults = {
+        "tgt_length": 8,
+        "min_tgt_length": 0,
+        "num_beams": 3,
+        "length_penalty": 0.7,
+        "no_repeat_ngram_size": 0,
+    }
     return GenerationArguments(**{**defaults, **changes})
 
 

@@ -162,7 +162,10 @@ class Disk:
                     return
         (output_dir / f"checkpoint-{SAVE_STEPS * draw.randint(1, STEPS // SAVE_STEPS)}").mkdir(exist_ok=True)
         for checkpoint in output_dir.glob("checkpoint-*"):
-            if not (checkpoint / ".checkpoint_done").exists() and not (checkpoint / "scheduler.pdparams").exists():
+            if (
+                not (checkpoint / ".checkpoint_done").exists()
+                and not (checkpoint / "scheduler.pdparams").exists()
+            ):
                 (checkpoint / "scheduler.pdparams").symlink_to("/dev/full")
 
     def empty(self):
@@ -253,7 +256,10 @@ def soak(processes, times, draw, folder):
         print("| --- | --- | --- | --- |")
         for name in FAULTS:
             print(f"| {name} | {counts[name]} | {lost[name]} | {back[name]:.1f} |")
-        print(f"\n{runs} runs; the untouched one took {whole:.1f} s; {len(wrong)} things otherwise\n", flush=True)
+        print(
+            f"\n{runs} runs; the untouched one took {whole:.1f} s; {len(wrong)} things otherwise\n",
+            flush=True,
+        )
     finally:
         session.kill()
         disk.close()

@@ -64,7 +64,9 @@ def test_what_a_run_leaves_behind(finished_run):
     state = json.loads((out / "trainer_state.json").read_text())
     history = [row["eval_rougel"] for row in state["log_history"] if "eval_rougel" in row]
     assert len(history) >= 3 and state["best_metric"] == max(history[:3])
-    assert metrics["eval_rougel"] == pytest.approx(state["best_metric"], abs=1e-6)  # the best model was loaded again
+    assert metrics["eval_rougel"] == pytest.approx(
+        state["best_metric"], abs=1e-6
+    )  # the best model was loaded again
 
     rows = read_jsonl(out / "eval_predictions.jsonl")
     records = read_jsonl(folder / "data/dev.json")
@@ -118,7 +120,9 @@ def test_eval_loss_is_the_mean_over_tokens(finished_run):
     from data import DataCollator, build_dataset, read_records
 
     folder, out = finished_run[0], finished_run[0] / "out"
-    dataset = build_dataset(GLMTokenizer.from_pretrained(str(out)), read_records(str(folder / "data"), "dev"), 160, 24)
+    dataset = build_dataset(
+        GLMTokenizer.from_pretrained(str(out)), read_records(str(folder / "data"), "dev"), 160, 24
+    )
     model = AutoModelForConditionalGeneration.from_pretrained(str(out))
     model.eval()
     losses = []
@@ -144,17 +148,27 @@ def test_candidates_and_fewer_records(finished_run, tmp_path):
     result = run("--model_name_or_path", folder / "out", "--task_name", folder / "data", *FAST,
                  "--output_dir", tmp_path, "--do_eval", "--do_predict", "--num_return_sequences", 3,
                  "--max_eval_samples", 2, "--max_predict_samples", 1)  # fmt: skip
-    rows, expected = read_jsonl(tmp_path / "eval_predictions.jsonl"), read_jsonl(folder / "out/eval_predictions.jsonl")
+    rows, expected = (
+        read_jsonl(tmp_path / "eval_predictions.jsonl"),
+        read_jsonl(folder / "out/eval_predictions.jsonl"),
+    )
     assert len(rows) == 2 and len(read_jsonl(tmp_path / "test_predictions.jsonl")) == 1
     for row, alone in zip(rows, expected):
         candidates = row.pop("candidates")
-        assert row["token_ids"] == alone["token_ids"] and row["score"] == pytest.approx(alone["score"], abs=1e-5)
-        assert candidates[0] == {key: row[key] for key in ("prediction", "score", "token_ids")} and "rougel" in row
+        assert row["token_ids"] == alone["token_ids"] and row["score"] == pytest.approx(
+            alone["score"], abs=1e-5
+        )
+        assert (
+            candidates[0] == {key: row[key] for key in ("prediction", "score", "token_ids")}
+            and "rougel" in row
+        )
         scores = [candidate["score"] for candidate in candidates]
         assert len({tuple(candidate["token_ids"]) for candidate in candidates}) == 3
         assert scores == sorted(scores, reverse=True)
         assert row.keys() == alone.keys()
-        assert row["rougel"] == pytest.approx(compute_metrics([row["prediction"]], [row["reference"]])["rougel"])
+        assert row["rougel"] == pytest.approx(
+            compute_metrics([row["prediction"]], [row["reference"]])["rougel"]
+        )
     lines = [line.split("] - ")[-1] for line in result.stderr.splitlines()]
     value = json.loads((tmp_path / "eval_results.json").read_text())["eval_rougel"]
     assert any(line.split() == ["eval_rougel", f"{value:.4g}"] for line in lines)
@@ -163,8 +177,26 @@ def test_candidates_and_fewer_records(finished_run, tmp_path):
 
 def test_early_stopping(finished_run, tmp_path):
     """Without a step that could help, the second evaluation is the last."""
-    flags = ["--do_train", "--max_steps", 8, "--max_train_samples", 4, "--learning_rate", 0, "--save_steps", 1]
-    flags += ["--evaluation_strategy", "steps", "--eval_steps", 1, "--load_best_model_at_end", "--max_eval_samples", 1]
+    flags = [
+        "--do_train",
+        "--max_steps",
+        8,
+        "--max_train_samples",
+        4,
+        "--learning_rate",
+        0,
+        "--save_steps",
+        1,
+    ]
+    flags += [
+        "--evaluation_strategy",
+        "steps",
+        "--eval_steps",
+        1,
+        "--load_best_model_at_end",
+        "--max_eval_samples",
+        1,
+    ]
     run("--model_name_or_path", TINY_GLM, "--task_name", finished_run[0] / "data", "--output_dir", tmp_path, *FAST,
         *flags, "--early_stopping_patience", 1)  # fmt: skip
     state = json.loads((tmp_path / "trainer_state.json").read_text())

@@ -29,7 +29,12 @@ from data import (
 )
 from glm.errors import InputError
 
-RECORD = {"context": "白云山海拔1200米。", "answer": "1200米", "question": "白云山海拔多少米？", "where": "here:1"}
+RECORD = {
+    "context": "白云山海拔1200米。",
+    "answer": "1200米",
+    "question": "白云山海拔多少米？",
+    "where": "here:1",
+}
 
 
 def peer_features(tokenizer, record, tgt_length):
@@ -71,7 +76,9 @@ def test_features_equal_paddlenlp_with_the_real_tokenizer(tmp_path):
     if not path and spec is not None:
         path = Path(spec.origin).parent / "tokenization/embed_assets/chinese_sentencepiece/cog-pretrain.model"
     if not path or not Path(path).is_file():
-        pytest.skip("no cog-pretrain.model: set GLM_CHINESE_TOKENIZER to it, or pip install SwissArmyTransformer")
+        pytest.skip(
+            "no cog-pretrain.model: set GLM_CHINESE_TOKENIZER to it, or pip install SwissArmyTransformer"
+        )
     (tmp_path / "cog-pretrain.model").write_bytes(Path(path).read_bytes())
     (tmp_path / "tokenizer_config.json").write_text('{"tokenizer_class": "GLMChineseTokenizer"}')
     tokenizer = GLMTokenizer.from_pretrained(str(tmp_path))
@@ -135,7 +142,9 @@ def test_a_record_takes_little_room(tokenizer):
     rng = np.random.default_rng(0)
     ids = [(rng.integers(0, 50009, 188).tolist(), rng.integers(0, 50009, 13).tolist()) for _ in range(500)]
     tracemalloc.start()
-    dataset = [{**build_features(tokenizer, *pair), "index": index, "record": None} for index, pair in enumerate(ids)]
+    dataset = [
+        {**build_features(tokenizer, *pair), "index": index, "record": None} for index, pair in enumerate(ids)
+    ]
     size = tracemalloc.get_traced_memory()[0] / len(ids)
     tracemalloc.stop()
     assert 400 < size < 1500 and len(dataset) == 500
@@ -162,7 +171,9 @@ class Slow:
 def test_batches_of_what_is_there():
     """None larger than asked for, in order; none waits for more than one; a mistake comes last."""
     batches = list(read_in_batches(range(100), 8))
-    assert [record for batch in batches for record in batch] == list(range(100)) and max(map(len, batches)) <= 8
+    assert [record for batch in batches for record in batch] == list(range(100)) and max(
+        map(len, batches)
+    ) <= 8
     batches = read_in_batches(range(100), 8)
     assert next(batches)[0] == 0
     time.sleep(0.5)
@@ -276,7 +287,13 @@ def test_one_order_of_batches_on_any_layout(group_by_length):
         assert all(len(b) == len(s) for b, s in zip(batches, samplers))
         passes = 8 // (batch_size * num_replicas)
         steps[batch_size, num_replicas] = [
-            [sorted(sum((batch for rank in batches for batch in rank[step * passes : (step + 1) * passes]), []))]
+            [
+                sorted(
+                    sum(
+                        (batch for rank in batches for batch in rank[step * passes : (step + 1) * passes]), []
+                    )
+                )
+            ]
             for step in range(113)
         ]
     assert all(value == steps[8, 1] for value in steps.values())

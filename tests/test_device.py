@@ -119,7 +119,9 @@ def test_threads(given, processes, threads):
     )
     env = {name: value for name, value in os.environ.items() if name != "OMP_NUM_THREADS"}
     env.update(given, PADDLE_LOCAL_SIZE=str(processes))
-    output = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=env, check=True, capture_output=True, text=True)
+    output = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, env=env, check=True, capture_output=True, text=True
+    )
     assert [line for line in output.stdout.splitlines() if "threads" in line] == (
         [f"threads {threads}"] if threads else []
     )

@@ -50,7 +50,9 @@ def wait_for_line(process, text):
 
 
 def last_whole_checkpoint(folder):
-    return checkpoints.last_whole_checkpoint(SimpleNamespace(output_dir=str(folder), world_size=1, local_rank=-1))
+    return checkpoints.last_whole_checkpoint(
+        SimpleNamespace(output_dir=str(folder), world_size=1, local_rank=-1)
+    )
 
 
 def losses(folder):
@@ -127,7 +129,9 @@ def test_a_killed_run_goes_on_like_an_unbroken_one(tmp_path, dropout):
 def test_a_finished_run_goes_no_further(tmp_path):
     args = ["--model_name_or_path", TINY_GLM, "--output_dir", tmp_path, "--max_steps", 4, "--save_steps", 2]
     assert finish(start(*args))[0] == 0
-    weights, results = ((tmp_path / name).read_bytes() for name in ("model_state.pdparams", "train_results.json"))
+    weights, results = (
+        (tmp_path / name).read_bytes() for name in ("model_state.pdparams", "train_results.json")
+    )
     (tmp_path / "model_state.pdparams").unlink()
     code, lines = finish(start(*args))
     assert code == 0 and not any("step 5" in line for line in lines)
@@ -182,23 +186,40 @@ def test_a_damaged_checkpoint_is_skipped(two_checkpoints, tmp_path):
     damaged(tmp_path / "out/checkpoint-2", "optimizer.pdopt", "changed")
     args = ["--model_name_or_path", TINY_GLM, "--output_dir", tmp_path / "out", "--max_steps", 2]
     size = (tmp_path / "out/checkpoint-2/optimizer.pdopt").stat().st_size
-    skipping = f"skipping {tmp_path}/out/checkpoint-2, which is damaged: its optimizer.pdopt is not what was written"
+    skipping = (
+        f"skipping {tmp_path}/out/checkpoint-2, which is damaged: its optimizer.pdopt is not what was written"
+    )
     code, lines = finish(start(*args))
     assert code == 0 and any(f"{skipping} ({size} bytes)" in line for line in lines)
     assert any(f"resuming from {tmp_path}/out/checkpoint-1" in line for line in lines)
     assert losses(tmp_path / "out") == pytest.approx(losses(two_checkpoints), abs=1e-5)
     # Asked for by name, it is a mistake.
-    code, lines = finish(start(*args, "--resume_from_checkpoint", tmp_path / "out/checkpoint-1", "--max_steps", 3))
+    code, lines = finish(
+        start(*args, "--resume_from_checkpoint", tmp_path / "out/checkpoint-1", "--max_steps", 3)
+    )
     assert code == 0
     damaged(tmp_path / "out/checkpoint-1", "scheduler.pdparams", "cut short")
-    code, lines = finish(start(*args, "--resume_from_checkpoint", tmp_path / "out/checkpoint-1", "--max_steps", 3))
-    assert code == 2 and "checkpoint-1 is damaged: its scheduler.pdparams is not what was written" in lines[-1]
+    code, lines = finish(
+        start(*args, "--resume_from_checkpoint", tmp_path / "out/checkpoint-1", "--max_steps", 3)
+    )
+    assert (
+        code == 2 and "checkpoint-1 is damaged: its scheduler.pdparams is not what was written" in lines[-1]
+    )
 
 
 @pytest.mark.parametrize("where", ["model_state.pdparams", "train_results.json", "rename"])
 def test_a_kill_in_the_final_save(tmp_path, where):
     """Without a checkpoint: what stands in the folder is whole, and the same command goes on."""
-    args = ["--model_name_or_path", TINY_GLM, "--output_dir", tmp_path, "--max_steps", 2, "--save_strategy", "no"]
+    args = [
+        "--model_name_or_path",
+        TINY_GLM,
+        "--output_dir",
+        tmp_path,
+        "--max_steps",
+        2,
+        "--save_strategy",
+        "no",
+    ]
     code = "import os, finetune_generation as f\nold, moved = os.replace, []\n"
     if where == "rename":  # when two files stand in their places
         code += "def new(*args):\n    if len(moved) == 2:\n        os.kill(os.getpid(), 9)\n"
@@ -206,7 +227,9 @@ def test_a_kill_in_the_final_save(tmp_path, where):
     else:  # when this one is opened
         code += "import sys\ndef watch(event, args):\n"
         path = f"{checkpoints.UNFINISHED}/{where}"
-        code += f"    if event == 'open' and str(args[0]).endswith('{path}'):\n        os.kill(os.getpid(), 9)\n"
+        code += (
+            f"    if event == 'open' and str(args[0]).endswith('{path}'):\n        os.kill(os.getpid(), 9)\n"
+        )
         code += "sys.addaudithook(watch)\n"
     killed, lines = finish(start(*args, code=code + "f.main()"))
     assert killed == -signal.SIGKILL
@@ -263,7 +286,16 @@ def test_a_signal_ends_the_run_within_a_step(tmp_path, number):
 @pytest.mark.parametrize("strategy, whole", [("no", False), ("epoch", True)])
 def test_a_signal_in_the_last_step(tmp_path, strategy, whole):
     """No evaluation is begun; without checkpoints there is none."""
-    args = ["--model_name_or_path", TINY_GLM, "--output_dir", tmp_path, "--max_steps", 2, "--save_strategy", strategy]
+    args = [
+        "--model_name_or_path",
+        TINY_GLM,
+        "--output_dir",
+        tmp_path,
+        "--max_steps",
+        2,
+        "--save_strategy",
+        strategy,
+    ]
     args += ["--evaluation_strategy", "steps", "--eval_steps", 2, "--do_eval"]
     code = "import os, utils, finetune_generation as f\nold = utils.GLMTrainer.training_step\n"
     code += "def new(self, *args):\n    if self.state.global_step == 1:\n        os.kill(os.getpid(), 15)\n"
@@ -271,7 +303,10 @@ def test_a_signal_in_the_last_step(tmp_path, strategy, whole):
     code, lines = finish(start(*args, code=code))
     assert code == 143 and "stopped by SIGTERM at step 2" in lines[-1]
     assert (last_whole_checkpoint(tmp_path) == f"{tmp_path}/checkpoint-2") == whole
-    assert not (tmp_path / "model_state.pdparams").exists() and not (tmp_path / "eval_predictions.jsonl").exists()
+    assert (
+        not (tmp_path / "model_state.pdparams").exists()
+        and not (tmp_path / "eval_predictions.jsonl").exists()
+    )
 
 
 def test_a_signal_in_an_evaluation_ends_it(tmp_path):
@@ -299,7 +334,9 @@ def test_a_signal_while_loading_is_no_mistake_of_the_user(tmp_path, loader):
 
 def test_a_full_disk_leaves_the_last_checkpoint_whole(tmp_path):
     (tmp_path / "checkpoint-4").mkdir()
-    (tmp_path / "checkpoint-4/optimizer.pdopt").symlink_to("/dev/full")  # every write: no space left on device
+    (tmp_path / "checkpoint-4/optimizer.pdopt").symlink_to(
+        "/dev/full"
+    )  # every write: no space left on device
     args = ["--model_name_or_path", TINY_GLM, "--output_dir", tmp_path, "--save_steps", 2, "--max_steps", 6]
     code, lines = finish(start(*args))
     assert code == 1 and "Traceback" not in "".join(lines)
@@ -359,12 +396,16 @@ def test_a_loss_that_is_no_number_stops_the_run(tmp_path):
         code, lines = finish(start(*args, "--logging_steps", logging_steps))
         assert code == 1 and "Traceback" not in "".join(lines)
         named.append(
-            re.search(r"the (?:loss is not finite at|weights are not finite after) step (\d+): lower", lines[-1])[1]
+            re.search(
+                r"the (?:loss is not finite at|weights are not finite after) step (\d+): lower", lines[-1]
+            )[1]
         )
     assert named[0] == named[1]
     args[args.index("--save_steps") + 1] = 100
     code, lines = finish(start(*args, "--logging_steps", 5, "--output_dir", tmp_path / "no checkpoint"))
-    assert code == 1 and re.search(r"the loss is not finite at step 2: lower .*; there is no checkpoint", lines[-1])
+    assert code == 1 and re.search(
+        r"the loss is not finite at step 2: lower .*; there is no checkpoint", lines[-1]
+    )
 
 
 def test_bars_on_a_terminal_and_lines_elsewhere(tmp_path):
@@ -392,7 +433,11 @@ def test_bars_on_a_terminal_and_lines_elsewhere(tmp_path):
 
     ours, theirs = pty.openpty()
     fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 120, 0, 0))  # rows and columns
-    command = [sys.executable, "finetune_generation.py", *map(str, [*FLAGS, *args, "--output_dir", tmp_path / "bars"])]
+    command = [
+        sys.executable,
+        "finetune_generation.py",
+        *map(str, [*FLAGS, *args, "--output_dir", tmp_path / "bars"]),
+    ]
     process = subprocess.Popen(command, cwd=ROOT, stderr=theirs)
     os.close(theirs)
     shown = b""
@@ -425,7 +470,9 @@ def test_a_pipe_is_answered_line_by_line(tmp_path):
 
     # The same from a file, in a batch.
     (tmp_path / "questions.json").write_text("\n".join(map(json.dumps, rows)))
-    code, _ = finish(start(*args, "--predict_file", tmp_path / "questions.json", "--output_dir", tmp_path / "out"))
+    code, _ = finish(
+        start(*args, "--predict_file", tmp_path / "questions.json", "--output_dir", tmp_path / "out")
+    )
     lines = (tmp_path / "out/test_predictions.jsonl").read_text(encoding="utf-8").splitlines()
     assert code == 0 and len(lines) == 2
     for line, answer in zip(lines, answers):
@@ -474,7 +521,10 @@ NO_MODEL = SimpleNamespace(state_dict=dict)
 
 def test_a_checkpoint_that_is_written_anew_is_not_whole_meanwhile(tmp_path):
     args = saving_arguments(tmp_path)
-    state, control = SimpleNamespace(global_step=4, best_model_checkpoint=None), SimpleNamespace(should_save=False)
+    state, control = (
+        SimpleNamespace(global_step=4, best_model_checkpoint=None),
+        SimpleNamespace(should_save=False),
+    )
     done = tmp_path / "checkpoint-4" / CHECKPOINT_DONE
     done.parent.mkdir()
     done.touch()
@@ -485,7 +535,9 @@ def test_a_checkpoint_that_is_written_anew_is_not_whole_meanwhile(tmp_path):
     control.should_save = True
     callback.on_step_end(args, state, control)
     assert not done.exists() and last_whole_checkpoint(tmp_path) is None
-    callback.on_save(args, state, control, model=SimpleNamespace(state_dict=lambda: {"w": SimpleNamespace(name="w_0")}))
+    callback.on_save(
+        args, state, control, model=SimpleNamespace(state_dict=lambda: {"w": SimpleNamespace(name="w_0")})
+    )
     text = b'{\n  "global_step": 4\n}'
     assert json.loads(done.read_text()) == {
         "files": {"trainer_state.json": [len(text), hashlib.blake2b(text, digest_size=16).hexdigest()]},

@@ -71,7 +71,9 @@ def test_candidates(select_topk):
         assert scores == sorted(scores, reverse=True)
         for tokens, score in hypotheses:
             path = [*tokens, END] if len(tokens) < generation.tgt_length else tokens
-            total = sum(plain_log_probabilities(model, source, path[:i])[token] for i, token in enumerate(path))
+            total = sum(
+                plain_log_probabilities(model, source, path[:i])[token] for i, token in enumerate(path)
+            )
             assert score == pytest.approx(total / len(tokens) ** penalty, abs=1e-3)
 
 
@@ -85,7 +87,9 @@ def test_draws_are_ranked_by_their_sums():
     candidates = np.array([[[keys, dead]], [[log_p, dead]], [[[3, END, 4, 5, 6], [0] * 5]]])
     origins = beams.advance(candidates)
     assert beams.tokens[0, :, 0].tolist() == [5, 4] and beams.sums[0].tolist() == [-1.0, -2.0]
-    assert beams.finished_scores[0].tolist() == [-np.inf] * 2  # END is the last of the four, not of the first two
+    assert (
+        beams.finished_scores[0].tolist() == [-np.inf] * 2
+    )  # END is the last of the four, not of the first two
     assert origins.tolist() == [[0, 0]]
 
 
@@ -101,7 +105,9 @@ def test_slots_that_no_beam_sees_are_left_out():
         decode_one_token(model, cache, paddle.full([2, num_beams], 5, dtype="int64"), positions)
         cache.follow(np.array([[0] * num_beams, [num_beams] * num_beams]))
     # 9 of the source, of 32 steps one slot each, and the room for the last 8.
-    assert cache.layers[0][1].shape == [1, 2, 4, 9 + 32 + 8 * num_beams, 8] and cache.used == 9 + 32 + num_beams
+    assert (
+        cache.layers[0][1].shape == [1, 2, 4, 9 + 32 + 8 * num_beams, 8] and cache.used == 9 + 32 + num_beams
+    )
 
 
 @paddle.no_grad()
@@ -158,7 +164,9 @@ def test_the_source_is_stored_once_per_example():
             cache.open_slots()
             assert cache.used == 12 + (step + 1) * num_beams
             slots = 12 + steps * num_beams
-            assert [part.shape for part in cache.layers[1][1:]] == [[1, 3, 4, n, 8] for n in (slots, slots, num_beams)]
+            assert [part.shape for part in cache.layers[1][1:]] == [
+                [1, 3, 4, n, 8] for n in (slots, slots, num_beams)
+            ]
             for layer, keys, values, query in cache.layers:  # one tensor, of which these are views
                 assert len(layer) == 3 * 4 * (2 * slots + num_beams)
                 layer[:] = float(step + 1)
@@ -271,7 +279,9 @@ def test_narrow_beams_equal_plain_loops(num_beams, no_repeat_ngram_size, min_tgt
 def test_one_beam_is_greedy_search():
     sources, input_ids, lengths = make_sources()
     model = random_glm(5)
-    results = best_hypotheses(model, input_ids, lengths, generation_arguments(tgt_length=12, num_beams=1), START, END)
+    results = best_hypotheses(
+        model, input_ids, lengths, generation_arguments(tgt_length=12, num_beams=1), START, END
+    )
     for source, (tokens, _) in zip(sources, results):
         greedy = []
         while len(greedy) < 12:
@@ -293,7 +303,9 @@ def test_when_everything_is_banned_what_there_is_comes_out():
 def draws(log_p, count, select=2, **filters):
     """``count`` draws of ``select`` tokens without replacement, int [count, select], in the order drawn."""
     logits = paddle.to_tensor(np.tile(np.asarray(log_p, dtype="float32") + 3, [count, 1, 1]))
-    keys, log_probabilities, token_ids = next_token_candidates(logits, [], select, select_topk=False, **filters)
+    keys, log_probabilities, token_ids = next_token_candidates(
+        logits, [], select, select_topk=False, **filters
+    )
     expected = np.take_along_axis(np.tile(log_softmax(log_p), [count, 1, 1]), token_ids.astype(int), -1)
     finite = np.isfinite(keys)
     np.testing.assert_allclose(log_probabilities[finite], expected[finite], atol=1e-5)
@@ -360,7 +372,9 @@ def test_filtered_and_banned_tokens_are_never_chosen(monkeypatch, filters, garba
 
     def gpu_topk(values, k):
         keys, token_ids = topk(values, k)
-        return keys, paddle.where(keys == -inf, paddle.full_like(token_ids, -1 if k % 2 else 2**40), token_ids)
+        return keys, paddle.where(
+            keys == -inf, paddle.full_like(token_ids, -1 if k % 2 else 2**40), token_ids
+        )
 
     if garbage:
         monkeypatch.setattr(paddle, "topk", gpu_topk)

@@ -95,7 +95,9 @@ def test_a_signal_to_one_process_ends_all_within_two_steps(tmp_path, processes, 
     seconds = time.time() - float(re.search(r"FAULT AT ([\d.]+)", str(logs(tmp_path / "log")))[1])
     print(f"\n{processes} processes, SIGTERM: {seconds:.1f} s")
     ending = f"stopped by SIGTERM at step 4: the same command goes on from {out}/checkpoint-4"
-    assert [len(lines) == 1 and lines[0].endswith(ending) for lines in errors(tmp_path / "log")] == [True] * processes
+    assert [len(lines) == 1 and lines[0].endswith(ending) for lines in errors(tmp_path / "log")] == [
+        True
+    ] * processes
     assert (out / "checkpoint-4" / CHECKPOINT_DONE).exists() and not (out / "model_state.pdparams").exists()
     assert finish(start(processes, tmp_path / "log2", *args)) == 0
     assert sorted(losses(out)) == list(range(1, 7))
@@ -108,7 +110,9 @@ def test_signals_to_the_launcher(tmp_path, number, again):
     slow = "import time\nimport utils\nold = utils.GLMTrainer.training_step\n"
     slow += "def new(self, *args):\n    print('STEP', self.state.global_step, flush=True)\n    time.sleep(SECONDS)\n"
     slow += "    return old(self, *args)\nutils.GLMTrainer.training_step = new\n"
-    hook = write_hook(tmp_path, slow.replace("SECONDS", "20 if self.state.global_step else 0" if again else "0.5"))
+    hook = write_hook(
+        tmp_path, slow.replace("SECONDS", "20 if self.state.global_step else 0" if again else "0.5")
+    )
     args = ["--output_dir", out, "--max_steps", 100, "--save_steps", 1000, *SPLIT]
     launcher = start(2, tmp_path / "log", *args, **hook)
     while not (tmp_path / "log/workerlog.0").exists() or "STEP 1" not in str(logs(tmp_path / "log")):
@@ -126,7 +130,10 @@ def test_signals_to_the_launcher(tmp_path, number, again):
         assert time.time() - began < 15
         assert "there is no checkpoint to resume from" in lines[0][0]
         return
-    steps = [re.search(r"stopped by \w+ at step (\d+): the same command goes on from", line[0])[1] for line in lines]
+    steps = [
+        re.search(r"stopped by \w+ at step (\d+): the same command goes on from", line[0])[1]
+        for line in lines
+    ]
     assert steps[0] == steps[1] and (out / f"checkpoint-{steps[0]}" / CHECKPOINT_DONE).exists()
 
 
@@ -169,4 +176,7 @@ def test_a_process_that_ends_alone_ends_all(tmp_path, where):
     assert "Traceback" not in str(logs(tmp_path / "log"))
     (first,), (second,) = errors(tmp_path / "log")
     assert second == "finetune_generation.py: error: no more of this"
-    assert f"process 1 is gone, so this one of 2 ends too: the same command goes on from {tmp_path}/out/check" in first
+    assert (
+        f"process 1 is gone, so this one of 2 ends too: the same command goes on from {tmp_path}/out/check"
+        in first
+    )

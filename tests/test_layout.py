@@ -33,7 +33,9 @@ def imports_of(room):
 
 
 def test_every_room_stands_on_a_floor():
-    rooms = [path for pattern in ("*.py", "glm/*.py") for path in ROOT.glob(pattern) if path.stem != "__init__"]
+    rooms = [
+        path for pattern in ("*.py", "glm/*.py") for path in ROOT.glob(pattern) if path.stem != "__init__"
+    ]
     assert {path_of(room) for room in FLOOR} == set(rooms)
 
 

@@ -174,7 +174,9 @@ def test_resuming_and_going_on(adapter, tmp_path):
 
 
 def other_base(folder, **changes):
-    model = GLMForConditionalGeneration(GLMConfig(**{**json.loads((TINY_GLM / "config.json").read_text()), **changes}))
+    model = GLMForConditionalGeneration(
+        GLMConfig(**{**json.loads((TINY_GLM / "config.json").read_text()), **changes})
+    )
     model.save_pretrained(str(folder))
 
 
@@ -188,7 +190,9 @@ def test_mistakes(adapter, tmp_path, monkeypatch, capsys):
             if path.is_file():
                 shutil.copy(path, folder)
     config = json.loads((moved / "lora_config.json").read_text())
-    (moved / "lora_config.json").write_text(json.dumps({**config, "base_model_name_or_path": str(tmp_path / "gone")}))
+    (moved / "lora_config.json").write_text(
+        json.dumps({**config, "base_model_name_or_path": str(tmp_path / "gone")})
+    )
     (broken / "lora_model_state.pdparams").write_bytes(b"torn")
     other_base(wider, hidden_size=160)
     full = tmp_path / "full"
@@ -245,14 +249,18 @@ def test_memory_of_several_processes_by_hand():
     assert needs["weights"] == 2 * count and needs["optimizer"] == 12 * count  # two moments, master weights
     assert needs["gradients"] == 8 * count  # in float32, and once more while they are clipped
     assert needs["total"] == sum(size for name, size in needs.items() if name != "total")
-    adapter = memory.training_memory(config, 2, 608, 160, "O2", recompute=True, degree=8, lora_config=lora_config())
+    adapter = memory.training_memory(
+        config, 2, 608, 160, "O2", recompute=True, degree=8, lora_config=lora_config()
+    )
     assert adapter["optimizer"] < needs["optimizer"] / 100 and adapter["total"] < 0.25 * needs["total"]
 
 
 @pytest.mark.parametrize("setting", ["train", "train recompute lora"])
 def test_estimates_are_close_to_peaks(tmp_path, setting):
     """In a process of its own, by the benchmark's own check."""
-    config = GLMConfig(num_layers=4, hidden_size=256, num_attention_heads=8, vocab_size=2000, max_sequence_length=1024)
+    config = GLMConfig(
+        num_layers=4, hidden_size=256, num_attention_heads=8, vocab_size=2000, max_sequence_length=1024
+    )
     GLMForConditionalGeneration(config).save_pretrained(str(tmp_path))
     command = [sys.executable, "tests/benchmarks/memory.py", "--check", "--model", tmp_path, "--worker", "batch 4",
                "--setting", setting, "--source", 384, "--target", 64]  # fmt: skip
@@ -278,12 +286,20 @@ def test_a_run_says_what_it_needs(tmp_path, monkeypatch, capfd):
         needs = memory.estimate_memory(args, config, None, generation, dataset, dataset)
         expected = memory.training_memory(config, args.per_device_train_batch_size, 600, 30)
         assert needs["train"] == expected["total"] and needs["eval"] > expected["optimizer"]
-        assert f"{expected['total'] / 1e9:.2f} GB to train" in logged[0] and f"{free / 1e9:.2f} GB free" in logged[0]
+        assert (
+            f"{expected['total'] / 1e9:.2f} GB to train" in logged[0]
+            and f"{free / 1e9:.2f} GB free" in logged[0]
+        )
         assert len(logged) == 1 + warned
     logged.clear()
     monkeypatch.setattr(memory, "free_memory", lambda: 1e9)
     memory.estimate_memory(args, config, None, generation, dataset, [])
     saved = [float(text.split()[0]) for text in logged[1].split("(")[1:]]
     assert saved == sorted(saved, reverse=True)
-    for flag in ("--lora True", "--recompute", "--tensor_parallel_degree 2", "--per_device_train_batch_size 1"):
+    for flag in (
+        "--lora True",
+        "--recompute",
+        "--tensor_parallel_degree 2",
+        "--per_device_train_batch_size 1",
+    ):
         assert flag in logged[1]

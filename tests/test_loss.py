@@ -47,14 +47,20 @@ def test_smoothing_by_hand():
 def make_trainer(tmp_path, model, label_smoothing=0.1, **changes):
     args = GLMTrainingArguments(output_dir=str(tmp_path), device="cpu", **changes)
     return GLMTrainer(
-        model=model, args=args, generation=generation_arguments(), label_smoothing=label_smoothing, lr_decay_ratio=0.1
+        model=model,
+        args=args,
+        generation=generation_arguments(),
+        label_smoothing=label_smoothing,
+        lr_decay_ratio=0.1,
     )
 
 
 def make_batch():
     rng = np.random.default_rng(3)
     features = [
-        build_features(FakeTokenizer, rng.integers(3, 24, [length]).tolist(), [*rng.integers(3, 24, [size]), 2])
+        build_features(
+            FakeTokenizer, rng.integers(3, 24, [length]).tolist(), [*rng.integers(3, 24, [size]), 2]
+        )
         for length, size in ((9, 4), (5, 7), (12, 1))
     ]
     return features, DataCollator(0)([{**feature, "index": i} for i, feature in enumerate(features)])
@@ -90,7 +96,9 @@ def test_a_training_step_divides_by_the_targets_of_its_own_global_batch(tmp_path
     trainer.train_sampler = SimpleNamespace(target_tokens=[50, 60, 70])
     assert float(trainer.compute_loss(trainer.model, inputs)) == pytest.approx(losses.sum() / 60, rel=1e-5)
     trainer.args = SimpleNamespace(dataset_world_size=2, gradient_accumulation_steps=3)
-    assert float(trainer.compute_loss(trainer.model, inputs)) == pytest.approx(6 * losses.sum() / 60, rel=1e-5)
+    assert float(trainer.compute_loss(trainer.model, inputs)) == pytest.approx(
+        6 * losses.sum() / 60, rel=1e-5
+    )
 
 
 def test_recompute_gives_the_same_gradients(tmp_path):

@@ -32,7 +32,9 @@ def folder(tmp_path):
     shutil.copytree(TINY_GLM, tmp_path / "model")
     (tmp_path / "data").mkdir()
     for split in ("train", "dev", "test"):
-        (tmp_path / f"data/{split}.json").write_text(json.dumps(RECORD, ensure_ascii=False) + "\n", encoding="utf-8")
+        (tmp_path / f"data/{split}.json").write_text(
+            json.dumps(RECORD, ensure_ascii=False) + "\n", encoding="utf-8"
+        )
     return tmp_path
 
 
@@ -236,7 +238,9 @@ def test_a_mistake_ends_with_one_line(folder, monkeypatch, capsys, flags, damage
 
 def test_processes_that_the_degree_does_not_divide(folder, monkeypatch, capsys):
     monkeypatch.setattr(finetune_generation.paddle.distributed, "get_world_size", lambda: 3)
-    code, lines = main(monkeypatch, capsys, "--output_dir", folder / "out", "--do_train", "--tensor_parallel_degree", 2)
+    code, lines = main(
+        monkeypatch, capsys, "--output_dir", folder / "out", "--do_train", "--tensor_parallel_degree", 2
+    )
     assert code == 2 and "--tensor_parallel_degree 2 does not divide the 3 processes" in lines[-1]
 
 
@@ -338,7 +342,10 @@ def test_a_host_that_cannot_be_reached(tmp_path, monkeypatch, capsys):
     for name in ("http_proxy", "https_proxy"):
         monkeypatch.setenv(name, "http://127.0.0.1:9")
     for flags, message in (
-        (["--model_name_or_path", "nobody/no-such-model"], "nobody/no-such-model: its config.json can't be loaded"),
+        (
+            ["--model_name_or_path", "nobody/no-such-model"],
+            "nobody/no-such-model: its config.json can't be loaded",
+        ),
         (["--model_name_or_path", TINY_GLM], "dureader_qg could not be downloaded"),
     ):
         code, lines = main(monkeypatch, capsys, *flags, "--output_dir", tmp_path / "out", "--do_train")
@@ -355,7 +362,16 @@ def test_a_bug_of_ours_shows_its_traceback(folder):
 
 # ---------------------------------------------------------------------------------------------- at random
 
-SPECIAL = ["[gMASK]", "[CLS]", "<|endoftext|>", "<|startofpiece|>", "<|endofpiece|>", "[MASK]", "[sMASK]", "[UNUSED1]"]
+SPECIAL = [
+    "[gMASK]",
+    "[CLS]",
+    "<|endoftext|>",
+    "<|startofpiece|>",
+    "<|endofpiece|>",
+    "[MASK]",
+    "[sMASK]",
+    "[UNUSED1]",
+]
 ODD = [
     "",
     " ",
@@ -395,9 +411,15 @@ def test_a_line_gives_features_or_one_line(tokenizer, lines, cut, require_questi
     except InputError as error:
         assert str(error).startswith("data.json:")
         return
-    special = {*tokenizer.all_special_ids, *range(tokenizer.eos_token_id, len(tokenizer))} - {tokenizer.unk_token_id}
+    special = {*tokenizer.all_special_ids, *range(tokenizer.eos_token_id, len(tokenizer))} - {
+        tokenizer.unk_token_id
+    }
     for features in dataset:
-        ids, source, labels = features["input_ids"].tolist(), features["source_length"], features["labels"].tolist()
+        ids, source, labels = (
+            features["input_ids"].tolist(),
+            features["source_length"],
+            features["labels"].tolist(),
+        )
         assert 3 < source <= 64 and len(labels) <= 32 and len(ids) == source + len(labels)
         frame = [tokenizer.cls_token_id, tokenizer.gmask_token_id, tokenizer.eos_token_id]
         assert [ids[0], ids[source - 2], ids[source - 1]] == frame

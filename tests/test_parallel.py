@@ -87,7 +87,17 @@ LAYOUTS = {
 def train(name, folder, *args):
     """Train on a layout, with the output in ``folder``/out. Returns what was logged."""
     processes, flags = LAYOUTS[name]
-    args = ["--model_name_or_path", TINY_GLM, *COMMON, "--save_steps", 3, "--output_dir", folder / "out", *flags, *args]
+    args = [
+        "--model_name_or_path",
+        TINY_GLM,
+        *COMMON,
+        "--save_steps",
+        3,
+        "--output_dir",
+        folder / "out",
+        *flags,
+        *args,
+    ]
     if processes > 1:
         return launch(processes, folder / "log", *args)
     codes, outputs = run_processes([[sys.executable, "finetune_generation.py", *args]])
@@ -159,7 +169,9 @@ def test_a_checkpoint_without_names_of_its_weights(data, trained, tmp_path):
     command = [sys.executable, "finetune_generation.py", "--model_name_or_path", TINY_GLM, "--task_name", data, *COMMON,
                "--output_dir", tmp_path / "out"]  # fmt: skip
     (code,), (output,) = run_processes([command])
-    assert code == 2 and "was saved with tensor_parallel_degree 2 and no names of its" in output.splitlines()[-1]
+    assert (
+        code == 2 and "was saved with tensor_parallel_degree 2 and no names of its" in output.splitlines()[-1]
+    )
     train("TP 2", tmp_path, "--task_name", data)
     losses, expected = outcome(tmp_path / "out")[0], outcome(trained("TP 2"))[0]
     np.testing.assert_allclose(losses, expected, atol=1e-5)
@@ -188,7 +200,9 @@ def test_lora_on_two_processes(data, tmp_path):
         path.unlink()  # what is left is an adapter
     launch(2, tmp_path / "log", "--model_name_or_path", tmp_path / "one", "--task_name", data, *COMMON[:8],
            "--do_eval", "--output_dir", tmp_path / "reloaded", "--tensor_parallel_degree", 2)  # fmt: skip
-    assert [row["token_ids"] for row in read_jsonl(tmp_path / "reloaded/eval_predictions.jsonl")] == predictions
+    assert [
+        row["token_ids"] for row in read_jsonl(tmp_path / "reloaded/eval_predictions.jsonl")
+    ] == predictions
 
 
 def tiny_glm(folder, **changes):
@@ -230,7 +244,10 @@ GLMTrainer.compute_loss = checked
 
 def test_split_loss_and_gradients_against_float64(tmp_path):
     rng = np.random.default_rng(0)
-    hidden, weight = rng.normal(size=[6, 16]).astype("float32") * 3, rng.normal(size=[40, 16]).astype("float32")
+    hidden, weight = (
+        rng.normal(size=[6, 16]).astype("float32") * 3,
+        rng.normal(size=[40, 16]).astype("float32"),
+    )
     labels = np.array([0, 19, 20, 39, *rng.integers(0, 40, [2])])  # the edges of both parts, too
     np.savez(tmp_path / "in.npz", hidden=hidden, weight=weight, labels=labels)
     hook = tmp_path / "hook.py"
@@ -253,7 +270,9 @@ sys.exit(0)
     for part in parts:
         np.testing.assert_allclose(part["losses"], expected[0], rtol=1e-5, atol=1e-5)
         np.testing.assert_allclose(part["hidden"], expected[1], rtol=1e-5, atol=1e-5)
-    np.testing.assert_allclose(np.concatenate([p["weight"] for p in parts]), expected[2], rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(
+        np.concatenate([p["weight"] for p in parts]), expected[2], rtol=1e-5, atol=1e-5
+    )
 
 
 def test_drawn_tokens_are_the_same_on_all_processes(data, tmp_path):

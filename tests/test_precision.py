@@ -82,7 +82,9 @@ class Run:
     """Steps of a run under a GradScaler: the Trainer's order of events."""
 
     def __init__(self, tmp_path, world_size=1):
-        self.args = SimpleNamespace(world_size=world_size, output_dir=str(tmp_path), overwrite_output_dir=False)
+        self.args = SimpleNamespace(
+            world_size=world_size, output_dir=str(tmp_path), overwrite_output_dir=False
+        )
         self.check, self.state = CheckFinite(), SimpleNamespace(global_step=0)
         self.scheduler = paddle.optimizer.lr.LambdaDecay(1.0, lambda step: 1 - step / 100)
 
@@ -117,7 +119,9 @@ def test_losses_that_are_no_numbers_under_a_scaler(tmp_path, loss):
 def test_a_loss_that_is_no_number_is_logged_as_the_one_before_it():
     """Its sum with the others would be none, and train_loss neither."""
     check = CheckFinite()
-    returned = [float(check.note(paddle.to_tensor(loss), 1)) for loss in (2.0, math.nan, 1.5, -math.inf, math.inf)]
+    returned = [
+        float(check.note(paddle.to_tensor(loss), 1)) for loss in (2.0, math.nan, 1.5, -math.inf, math.inf)
+    ]
     assert returned == [2.0, 2.0, 1.5, 1.5, 1.5]
 
 
@@ -230,7 +234,13 @@ def test_optimizer_states_with_and_without_master_weights(had, wanted, dtype):
     read = []
     names = {"linear_0.w_0": "dense.weight", "linear_0.b_0": "dense.bias"}
     state = weights.convert_optimizer_state(
-        [moments(had)], names, model, lambda name, parts: parts[0], wanted, lambda: read.append(1) or EXACT, set(names)
+        [moments(had)],
+        names,
+        model,
+        lambda name, parts: parts[0],
+        wanted,
+        lambda: read.append(1) or EXACT,
+        set(names),
     )
     expected = moments(wanted)
     assert set(state) == set(expected) and state["LR_Scheduler"] == {"last_epoch": 3}

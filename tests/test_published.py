@@ -112,7 +112,11 @@ def test_a_download_the_cache_and_a_server_that_is_gone(site, tmp_path):
     assert read_jsonl(tmp_path / "again/eval_predictions.jsonl") == read_jsonl(out / "eval_predictions.jsonl")
     (tmp_path / "new").mkdir()
     code, lines = site.train(tmp_path / "new", tmp_path / "nothing")
-    assert code == 2 and "THUDM/glm-large-chinese: its" in lines[-1] and "if its host can be reached" in lines[-1]
+    assert (
+        code == 2
+        and "THUDM/glm-large-chinese: its" in lines[-1]
+        and "if its host can be reached" in lines[-1]
+    )
     assert not (tmp_path / "nothing").exists() and not any("Traceback" in line for line in lines)
 
 

@@ -21,7 +21,9 @@ from test_parallel import COMMON, free_port, outcome, run_processes, tiny_glm
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 ENGLISH, CHINESE = README.split("\n# 中文\n")
 IN_LINE = r"`((?:python|pip|visualdl|cat) [^`]+)`"  # short ones stand in the text
-COMMANDS = re.findall(r"```bash\n(.*?)```", ENGLISH, re.DOTALL) + [f"{text}\n" for text in re.findall(IN_LINE, ENGLISH)]
+COMMANDS = re.findall(r"```bash\n(.*?)```", ENGLISH, re.DOTALL) + [
+    f"{text}\n" for text in re.findall(IN_LINE, ENGLISH)
+]
 EIGHT = '--gpus "0,1,2,3,4,5,6,7" finetune_generation.py'
 
 
@@ -39,12 +41,16 @@ def shell(text, folder, *replacements, add="", timeout=300):
     binaries = folder / "bin"
     binaries.mkdir(exist_ok=True)
     (binaries / "python").write_text(f'#!/bin/sh\nexec {shlex.quote(sys.executable)} "$@"\n')
-    (binaries / "pip").write_text('#!/bin/sh\ntest "$1 $2" = "install -r" && test -f "$3"\n')  # .ci/run does install it
+    (binaries / "pip").write_text(
+        '#!/bin/sh\ntest "$1 $2" = "install -r" && test -f "$3"\n'
+    )  # .ci/run does install it
     for path in binaries.iterdir():
         path.chmod(0o755)
     env = {**os.environ, "PATH": f"{binaries}:{os.environ['PATH']}"}
     script = f"set -e\n{text.rstrip()} {add}\n"
-    result = subprocess.run(["bash", "-c", script], cwd=ROOT, env=env, capture_output=True, text=True, timeout=timeout)
+    result = subprocess.run(
+        ["bash", "-c", script], cwd=ROOT, env=env, capture_output=True, text=True, timeout=timeout
+    )
     assert result.returncode == 0, result.stderr[-3000:]
     return result.stdout
 
@@ -72,7 +78,9 @@ def test_every_command_is_run_here():
 
 def test_install_and_demo(tmp_path):
     text = command("pip install -r requirements.txt && python finetune_generation.py")
-    shell(text, tmp_path, add=f"--output_dir {tmp_path}/demo --max_steps 20 --eval_steps 10 --logging_steps 5")
+    shell(
+        text, tmp_path, add=f"--output_dir {tmp_path}/demo --max_steps 20 --eval_steps 10 --logging_steps 5"
+    )
     assert len(read_jsonl(tmp_path / "demo/eval_predictions.jsonl")) == 60
     shell(command("python tests/fixtures/plot_demo.py"), (tmp_path / "demo"),
           add=f"{tmp_path}/demo/trainer_state.json {tmp_path}/curves.png")  # fmt: skip
@@ -82,21 +90,36 @@ def test_install_and_demo(tmp_path):
 def test_ones_own_records(tmp_path):
     text = command("python finetune_generation.py --model_name_or_path THUDM/glm-large-chinese --task_name")
     data = small_data(tmp_path, train=4, dev=3)
-    shell(text, tmp_path, MODEL, ("./my_data", data), ("./my_model", tmp_path / "out"), add=f"{SHORT} --max_steps 2")
+    shell(
+        text,
+        tmp_path,
+        MODEL,
+        ("./my_data", data),
+        ("./my_model", tmp_path / "out"),
+        add=f"{SHORT} --max_steps 2",
+    )
     assert len(read_jsonl(tmp_path / "out/eval_predictions.jsonl")) == 3
     assert (tmp_path / "out/model_state.pdparams").exists()
 
 
 def test_the_other_stack_and_the_card(tmp_path):
     text = command("pip install -r requirements-paddle3.txt && python finetune_generation.py")
-    shell(text, tmp_path, add=f"--output_dir {tmp_path}/demo --max_steps 2 --evaluation_strategy no --do_predict False")
+    shell(
+        text,
+        tmp_path,
+        add=f"--output_dir {tmp_path}/demo --max_steps 2 --evaluation_strategy no --do_predict False",
+    )
     assert len(read_jsonl(tmp_path / "demo/eval_predictions.jsonl")) == 60
     printed = shell(command('python -c "import paddle; print(paddle.device.get_device())'), tmp_path)
     assert printed.splitlines()[0] == "cpu" and "PaddlePaddle is installed successfully" in printed
 
 
 def test_the_tests(tmp_path):
-    shell(command("pip install -r tests/requirements.txt && python -m pytest"), tmp_path, add="--collect-only -q")
+    shell(
+        command("pip install -r tests/requirements.txt && python -m pytest"),
+        tmp_path,
+        add="--collect-only -q",
+    )
 
 
 def test_the_single_card_command_and_its_curves(tmp_path):
@@ -156,15 +179,27 @@ def test_the_10b_commands_and_merging(tmp_path):
     large = ("--model_name_or_path THUDM/glm-10b-chinese", f"--model_name_or_path {model}")
     small = f"--task_name {data} --max_steps 2 {SHORT}"
     text = command('python -m paddle.distributed.launch --gpus "0,1" ')
-    two = ('--gpus "0,1" finetune_generation.py', f"--nproc_per_node 2 --log_dir {tmp_path} tests/parallel_worker.py")
+    two = (
+        '--gpus "0,1" finetune_generation.py',
+        f"--nproc_per_node 2 --log_dir {tmp_path} tests/parallel_worker.py",
+    )
     shell(text, tmp_path, large, ("./checkpoints/glm-10b-lora", out), two, add=small)
     assert (out / "lora_model_state.pdparams").exists() and not (out / "model_state.pdparams").exists()
     expected = [row["token_ids"] for row in read_jsonl(out / "eval_predictions.jsonl")]
     text = command('python -m paddle.distributed.launch --gpus "0,1,2', "glm-10b")
     eight = (EIGHT, f"--nproc_per_node 8 --log_dir {tmp_path} tests/parallel_worker.py")
-    shell(text, tmp_path, large, ("./checkpoints/glm-10b ", f"{tmp_path}/full "), eight, add=f"{small} --do_eval False")
+    shell(
+        text,
+        tmp_path,
+        large,
+        ("./checkpoints/glm-10b ", f"{tmp_path}/full "),
+        eight,
+        add=f"{small} --do_eval False",
+    )
     assert (tmp_path / "full/model_state.pdparams").exists()
-    text = command("python finetune_generation.py --model_name_or_path ./checkpoints/glm-10b-lora --merge_lora")
+    text = command(
+        "python finetune_generation.py --model_name_or_path ./checkpoints/glm-10b-lora --merge_lora"
+    )
     shell(text, tmp_path, ("./checkpoints/glm-10b-lora", out), ("./checkpoints/glm-10b-merged", tmp_path / "merged"),
           add=f"--task_name {data} --do_eval --min_tgt_length 0 {SHORT}")  # fmt: skip
     assert [row["token_ids"] for row in read_jsonl(tmp_path / "merged/eval_predictions.jsonl")] == expected
@@ -215,7 +250,9 @@ def test_evaluation_during_training_then_prediction_and_pipe(tmp_path):
     shell(command("cat ./my_data/test.json | python finetune_generation.py"), tmp_path, *replaced,
           ("--predict_file -", f"{SHORT} --predict_file -"), ("answers.jsonl", tmp_path / "answers.jsonl"))  # fmt: skip
     answers = read_jsonl(tmp_path / "answers.jsonl")
-    assert [row["token_ids"] for row in answers] == [row["token_ids"] for row in predictions] and len(answers) == 3
+    assert [row["token_ids"] for row in answers] == [row["token_ids"] for row in predictions] and len(
+        answers
+    ) == 3
 
 
 def test_memory(tmp_path):

@@ -39,7 +39,12 @@ def test_records_and_features(records, tokenizer):
         record, length = features["record"], features["source_length"]
         source = features["input_ids"][:length].tolist()
         whole = encode_text(tokenizer, f"答案：{record['answer']}，上下文：{record['context']}")
-        assert source == [tokenizer.cls_token_id, *whole[:605], tokenizer.gmask_token_id, tokenizer.eos_token_id]
+        assert source == [
+            tokenizer.cls_token_id,
+            *whole[:605],
+            tokenizer.gmask_token_id,
+            tokenizer.eos_token_id,
+        ]
         cut += len(whole) > 605
         assert features["labels"][-1] == tokenizer.eop_token_id and len(features["labels"]) <= 160
         assert len(features["input_ids"]) == length + len(features["labels"])
@@ -74,7 +79,9 @@ def words(text):
 def test_metrics_against_an_independent_count(records):
     """Each question against another record's: n-grams counted here, the subsequence by dynamic programming."""
     plain = [
-        record["question"] for record in records if re.fullmatch(r"[一-鿿a-zA-Z0-9？?，、。 ]+", record["question"])
+        record["question"]
+        for record in records
+        if re.fullmatch(r"[一-鿿a-zA-Z0-9？?，、。 ]+", record["question"])
     ]
     predictions, references = plain, [plain[-1], *plain[:-1]]
     rouge, matches, totals, lengths = np.zeros(3), np.zeros(4), np.zeros(4), np.zeros(2)
@@ -89,11 +96,15 @@ def test_metrics_against_an_independent_count(records):
         table = np.zeros([len(prediction) + 1, len(reference) + 1], int)
         for i, word in enumerate(prediction):
             for j, other in enumerate(reference):
-                table[i + 1, j + 1] = table[i, j] + 1 if word == other else max(table[i, j + 1], table[i + 1, j])
+                table[i + 1, j + 1] = (
+                    table[i, j] + 1 if word == other else max(table[i, j + 1], table[i + 1, j])
+                )
         rouge[2] += 2 * table[-1, -1] / (len(prediction) + len(reference))
         lengths += len(prediction), len(reference)
     bleu = math.exp(np.log(matches / totals).mean() + min(0, 1 - lengths[1] / lengths[0]))
     metrics = compute_metrics(predictions, references)
     assert len(plain) > 500 and bleu > 0.01
     assert metrics["bleu4"] == pytest.approx(bleu, rel=1e-6)
-    np.testing.assert_allclose([metrics["rouge1"], metrics["rouge2"], metrics["rougel"]], rouge / len(plain), atol=1e-4)
+    np.testing.assert_allclose(
+        [metrics["rouge1"], metrics["rouge2"], metrics["rougel"]], rouge / len(plain), atol=1e-4
+    )

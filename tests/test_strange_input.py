@@ -16,7 +16,13 @@ from conftest import ROOT, TINY_GLM
 from hypothesis import HealthCheck, Phase, assume, example, given, settings
 from hypothesis import strategies as st
 
-from glm.arguments import DataArguments, GenerationArguments, GLMTrainingArguments, LoRAArguments, ModelArguments
+from glm.arguments import (
+    DataArguments,
+    GenerationArguments,
+    GLMTrainingArguments,
+    LoRAArguments,
+    ModelArguments,
+)
 
 CASES = int(os.environ.get("STRANGE_CASES", 100))
 RECORD = {"context": "北京大学在北京。", "answer": "北京", "question": "北京大学在哪里?"}
@@ -38,7 +44,9 @@ class Server:
         code, text = self.run(*arguments)
         assert code in (0, 2) and "Traceback" not in text, f"{code}\n{text[-3000:]}"
         if code == 2:  # it says what is wrong, by the script's name
-            assert any("finetune_generation.py: error: " in line for line in text.splitlines()[-3:]), text[-2000:]
+            assert any("finetune_generation.py: error: " in line for line in text.splitlines()[-3:]), text[
+                -2000:
+            ]
         return code, text
 
 
@@ -61,7 +69,9 @@ def cases(share):
 
 
 anything = st.text(st.characters(), max_size=20)  # lone surrogates and NUL among them
-long_text = st.builds(lambda text, times: (text * times)[:100_000], anything, st.sampled_from([1, 1, 3, 50, 5000]))
+long_text = st.builds(
+    lambda text, times: (text * times)[:100_000], anything, st.sampled_from([1, 1, 3, 50, 5000])
+)
 json_value = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | long_text,
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(anything, inner, max_size=3),

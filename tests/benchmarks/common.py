@@ -47,7 +47,12 @@ def make_dataset(count, seed=0):
         characters = rng.lognormal(np.log(292) - 0.6**2 / 2, 0.6)
         source_length = min(3 + 9 + 3 + round(characters / 1.8), SRC_LENGTH)
         source = rng.integers(10, 50000, source_length - 3).tolist()
-        source = [SpecialTokens.cls_token_id, *source, SpecialTokens.gmask_token_id, SpecialTokens.eos_token_id]
+        source = [
+            SpecialTokens.cls_token_id,
+            *source,
+            SpecialTokens.gmask_token_id,
+            SpecialTokens.eos_token_id,
+        ]
         labels = [*rng.integers(10, 50000, 7 + rng.integers(3, 8)).tolist(), SpecialTokens.eop_token_id]
         dataset.append({**build_features(SpecialTokens, source, labels), "index": index})
     return dataset

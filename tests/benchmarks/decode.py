@@ -45,7 +45,9 @@ def make_sources(args):
 
 def generation(args):
     tokens = args.tokens
-    return GenerationArguments(tgt_length=tokens, min_tgt_length=tokens, num_beams=args.beams, no_repeat_ngram_size=3)
+    return GenerationArguments(
+        tgt_length=tokens, min_tgt_length=tokens, num_beams=args.beams, no_repeat_ngram_size=3
+    )
 
 
 def ours(args, model=None):
@@ -72,7 +74,9 @@ def ours(args, model=None):
         token_ids = paddle.full([args.batch_size, args.beams], START, dtype="int64")
         while True:  # beam_search's loop, with a clock
             start = time.time()
-            position_ids = paddle.to_tensor(np.stack([everything - 2, np.full_like(everything, beams.step + 1)], 1))
+            position_ids = paddle.to_tensor(
+                np.stack([everything - 2, np.full_like(everything, beams.step + 1)], 1)
+            )
             logits = decode_one_token(model, cache, token_ids, position_ids)
             origins = beams.advance(next_token_candidates(logits, beams.banned(), 2 * args.beams))
             if len(origins):
@@ -168,14 +172,20 @@ def main():
         rows = []
         for name, result in children(args, {"growth": []})["growth"].items():
             memory = [f"{result[key]:.0f}" for key in ("decoding_peak", "source_cache", "slots")]
-            rows.append([*name.split(), f"{result['step'] * 1e3:.1f}", f"{result['limit'] * 1e3:.1f}", *memory])
+            rows.append(
+                [*name.split(), f"{result['step'] * 1e3:.1f}", f"{result['limit'] * 1e3:.1f}", *memory]
+            )
         print_table(
-            ["source", "beams", "batch", "step ms", "products ms", "peak MB", "source cache MB", "slots MB"], rows
+            ["source", "beams", "batch", "step ms", "products ms", "peak MB", "source cache MB", "slots MB"],
+            rows,
         )
         return
     results = children(args, {"PaddleNLP": [], "ours": []})
     peer, own = results["PaddleNLP"], results["ours"]
-    speed, peer_speed = args.batch_size * args.tokens / own["total"], args.batch_size * args.peer_tokens / peer["total"]
+    speed, peer_speed = (
+        args.batch_size * args.tokens / own["total"],
+        args.batch_size * args.peer_tokens / peer["total"],
+    )
     rows = [
         ["PaddleNLP generate()", f"{peer_speed:.2f}", f"{peer['step'] * 1e3:.0f}", f"{peer['peak']:.0f}"],
         ["ours", f"{speed:.2f}", f"{own['step'] * 1e3:.1f}", f"{own['peak']:.0f}"],

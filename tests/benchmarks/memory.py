@@ -13,7 +13,16 @@ import tempfile
 
 import numpy as np
 import paddle
-from common import SRC_LENGTH, TGT_LENGTH, SpecialTokens, children, load_model, parser, print_machine, print_table
+from common import (
+    SRC_LENGTH,
+    TGT_LENGTH,
+    SpecialTokens,
+    children,
+    load_model,
+    parser,
+    print_machine,
+    print_table,
+)
 from paddlenlp.peft import LoRAConfig
 from paddlenlp.transformers import GLMConfig
 
@@ -31,7 +40,9 @@ MODELS = {
 
 
 def config_of_lora(rank=8, modules=lora.LORA_MODULES, **kwargs):
-    return LoRAConfig(r=rank, lora_alpha=2 * rank, target_modules=[rf".*\.{module}" for module in modules], **kwargs)
+    return LoRAConfig(
+        r=rank, lora_alpha=2 * rank, target_modules=[rf".*\.{module}" for module in modules], **kwargs
+    )
 
 
 def config_of(name):
@@ -52,12 +63,16 @@ def table():
             cells = {"train": [], "evaluate": []}
             for degree in (1, 2, 4, 8):
                 config = config_of(name)
-                train = memory.training_memory(config, precision="O2", recompute=True, degree=degree, **common)
+                train = memory.training_memory(
+                    config, precision="O2", recompute=True, degree=degree, **common
+                )
                 test = memory.evaluation_memory(config, num_beams=5, dtype="float16", degree=degree, **common)
                 for purpose, needs in zip(cells, (train, test)):
                     cells[purpose].append(f"{needs['total'] / 1e9:.1f} ({cards(needs['total'])})")
             rows += [[name, kind, purpose, *cells[purpose]] for purpose in cells]
-    print_table(["GB a card (which fits)", "weights", "to", *(f"tensor parallel {n}" for n in (1, 2, 4, 8))], rows)
+    print_table(
+        ["GB a card (which fits)", "weights", "to", *(f"tensor parallel {n}" for n in (1, 2, 4, 8))], rows
+    )
     print()
     peer = {"batch_size": 16, "source_length": 512, "target_length": 25, "precision": "O2", "recompute": True}
     peer["lora_config"] = config_of_lora(4, ["query_key_value"])
@@ -79,7 +94,12 @@ def check(args):
     rng, dataset = np.random.default_rng(0), []
     for index in range(3 * args.batch_size):  # as long as they may be
         source = rng.integers(10, 50000, args.source - 3).tolist()
-        source = [SpecialTokens.cls_token_id, *source, SpecialTokens.gmask_token_id, SpecialTokens.eos_token_id]
+        source = [
+            SpecialTokens.cls_token_id,
+            *source,
+            SpecialTokens.gmask_token_id,
+            SpecialTokens.eos_token_id,
+        ]
         labels = [*rng.integers(10, 50000, args.target - 1).tolist(), SpecialTokens.eop_token_id]
         features = build_features(SpecialTokens, source, labels)
         for key in ("input_ids", "labels"):
@@ -117,7 +137,12 @@ def check(args):
             needs = memory.evaluation_memory(model.config, num_beams=generation.num_beams, **common)
             speed = None
     count, trained = memory.count_parameters(model.config, lora_config=lora_config)
-    return {"estimate": needs["total"], "peak": memory.memory_peak(), "speed": speed, "share": trained / count}
+    return {
+        "estimate": needs["total"],
+        "peak": memory.memory_peak(),
+        "speed": speed,
+        "share": trained / count,
+    }
 
 
 def main():
@@ -137,7 +162,9 @@ def main():
     print(f"{args.layers} layers of width {args.width}, source {args.source}, target {args.target}")
     settings = [f"train{recompute}{kind}" for kind in ("", " lora") for recompute in ("", " recompute")]
     workers = {
-        f"batch {size} {setting}": ["--setting", setting] for setting in [*settings, "evaluate"] for size in (2, 4)
+        f"batch {size} {setting}": ["--setting", setting]
+        for setting in [*settings, "evaluate"]
+        for size in (2, 4)
     }
     rows = []
     for name, result in children(args, workers).items():

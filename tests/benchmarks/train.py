@@ -57,7 +57,10 @@ def paddlenlp(args, model, dataset):
         batch_size, length = len(features), SRC_LENGTH + TGT_LENGTH
         input_ids = np.full([batch_size, length], SpecialTokens.pad_token_id)
         position_ids = np.zeros([batch_size, 2, length], dtype="int64")
-        labels, loss_mask = np.zeros([batch_size, length], dtype="int64"), np.zeros([batch_size, length], "float32")
+        labels, loss_mask = (
+            np.zeros([batch_size, length], dtype="int64"),
+            np.zeros([batch_size, length], "float32"),
+        )
         source_length = np.array([feature["source_length"] for feature in features])
         mask = build_attention_mask(source_length, source_length, length)
         column = np.arange(length)
@@ -92,7 +95,9 @@ def ours(args, model, dataset):
     sampler = GroupedBatchSampler(dataset, size, 1, 0, size, shuffle=True, group_by_length=True, seed=0)
     chosen = list(sampler)
     longest = max(chosen, key=lambda batch: max(len(dataset[index]["input_ids"]) for index in batch))
-    batches = [collate([dataset[index] for index in batch]) for batch in [longest, *chosen]]  # the first warms up
+    batches = [
+        collate([dataset[index] for index in batch]) for batch in [longest, *chosen]
+    ]  # the first warms up
     seconds = timed_steps(model, batches, lambda batch: trainer.compute_loss(model, batch))
     peak, limit = peak_mb(), 0.0
     for batch in batches[1:]:
