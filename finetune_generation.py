@@ -33,14 +33,7 @@ from glm.checkpoints import (
 from glm.device import use_the_whole_cpu
 from glm.errors import Fault, InputError
 from glm.generation import beam_search
-from glm.lora import (
-    LORA_WEIGHTS,
-    add_lora,
-    find_base,
-    make_lora_config,
-    new_adapter,
-    read_adapter,
-)
+from glm.lora import LORA_WEIGHTS, adapter_weights, add_lora, prepare
 from glm.memory import estimate_memory
 from glm.processes import Peers, locked
 from glm.weights import load
@@ -129,7 +122,7 @@ def run(model_args, lora_args, data_args, generation, args, output=None):
     args.do_predict = args.do_predict or bool(data_args.predict_file)
     check_task(args, lora_args, data_args)
     name, degree = model_args.model_name_or_path, max(args.tensor_parallel_degree, 1)
-    adapter, base = find_base(lora_args, name)
+    base, adapter, lora_config = prepare(lora_args, name, args.weights_dtype(), degree)
     checkpoint = find_last_checkpoint(args, lora_args.lora)
     if output is None:
         check_output_dir(args, checkpoint)
@@ -157,14 +150,7 @@ def run(model_args, lora_args, data_args, generation, args, output=None):
         test_dataset = read(
             "test", data_args.max_predict_samples, data_args.predict_file or data_args.task_name
         )
-    lora_config = weights = None
-    if lora_args.lora:
-        lora_config = make_lora_config(lora_args, adapter, base, args.weights_dtype(), degree)
-        weights = (
-            read_adapter(adapter, config, lora_config)
-            if adapter
-            else new_adapter(config, lora_config, args.seed)
-        )
+    weights = adapter_weights(adapter, config, lora_config, args.seed) if lora_config else None
 
     memory = estimate_memory(args, config, lora_config, generation, train_dataset, dev_dataset + test_dataset)
     model = load_model(base, adapter, lora_config, weights, args)

@@ -87,7 +87,9 @@ def read_arrays(path):
             value = value[1]
         return value.array if isinstance(value, _MappedArray) else value
 
-    return unwrap(_ArrayReader(_MappedFile(path)).load())
+    arrays = unwrap(_ArrayReader(_MappedFile(path)).load())
+    arrays.pop("StructuredToParameterName@@", None)  # Paddle's table of its own names
+    return arrays
 
 
 def convert_layout(model, saved_degree):

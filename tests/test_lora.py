@@ -65,7 +65,7 @@ def test_an_adapter_adds_the_product_of_its_matrices(modules, rslora, scaling):
 def test_a_new_adapter_changes_nothing_and_is_kaimings():
     model = random_glm()
     expected = logits(random_glm())
-    weights = lora.new_adapter(model.config, lora_config(), 5)
+    weights = lora.adapter_weights(None, model.config, lora_config(), 5)
     assert len(weights) == 2 * 4 * 2
     for name, weight in weights.items():
         if name.endswith("lora_A"):
@@ -232,7 +232,7 @@ def test_parameters_are_counted(config):
     model = random_glm(num_layers=3)
     whole = trained = None
     if config:
-        model = lora.add_lora(model, config, lora.new_adapter(model.config, config, 0))
+        model = lora.add_lora(model, config, lora.adapter_weights(None, model.config, config, 0))
         trained = sum(weight.size for weight in model.parameters() if not weight.stop_gradient)
     whole = sum(weight.size for weight in model.parameters())
     assert memory.count_parameters(model.config, 1, config) == (whole, trained or whole)

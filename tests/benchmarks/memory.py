@@ -27,7 +27,7 @@ from paddlenlp.peft import LoRAConfig
 from paddlenlp.transformers import GLMConfig
 
 from data import DataCollator, build_features
-from glm import device, lora, memory
+from glm import lora, memory
 from glm.arguments import GenerationArguments, GLMTrainingArguments
 from glm.generation import beam_search
 from utils import GLMTrainer
@@ -54,7 +54,7 @@ def cards(size):
 
 
 def table():
-    device.on_cpu = lambda: False  # of a card, whatever this machine has
+    memory.on_cpu = lambda: False  # of a card, whatever this machine has
     rows = []
     lengths = {"batch_size": 2, "source_length": SRC_LENGTH, "target_length": TGT_LENGTH}
     for name in MODELS:
@@ -89,7 +89,7 @@ def check(args):
     model = load_model(args.model)
     lora_config = config_of_lora(dtype="float32") if "lora" in flags else None
     if lora_config:
-        weights = lora.new_adapter(model.config, lora_config, 0)
+        weights = lora.adapter_weights(None, model.config, lora_config, 0)
         model = lora.add_lora(model, lora_config, weights)
     rng, dataset = np.random.default_rng(0), []
     for index in range(3 * args.batch_size):  # as long as they may be
