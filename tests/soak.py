@@ -24,11 +24,12 @@ import tempfile
 import time
 from pathlib import Path
 
+from helpers import MINI, ROOT, TINY_GLM
+
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import numpy as np
 import paddle
-from conftest import MINI, ROOT, TINY_GLM
 
 STEPS, SAVE_STEPS = 24, 2
 ARGS = ["--model_name_or_path", TINY_GLM, "--task_name", MINI, "--src_length", 160, "--tgt_length", 24,

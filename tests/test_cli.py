@@ -6,32 +6,9 @@ import sys
 
 import numpy as np
 import pytest
-from conftest import MINI, ROOT, TINY_GLM, log_softmax
+from helpers import FAST, TINY_GLM, log_softmax, read_jsonl, run, small_data
 
-from glm import arguments
 from glm.metrics import compute_metrics
-
-
-def small_data(folder, train=12, dev=5, test=3):
-    for split, size in (("train", train), ("dev", dev), ("test", test)):
-        lines = (MINI / f"{split}.json").read_text(encoding="utf-8").splitlines(keepends=True)[:size]
-        (folder / f"{split}.json").write_text("".join(lines), encoding="utf-8")
-    return str(folder)
-
-
-def run(*args, check=True):
-    command = [sys.executable, "finetune_generation.py", *map(str, args)]
-    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
-    assert not check or result.returncode == 0, result.stderr[-3000:]
-    return result
-
-
-def read_jsonl(path):
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-
-
-FAST = ["--src_length", 160, "--tgt_length", 24, "--min_tgt_length", 0, "--num_beams", 3, "--learning_rate", 1e-3,
-        "--per_device_train_batch_size", 4, "--per_device_eval_batch_size", 2, "--length_penalty", 1.0]  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -253,29 +230,3 @@ def test_packages_import_after_paddle():
     """libpaddle's zlib symbols break packages imported after it, unless they are the pinned ones."""
     code = "import paddle, scipy.stats, sklearn.metrics, pandas, datasets, aiohttp, yarl, paddlenlp"
     subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, timeout=120)
-
-
-def test_defaults():
-    sys_argv, sys.argv = (
-        sys.argv,
-        ["finetune_generation.py", "--output_dir", "unused", "--do_eval", "--eval_steps", "4"],
-    )
-    try:
-        model_args, _, data_args, generation, training_args = arguments.parse_arguments()
-    finally:
-        sys.argv = sys_argv
-    assert model_args.model_name_or_path == "THUDM/glm-large-chinese" and data_args.src_length == 608
-    assert (generation.tgt_length, generation.min_tgt_length, generation.num_beams) == (160, 55, 5)
-    assert (generation.length_penalty, generation.select_topk) == (0.7, True)
-    assert (model_args.label_smoothing, model_args.lr_decay_ratio) == (0.1, 0.1)
-    # --do_eval alone evaluates after training; PaddleNLP would every eval_steps.
-    assert training_args.do_eval and training_args.evaluation_strategy.value == "no"
-    assert training_args.device == "cpu" or training_args.device.startswith("gpu")
-
-
-def test_a_finished_run_is_not_written_over(finished_run, tmp_path):
-    (tmp_path / "model_state.pdparams").write_text("mine")
-    result = run("--model_name_or_path", TINY_GLM, "--task_name", finished_run[0] / "data", "--output_dir", tmp_path,
-                 "--do_train", check=False)  # fmt: skip
-    assert result.returncode == 2 and "--overwrite_output_dir" in result.stderr.splitlines()[-1]
-    assert (tmp_path / "model_state.pdparams").read_text() == "mine"

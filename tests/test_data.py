@@ -8,7 +8,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import MINI
+from helpers import MINI
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from paddlenlp.transformers import GLMTokenizer
 
 from data import (
@@ -24,6 +26,7 @@ from data import (
     encode_source,
     encode_target,
     encode_text,
+    parse_lines,
     read_in_batches,
     read_records,
 )
@@ -320,3 +323,97 @@ def test_batches_are_alike_in_length_and_new_each_epoch():
 def test_evaluation_order_is_from_long_to_short():
     batches = list(make_sampler([5, 9, 7, 1, 3], 2, shuffle=False, global_batch_size=2))
     assert batches == [[1, 2], [0, 4], [3, 1]]
+
+
+SPECIAL = [
+    "[gMASK]",
+    "[CLS]",
+    "<|endoftext|>",
+    "<|startofpiece|>",
+    "<|endofpiece|>",
+    "[MASK]",
+    "[sMASK]",
+    "[UNUSED1]",
+]
+
+
+ODD = [
+    "",
+    " ",
+    "\t\r",
+    "\0",
+    "\x1b[31m",
+    "😀",
+    "👩‍👩‍👧",
+    "مرحبا",
+    "\u202e反",
+    "e\u0301",
+    "\ud800",
+    "\ufeff",
+    "�",
+    "▁",
+    "长" * 100_000,
+]
+
+
+TEXT = st.lists(st.one_of(st.sampled_from(SPECIAL + ODD), st.text(max_size=20)), max_size=4).map("".join)
+
+
+VALUE = st.one_of(TEXT, st.none(), st.integers(), st.booleans(), st.floats(), st.lists(TEXT, max_size=2))
+
+
+FIELDS = st.sampled_from(["context", "answer", "question", "source", "title", "target", "id", "other"])
+
+
+LINE = st.one_of(
+    st.builds(lambda *row: json.dumps(dict(zip(RECORD, row))).encode(), TEXT, TEXT, TEXT),
+    st.dictionaries(FIELDS, VALUE, max_size=8).map(lambda row: json.dumps(row).encode()),
+    st.binary(max_size=40),
+    TEXT.map(lambda text: text.encode("utf-8", "surrogatepass")),
+    st.just(json.dumps(RECORD, ensure_ascii=False).encode("utf-16")),
+)
+
+
+@settings(max_examples=300, deadline=None, suppress_health_check=list(HealthCheck))
+@given(lines=st.lists(LINE, min_size=1, max_size=3), cut=st.integers(0, 60), require_question=st.booleans())
+def test_a_line_gives_features_or_one_line(tokenizer, lines, cut, require_question):
+    lines[-1] = lines[-1][: len(lines[-1]) - cut] if cut < 20 else lines[-1]  # torn, sometimes
+    try:
+        records = list(parse_lines(lines, "data.json", require_question))
+        dataset = build_dataset(tokenizer, records, 64, 32)
+    except InputError as error:
+        assert str(error).startswith("data.json:")
+        return
+    special = {*tokenizer.all_special_ids, *range(tokenizer.eos_token_id, len(tokenizer))} - {
+        tokenizer.unk_token_id
+    }
+    for features in dataset:
+        ids, source, labels = (
+            features["input_ids"].tolist(),
+            features["source_length"],
+            features["labels"].tolist(),
+        )
+        assert 3 < source <= 64 and len(labels) <= 32 and len(ids) == source + len(labels)
+        frame = [tokenizer.cls_token_id, tokenizer.gmask_token_id, tokenizer.eos_token_id]
+        assert [ids[0], ids[source - 2], ids[source - 1]] == frame
+        assert not special & {*ids[1 : source - 2], *ids[source + 1 :], *labels[:-1]}
+        if labels:
+            assert labels[-1] == tokenizer.eop_token_id and ids[source] == tokenizer.sop_token_id
+        else:
+            assert features["record"]["question"] is None and not require_question
+    if dataset:
+        batch = DataCollator(tokenizer.pad_token_id)(dataset)
+        assert len(batch["labels"]) == sum(len(features["labels"]) for features in dataset)
+
+
+def test_every_odd_text_alone(tokenizer):
+    for text in [*SPECIAL, *ODD]:
+        row = {"context": text, "answer": text[:10], "question": f"问{text}"}
+        records = list(parse_lines([json.dumps(row).encode()], "data.json", True))
+        assert build_dataset(tokenizer, records, 64, 32)[0]["labels"][-1] == tokenizer.eop_token_id
+
+
+def test_the_fixtures_are_valid(tokenizer):
+    for split in ("train", "dev", "test"):
+        with open(MINI / f"{split}.json", "rb") as lines:
+            assert build_dataset(tokenizer, list(parse_lines(lines, split, True)), 160, 48)

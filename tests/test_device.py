@@ -7,7 +7,7 @@ import sys
 
 import paddle
 import pytest
-from conftest import ROOT
+from helpers import ROOT
 
 from glm import device
 from glm.errors import InputError

@@ -1,7 +1,6 @@
 """Faults, done for real: kills, signals, a full disk, an exception in the loader's thread, a loss that is no number."""
 
 import fcntl
-import hashlib
 import json
 import os
 import pty
@@ -14,32 +13,12 @@ import subprocess
 import sys
 import termios
 import time
-from types import SimpleNamespace
 
-import paddle
 import pytest
-from conftest import MINI, ROOT, TINY_GLM
-from paddle.distributed.fleet.meta_parallel import get_rng_state_tracker
+from helpers import FLAGS, MINI, ROOT, TINY_GLM, finish, last_whole_checkpoint, losses, start
 
-from glm import callbacks, checkpoints, processes
-from glm.callbacks import SeedEachStep, StopBySignal
-from glm.checkpoints import CHECKPOINT_DONE, WholeCheckpoints
-from glm.errors import Fault
-
-FLAGS = ["--task_name", MINI, "--src_length", 160, "--tgt_length", 24, "--min_tgt_length", 0, "--num_beams", 2,
-         "--do_train", "--learning_rate", 1e-3, "--per_device_train_batch_size", 4, "--logging_steps", 1]  # fmt: skip
-
-
-def start(*args, code=None, **options):
-    program = ["-c", code] if code else ["finetune_generation.py"]
-    command = [sys.executable, *program, *map(str, [*FLAGS, *args])]
-    return subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True, **options)
-
-
-def finish(process):
-    """Exit code and lines of standard error."""
-    error = process.communicate(timeout=120)[1]
-    return process.returncode, error.splitlines()
+from glm import checkpoints, processes
+from glm.checkpoints import CHECKPOINT_DONE
 
 
 def wait_for_line(process, text):
@@ -47,26 +26,6 @@ def wait_for_line(process, text):
         if text in line:
             return
     pytest.fail(f"the run ended before it said {text!r}")
-
-
-def last_whole_checkpoint(folder):
-    return checkpoints.last_whole_checkpoint(
-        SimpleNamespace(output_dir=str(folder), world_size=1, local_rank=-1)
-    )
-
-
-def losses(folder):
-    history = json.loads((folder / "trainer_state.json").read_text())["log_history"]
-    return {row["step"]: row["loss"] for row in history if "loss" in row}
-
-
-@pytest.fixture(scope="module")
-def two_checkpoints(tmp_path_factory):
-    """The output of a run with checkpoints at steps 1 and 2."""
-    folder = tmp_path_factory.mktemp("checkpoints")
-    args = ["--model_name_or_path", TINY_GLM, "--output_dir", folder, "--max_steps", 2, "--save_steps", 1]
-    assert finish(start(*args))[0] == 0
-    return folder
 
 
 def model_with_dropout(folder, dropout):
@@ -140,73 +99,6 @@ def test_a_finished_run_goes_no_further(tmp_path):
     assert (tmp_path / "train_results.json").read_bytes() == results
 
 
-FILES = ["model_state.pdparams", "optimizer.pdopt", "scheduler.pdparams", "trainer_state.json"]
-
-
-@pytest.mark.parametrize("name", FILES)
-def test_a_damaged_checkpoint_is_named(two_checkpoints, tmp_path, name):
-    """One whose mark has no checksums, as an older run wrote it."""
-    shutil.copytree(two_checkpoints, tmp_path / "out")
-    path = tmp_path / "out/checkpoint-2" / name
-    os.truncate(path, path.stat().st_size // 2)
-    (tmp_path / "out/checkpoint-2" / CHECKPOINT_DONE).write_text("")
-    args = ["--model_name_or_path", TINY_GLM, "--output_dir", tmp_path / "out", "--max_steps", 3]
-    code, lines = finish(start(*args))
-    assert code == 2 and "Traceback" not in "".join(lines)
-    assert f"{tmp_path}/out/checkpoint-2 can't be loaded (" in lines[-1] and lines[-1].endswith(
-        "the checkpoint before it"
-    )
-
-
-def damaged(folder, name, how):
-    path = folder / name
-    if how == "cut short":
-        os.truncate(path, path.stat().st_size // 2)
-    elif how == "missing":
-        path.unlink()
-    else:
-        data = bytearray(path.read_bytes())
-        data[len(data) // 2] ^= 1
-        path.write_bytes(data)
-
-
-@pytest.mark.parametrize("name", FILES)
-@pytest.mark.parametrize("how", ["cut short", "changed", "missing"])
-def test_damage_is_found_by_the_mark(two_checkpoints, tmp_path, name, how):
-    shutil.copytree(two_checkpoints, tmp_path / "out")
-    assert last_whole_checkpoint(tmp_path / "out") == f"{tmp_path}/out/checkpoint-2"
-    damaged(tmp_path / "out/checkpoint-2", name, how)
-    assert last_whole_checkpoint(tmp_path / "out") == f"{tmp_path}/out/checkpoint-1"
-    damaged(tmp_path / "out/checkpoint-1", name, how)
-    assert last_whole_checkpoint(tmp_path / "out") is None
-
-
-def test_a_damaged_checkpoint_is_skipped(two_checkpoints, tmp_path):
-    shutil.copytree(two_checkpoints, tmp_path / "out")
-    damaged(tmp_path / "out/checkpoint-2", "optimizer.pdopt", "changed")
-    args = ["--model_name_or_path", TINY_GLM, "--output_dir", tmp_path / "out", "--max_steps", 2]
-    size = (tmp_path / "out/checkpoint-2/optimizer.pdopt").stat().st_size
-    skipping = (
-        f"skipping {tmp_path}/out/checkpoint-2, which is damaged: its optimizer.pdopt is not what was written"
-    )
-    code, lines = finish(start(*args))
-    assert code == 0 and any(f"{skipping} ({size} bytes)" in line for line in lines)
-    assert any(f"resuming from {tmp_path}/out/checkpoint-1" in line for line in lines)
-    assert losses(tmp_path / "out") == pytest.approx(losses(two_checkpoints), abs=1e-5)
-    # Asked for by name, it is a mistake.
-    code, lines = finish(
-        start(*args, "--resume_from_checkpoint", tmp_path / "out/checkpoint-1", "--max_steps", 3)
-    )
-    assert code == 0
-    damaged(tmp_path / "out/checkpoint-1", "scheduler.pdparams", "cut short")
-    code, lines = finish(
-        start(*args, "--resume_from_checkpoint", tmp_path / "out/checkpoint-1", "--max_steps", 3)
-    )
-    assert (
-        code == 2 and "checkpoint-1 is damaged: its scheduler.pdparams is not what was written" in lines[-1]
-    )
-
-
 @pytest.mark.parametrize("where", ["model_state.pdparams", "train_results.json", "rename"])
 def test_a_kill_in_the_final_save(tmp_path, where):
     """Without a checkpoint: what stands in the folder is whole, and the same command goes on."""
@@ -256,14 +148,6 @@ def test_two_runs_in_one_folder(tmp_path):
     finish(first)
     assert (tmp_path / "out" / processes.LOCK).exists()
     assert finish(start(*args))[0] == 0 and not (tmp_path / "out" / processes.LOCK).exists()
-
-
-def test_a_model_beside_a_torn_checkpoint_is_not_written_over(tmp_path):
-    (tmp_path / "checkpoint-2").mkdir()
-    (tmp_path / "model_state.pdparams").write_text("mine")
-    code, lines = finish(start("--model_name_or_path", TINY_GLM, "--output_dir", tmp_path, "--max_steps", 1))
-    assert code == 2 and "holds a model and no checkpoint to resume from" in lines[-1]
-    assert (tmp_path / "model_state.pdparams").read_text() == "mine"
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
@@ -362,21 +246,6 @@ def test_predictions_appear_whole_or_not_at_all(tmp_path):
                         "--do_eval", "--per_device_eval_batch_size", 30))[0] == 0  # fmt: skip
     assert (tmp_path / "link").read_text() == "those of the last run\n"
     assert len((tmp_path / "eval_predictions.jsonl").read_text(encoding="utf-8").splitlines()) == 60
-
-
-def test_only_as_many_checkpoints_as_wanted_stay(tmp_path):
-    assert finish(start("--model_name_or_path", TINY_GLM, "--output_dir", tmp_path, "--save_steps", 1, "--max_steps", 4,
-                        "--save_total_limit", 2))[0] == 0  # fmt: skip
-    assert sorted(path.name for path in tmp_path.glob("checkpoint-*")) == ["checkpoint-3", "checkpoint-4"]
-
-
-def test_a_run_that_was_written_over_is_not_gone_on_with(tmp_path):
-    for number, name in enumerate(("checkpoint-9", "checkpoint-2", "checkpoint-10")):
-        (tmp_path / name).mkdir()
-        if name != "checkpoint-10":
-            (tmp_path / name / CHECKPOINT_DONE).touch()
-            os.utime(tmp_path / name / CHECKPOINT_DONE, (1000 + number, 1000 + number))
-    assert last_whole_checkpoint(tmp_path) == f"{tmp_path}/checkpoint-2"
 
 
 def test_an_exception_in_the_loader_ends_the_run(tmp_path):
@@ -487,98 +356,3 @@ def test_a_reader_that_leaves_ends_the_pipe(tmp_path):
     process.stdout.close()
     code, lines = finish(process)
     assert code == -signal.SIGPIPE and "Traceback" not in "".join(lines)
-
-
-def test_each_step_draws_anew_and_a_resumed_one_alike():
-    tracker, seen = get_rng_state_tracker(), []
-    for step, seed, rank in ((0, 1, 0), (1, 1, 0), (2, 1, 0), (0, 2, 0), (0, 1, 1), (1, 1, 0)):
-        args = SimpleNamespace(seed=seed, dataset_rank=0, tensor_parallel_rank=rank)
-        SeedEachStep().on_step_begin(args, SimpleNamespace(global_step=step), None)
-        draws = [paddle.rand([4]).tolist()]
-        for name in ("embedding_seed", "global_seed", "local_seed"):
-            with tracker.rng_state(name):
-                draws.append(paddle.rand([4]).tolist())
-        seen.append(draws)
-    tracker.reset()
-    first, second, third, other_seed, other_rank, again = seen
-    assert second == again
-    for other in (second, third, other_seed):
-        assert all(a != b for a, b in zip(first, other))
-    assert len({tuple(draw) for draw in first}) == 4
-    # Processes of tensor parallelism share all but what they drop in their own heads.
-    assert first[:3] == other_rank[:3] and first[3] != other_rank[3]
-
-
-def saving_arguments(folder):
-    return SimpleNamespace(
-        output_dir=str(folder), local_rank=-1, world_size=1, per_device_train_batch_size=2,
-        gradient_accumulation_steps=3, dataset_world_size=4,
-    )  # fmt: skip
-
-
-NO_MODEL = SimpleNamespace(state_dict=dict)
-
-
-def test_a_checkpoint_that_is_written_anew_is_not_whole_meanwhile(tmp_path):
-    args = saving_arguments(tmp_path)
-    state, control = (
-        SimpleNamespace(global_step=4, best_model_checkpoint=None),
-        SimpleNamespace(should_save=False),
-    )
-    done = tmp_path / "checkpoint-4" / CHECKPOINT_DONE
-    done.parent.mkdir()
-    done.touch()
-    (done.parent / "trainer_state.json").write_text('{"global_step": 4, "consumed_samples": 32}')
-    callback = WholeCheckpoints(None)
-    callback.on_step_end(args, state, control)
-    assert done.exists()
-    control.should_save = True
-    callback.on_step_end(args, state, control)
-    assert not done.exists() and last_whole_checkpoint(tmp_path) is None
-    callback.on_save(
-        args, state, control, model=SimpleNamespace(state_dict=lambda: {"w": SimpleNamespace(name="w_0")})
-    )
-    text = b'{\n  "global_step": 4\n}'
-    assert json.loads(done.read_text()) == {
-        "files": {"trainer_state.json": [len(text), hashlib.blake2b(text, digest_size=16).hexdigest()]},
-        "parameters": {"w_0": "w"},
-        "records": 24,
-    }
-    # PaddleNLP 2 refuses what PaddleNLP 3 adds to the state.
-    assert json.loads((done.parent / "trainer_state.json").read_text()) == {"global_step": 4}
-
-
-@pytest.mark.parametrize("limit, best, kept", [(2, None, [3, 4]), (2, 1, [1, 4]), (1, 1, [1, 4]), (1, None, [4]),
-                                               (3, 2, [2, 3, 4]), (9, None, [1, 2, 3, 4])])  # fmt: skip
-def test_the_newest_and_the_best_checkpoint_stay(tmp_path, limit, best, kept):
-    for number in range(1, 5):
-        (tmp_path / f"checkpoint-{number}").mkdir()
-        (tmp_path / f"checkpoint-{number}/trainer_state.json").write_text("{}")
-        os.utime(tmp_path / f"checkpoint-{number}", (1000 + number, 1000 + number))
-    callback = WholeCheckpoints(limit)
-    args = saving_arguments(tmp_path)
-    state = SimpleNamespace(global_step=4, best_model_checkpoint=best and f"{tmp_path}/checkpoint-{best}")
-    callback.on_step_end(args, state, SimpleNamespace(should_save=True))
-    callback.on_save(args, state, None, model=NO_MODEL)
-    assert sorted(path.name for path in tmp_path.iterdir()) == [f"checkpoint-{number}" for number in kept]
-
-
-@pytest.mark.parametrize("world_size, training, seconds", [(1, True, [0, 0]), (1, False, [0]), (2, False, [0]),
-                                                           (2, True, [0, 0.6, 1.9, 2.1])])  # fmt: skip
-def test_when_a_signal_ends_at_once(tmp_path, world_size, training, seconds, monkeypatch):
-    """A second one; the first in an evaluation. A launcher's, which sends three in 0.6 seconds, are one."""
-    args = SimpleNamespace(world_size=world_size, output_dir=str(tmp_path), overwrite_output_dir=False)
-    state, callback, now = SimpleNamespace(global_step=7), StopBySignal(), [100.0]
-    monkeypatch.setattr(callbacks.time, "monotonic", lambda: now[0])
-    callback.on_train_begin(args, state, None, model=SimpleNamespace(training=training))
-    try:
-        for second in seconds[:-1]:
-            now[0] = 100.0 + second
-            os.kill(os.getpid(), signal.SIGTERM)
-        now[0] = 100.0 + seconds[-1]
-        with pytest.raises(Fault, match="stopped by SIGTERM at step 7: there is no checkpoint") as fault:
-            os.kill(os.getpid(), signal.SIGTERM)
-        assert fault.value.exit_code == 143
-    finally:
-        for number, handler in callback.previous.items():
-            signal.signal(number, handler)

@@ -7,7 +7,14 @@ import numpy as np
 import paddle
 import pytest
 import scipy.stats
-from conftest import best_hypotheses, generation_arguments, log_softmax, plain_log_probabilities, random_glm
+from helpers import (
+    best_hypotheses,
+    generation_arguments,
+    log_softmax,
+    plain_log_probabilities,
+    random_glm,
+    repeats_ngram,
+)
 
 from glm.generation import Beams, beam_search, decode_one_token, next_token_candidates, prefill
 
@@ -171,11 +178,6 @@ def test_the_source_is_stored_once_per_example():
                 assert len(layer) == 3 * 4 * (2 * slots + num_beams)
                 layer[:] = float(step + 1)
                 assert keys[0, 0, 0, -1, 0] == values[0, 0, 0, -1, 0] == query[0, 0, 0, 0, 0] == step + 1
-
-
-def repeats_ngram(tokens, n):
-    ngrams = [tuple(tokens[i : i + n]) for i in range(len(tokens) - n + 1)] if n else []
-    return len(ngrams) != len(set(ngrams))
 
 
 def exhaustive_best(model, source, vocab_size, generation):

@@ -8,14 +8,15 @@ import sys
 import time
 
 import pytest
-from conftest import MINI, ROOT, TINY_GLM
-from test_faults import losses
+from helpers import MINI, ROOT, TINY_GLM, losses
 
 from glm.checkpoints import CHECKPOINT_DONE
 
 ARGS = ["--model_name_or_path", TINY_GLM, "--task_name", MINI, "--src_length", 160, "--tgt_length", 24,
         "--min_tgt_length", 0, "--num_beams", 2, "--do_train", "--learning_rate", 1e-3, "--logging_steps", 1,
         "--per_device_train_batch_size", 4, "--per_device_eval_batch_size", 20]  # fmt: skip
+
+
 SPLIT = ["--tensor_parallel_degree", 2]
 
 

@@ -2,7 +2,7 @@
 
 import ast
 
-from conftest import ROOT
+from helpers import ROOT
 
 # From the top: a room imports rooms of lower floors, and those of its own floor that stand after it.
 FLOORS = [

@@ -3,25 +3,14 @@
 import json
 import os
 import shutil
-import signal
 import subprocess
 import sys
-import threading
-from types import SimpleNamespace
 
 import pytest
-from conftest import MINI, ROOT, TINY_GLM
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
-from paddlenlp.transformers import GLMConfig
-from paddlenlp.utils.log import logger
+from helpers import ROOT, TINY_GLM, main
 
 import finetune_generation
-from data import DataCollator, build_dataset, parse_lines
-from glm import arguments, checkpoints
-from glm.arguments import DataArguments, GenerationArguments
-from glm.checkpoints import CHECKPOINT_DONE
-from glm.errors import InputError
+from glm import arguments
 
 RECORD = {"context": "明霜峰高1205米。", "answer": "1205米", "question": "明霜峰有多高？"}
 
@@ -36,26 +25,6 @@ def folder(tmp_path):
             json.dumps(RECORD, ensure_ascii=False) + "\n", encoding="utf-8"
         )
     return tmp_path
-
-
-def main(monkeypatch, capsys, *args):
-    """Run the script in this process. Returns its exit code and the lines of its standard error."""
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-    hook = threading.excepthook
-    log_handlers = logger.logger.handlers[:]
-    monkeypatch.setenv("NO_COLOR", "1")
-    monkeypatch.setattr(sys, "argv", ["finetune_generation.py", *map(str, args)])
-    try:
-        finetune_generation.main()
-        code = 0
-    except SystemExit as error:
-        code = error.code
-    finally:
-        threading.excepthook = hook
-        for number, handler in handlers.items():
-            signal.signal(number, handler)
-        assert logger.logger.handlers == log_handlers
-    return code, capsys.readouterr().err.strip().splitlines()
 
 
 def files(folder):
@@ -244,58 +213,6 @@ def test_processes_that_the_degree_does_not_divide(folder, monkeypatch, capsys):
     assert code == 2 and "--tensor_parallel_degree 2 does not divide the 3 processes" in lines[-1]
 
 
-def test_the_edges_of_what_fits_a_model():
-    def check(heads=4, vocab_size=100, positions=168, src_length=160, tgt_length=8, num_beams=100, degree=2):
-        config = GLMConfig(num_attention_heads=heads, vocab_size=vocab_size, max_sequence_length=positions)
-        generation = GenerationArguments(tgt_length=tgt_length, min_tgt_length=0, num_beams=num_beams)
-        arguments.check_config(config, "it", DataArguments(src_length=src_length), generation, degree)
-
-    check()
-    for changes, message in (
-        ({"heads": 5}, "does not divide the 5 attention heads"),
-        ({"vocab_size": 101}, "does not divide the 101 vocabulary entries"),
-        ({"tgt_length": 9}, "is over the 168 positions"),
-        ({"num_beams": 101}, "is over the 100 entries"),
-    ):
-        with pytest.raises(InputError, match=message):
-            check(**changes)
-
-
-def test_who_may_write_into_a_folder(tmp_path):
-    """Results may go where other files are; a run that writes over another does not go on with it."""
-    (tmp_path / "thesis.txt").write_text("mine")
-    args = SimpleNamespace(
-        output_dir=str(tmp_path), do_train=False, overwrite_output_dir=False, world_size=1, local_rank=-1,
-        per_device_train_batch_size=2, gradient_accumulation_steps=1, dataset_world_size=1,
-    )  # fmt: skip
-    checkpoints.check_output_dir(args, None)
-    args.do_train = True
-    with pytest.raises(InputError, match="nothing of a run"):
-        checkpoints.check_output_dir(args, None)
-    args.overwrite_output_dir, args.resume_from_checkpoint, args.tensor_parallel_degree = True, None, 1
-    checkpoints.check_output_dir(args, None)
-    checkpoint = tmp_path / "checkpoint-2"
-    checkpoint.mkdir()
-    for name in (
-        "model_state.pdparams",
-        "optimizer.pdopt",
-        "scheduler.pdparams",
-        "trainer_state.json",
-        CHECKPOINT_DONE,
-    ):
-        (checkpoint / name).touch()
-    assert checkpoints.find_last_checkpoint(args, lora=False) is None
-    args.overwrite_output_dir = False
-    assert checkpoints.find_last_checkpoint(args, lora=False) == str(checkpoint)
-
-
-def test_a_link_to_nowhere_is_nothing_of_a_run(tmp_path):
-    (tmp_path / "link").symlink_to(tmp_path / "nowhere")
-    args = SimpleNamespace(output_dir=str(tmp_path), do_train=True, overwrite_output_dir=False)
-    with pytest.raises(InputError, match="holds link and nothing of a run"):
-        checkpoints.check_output_dir(args, None)
-
-
 def test_a_run_may_log_into_its_own_folder(folder):
     (folder / "out").mkdir()
     command = [sys.executable, "finetune_generation.py", "--model_name_or_path", folder / "model", "--task_name",
@@ -358,89 +275,3 @@ def test_a_bug_of_ours_shows_its_traceback(folder):
                "--output_dir", folder / "out", "--do_train"]  # fmt: skip
     result = subprocess.run(list(map(str, command)), cwd=ROOT, capture_output=True, text=True)
     assert result.returncode == 1 and "Traceback" in result.stderr and "ZeroDivisionError" in result.stderr
-
-
-# ---------------------------------------------------------------------------------------------- at random
-
-SPECIAL = [
-    "[gMASK]",
-    "[CLS]",
-    "<|endoftext|>",
-    "<|startofpiece|>",
-    "<|endofpiece|>",
-    "[MASK]",
-    "[sMASK]",
-    "[UNUSED1]",
-]
-ODD = [
-    "",
-    " ",
-    "\t\r",
-    "\0",
-    "\x1b[31m",
-    "😀",
-    "👩‍👩‍👧",
-    "مرحبا",
-    "\u202e反",
-    "e\u0301",
-    "\ud800",
-    "\ufeff",
-    "�",
-    "▁",
-    "长" * 100_000,
-]
-TEXT = st.lists(st.one_of(st.sampled_from(SPECIAL + ODD), st.text(max_size=20)), max_size=4).map("".join)
-VALUE = st.one_of(TEXT, st.none(), st.integers(), st.booleans(), st.floats(), st.lists(TEXT, max_size=2))
-FIELDS = st.sampled_from(["context", "answer", "question", "source", "title", "target", "id", "other"])
-LINE = st.one_of(
-    st.builds(lambda *row: json.dumps(dict(zip(RECORD, row))).encode(), TEXT, TEXT, TEXT),
-    st.dictionaries(FIELDS, VALUE, max_size=8).map(lambda row: json.dumps(row).encode()),
-    st.binary(max_size=40),
-    TEXT.map(lambda text: text.encode("utf-8", "surrogatepass")),
-    st.just(json.dumps(RECORD, ensure_ascii=False).encode("utf-16")),
-)
-
-
-@settings(max_examples=300, deadline=None, suppress_health_check=list(HealthCheck))
-@given(lines=st.lists(LINE, min_size=1, max_size=3), cut=st.integers(0, 60), require_question=st.booleans())
-def test_a_line_gives_features_or_one_line(tokenizer, lines, cut, require_question):
-    lines[-1] = lines[-1][: len(lines[-1]) - cut] if cut < 20 else lines[-1]  # torn, sometimes
-    try:
-        records = list(parse_lines(lines, "data.json", require_question))
-        dataset = build_dataset(tokenizer, records, 64, 32)
-    except InputError as error:
-        assert str(error).startswith("data.json:")
-        return
-    special = {*tokenizer.all_special_ids, *range(tokenizer.eos_token_id, len(tokenizer))} - {
-        tokenizer.unk_token_id
-    }
-    for features in dataset:
-        ids, source, labels = (
-            features["input_ids"].tolist(),
-            features["source_length"],
-            features["labels"].tolist(),
-        )
-        assert 3 < source <= 64 and len(labels) <= 32 and len(ids) == source + len(labels)
-        frame = [tokenizer.cls_token_id, tokenizer.gmask_token_id, tokenizer.eos_token_id]
-        assert [ids[0], ids[source - 2], ids[source - 1]] == frame
-        assert not special & {*ids[1 : source - 2], *ids[source + 1 :], *labels[:-1]}
-        if labels:
-            assert labels[-1] == tokenizer.eop_token_id and ids[source] == tokenizer.sop_token_id
-        else:
-            assert features["record"]["question"] is None and not require_question
-    if dataset:
-        batch = DataCollator(tokenizer.pad_token_id)(dataset)
-        assert len(batch["labels"]) == sum(len(features["labels"]) for features in dataset)
-
-
-def test_every_odd_text_alone(tokenizer):
-    for text in [*SPECIAL, *ODD]:
-        row = {"context": text, "answer": text[:10], "question": f"问{text}"}
-        records = list(parse_lines([json.dumps(row).encode()], "data.json", True))
-        assert build_dataset(tokenizer, records, 64, 32)[0]["labels"][-1] == tokenizer.eop_token_id
-
-
-def test_the_fixtures_are_valid(tokenizer):
-    for split in ("train", "dev", "test"):
-        with open(MINI / f"{split}.json", "rb") as lines:
-            assert build_dataset(tokenizer, list(parse_lines(lines, split, True)), 160, 48)

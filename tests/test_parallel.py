@@ -1,70 +1,24 @@
 """Several CPU processes over gloo, started as a user starts them, against one process."""
 
-import json
-import os
 import re
 import shutil
-import signal
-import socket
-import subprocess
 import sys
 
 import numpy as np
-import paddle
 import pytest
-from conftest import ROOT, TINY_GLM
-from paddlenlp.transformers import GLMConfig, GLMForConditionalGeneration
-from test_cli import read_jsonl, small_data
-from test_loss import reference_loss
+from helpers import (
+    COMMON,
+    TINY_GLM,
+    launch,
+    outcome,
+    read_jsonl,
+    reference_loss,
+    run_processes,
+    small_data,
+    tiny_glm,
+)
 
 from glm.checkpoints import CHECKPOINT_DONE
-
-COMMON = ["--src_length", 160, "--tgt_length", 20, "--min_tgt_length", 2, "--num_beams", 3, "--learning_rate", 1e-3,
-          "--label_smoothing", 0.1, "--recompute", "--per_device_eval_batch_size", 3, "--do_train", "--do_eval",
-          "--max_steps", 6, "--logging_steps", 1, "--seed", 7]  # fmt: skip
-
-
-def free_port():
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return s.getsockname()[1]
-
-
-def run_processes(commands, timeout=240, **environment):
-    """Run launchers side by side, each in a session of its own so that none of their processes survives them."""
-    env = {**os.environ, **environment}
-    started = [
-        subprocess.Popen(list(map(str, command)), cwd=ROOT, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-                         text=True, start_new_session=True)
-        for command in commands
-    ]  # fmt: skip
-    try:
-        outputs = [process.communicate(timeout=timeout)[0] for process in started]
-    finally:
-        for process in started:
-            try:
-                os.killpg(process.pid, signal.SIGKILL)
-            except ProcessLookupError:
-                pass
-            process.wait()
-    return [process.returncode for process in started], outputs
-
-
-def launch(processes, log_dir, *args, check=True, **environment):
-    command = [sys.executable, "-m", "paddle.distributed.launch", "--nproc_per_node", processes, "--log_dir", log_dir,
-               "tests/parallel_worker.py", *args]  # fmt: skip
-    codes, _ = run_processes([command], **environment)
-    logs = "\n".join(path.read_text(errors="replace") for path in sorted(log_dir.glob("workerlog.*")))
-    assert not check or codes == [0], logs[-4000:]
-    return logs
-
-
-def outcome(folder, name="model_state.pdparams"):
-    """Losses of the steps, generated ids of the dev records, merged weights of the file ``name``."""
-    history = json.loads((folder / "trainer_state.json").read_text())["log_history"]
-    losses = [row["loss"] for row in history if "loss" in row]
-    predictions = [row["token_ids"] for row in read_jsonl(folder / "eval_predictions.jsonl")]
-    return losses, predictions, dict(paddle.load(str(folder / name), return_numpy=True))
 
 
 @pytest.fixture(scope="module")
@@ -203,16 +157,6 @@ def test_lora_on_two_processes(data, tmp_path):
     assert [
         row["token_ids"] for row in read_jsonl(tmp_path / "reloaded/eval_predictions.jsonl")
     ] == predictions
-
-
-def tiny_glm(folder, **changes):
-    """A copy of tiny-glm with another config, its weights drawn anew where the shapes change."""
-    config = {**json.loads((TINY_GLM / "config.json").read_text()), **changes}
-    paddle.seed(1)
-    GLMForConditionalGeneration(GLMConfig(**config)).save_pretrained(str(folder))
-    for name in ("cog-pretrain.model", "tokenizer_config.json"):
-        (folder / name).write_bytes((TINY_GLM / name).read_bytes())
-    return folder
 
 
 def test_tensor_parallel_processes_drop_alike(data, tmp_path):

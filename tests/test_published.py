@@ -9,8 +9,7 @@ import sys
 import threading
 
 import pytest
-from conftest import MINI, ROOT, TINY_GLM
-from test_cli import FAST, read_jsonl, run
+from helpers import FAST, MINI, ROOT, TINY_GLM, read_jsonl, run
 
 # A tiny model in place of the large one: its bytes, the checksums of its data and, in 2.8.1, its built-in config. What
 # PaddleNLP asks its two hosts for goes to the loopback, whichever of its two HTTP libraries asks.

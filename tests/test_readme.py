@@ -13,10 +13,18 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import ROOT, TINY_GLM
-from test_cli import read_jsonl, small_data
-from test_generation import repeats_ngram
-from test_parallel import COMMON, free_port, outcome, run_processes, tiny_glm
+from helpers import (
+    COMMON,
+    ROOT,
+    TINY_GLM,
+    free_port,
+    outcome,
+    read_jsonl,
+    repeats_ngram,
+    run_processes,
+    small_data,
+    tiny_glm,
+)
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 ENGLISH, CHINESE = README.split("\n# 中文\n")

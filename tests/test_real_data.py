@@ -9,7 +9,7 @@ from collections import Counter
 
 import numpy as np
 import pytest
-from conftest import ROOT
+from helpers import ROOT
 from paddlenlp.datasets import dureader_qg
 
 from data import build_dataset, decode_target, encode_text, read_records

@@ -12,7 +12,7 @@ import sys
 from dataclasses import fields
 
 import pytest
-from conftest import ROOT, TINY_GLM
+from helpers import ROOT, TINY_GLM
 from hypothesis import HealthCheck, Phase, assume, example, given, settings
 from hypothesis import strategies as st
 

@@ -1,0 +1,263 @@
+"""What several test files need: the fixtures' folders, the command line, small random models."""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import paddle
+from paddlenlp.peft import LoRAConfig
+from paddlenlp.transformers import GLMConfig, GLMForConditionalGeneration
+from paddlenlp.utils.log import logger
+
+import finetune_generation
+from data import DataCollator, build_features
+from glm import checkpoints, lora
+from glm.arguments import GenerationArguments, GLMTrainingArguments
+from glm.generation import beam_search
+from utils import GLMTrainer
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+TINY_GLM = ROOT / "tests/fixtures/tiny-glm"
+
+
+MINI = ROOT / "tests/fixtures/dureader_qg_mini"
+
+
+FAST = ["--src_length", 160, "--tgt_length", 24, "--min_tgt_length", 0, "--num_beams", 3, "--learning_rate", 1e-3,
+        "--per_device_train_batch_size", 4, "--per_device_eval_batch_size", 2, "--length_penalty", 1.0]  # fmt: skip
+
+
+COMMON = ["--src_length", 160, "--tgt_length", 20, "--min_tgt_length", 2, "--num_beams", 3, "--learning_rate", 1e-3,
+          "--label_smoothing", 0.1, "--recompute", "--per_device_eval_batch_size", 3, "--do_train", "--do_eval",
+          "--max_steps", 6, "--logging_steps", 1, "--seed", 7]  # fmt: skip
+
+
+def small_data(folder, train=12, dev=5, test=3):
+    for split, size in (("train", train), ("dev", dev), ("test", test)):
+        lines = (MINI / f"{split}.json").read_text(encoding="utf-8").splitlines(keepends=True)[:size]
+        (folder / f"{split}.json").write_text("".join(lines), encoding="utf-8")
+    return str(folder)
+
+
+def read_jsonl(path):
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def run(*args, check=True):
+    command = [sys.executable, "finetune_generation.py", *map(str, args)]
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
+    assert not check or result.returncode == 0, result.stderr[-3000:]
+    return result
+
+
+def main(monkeypatch, capsys, *args):
+    """Run the script in this process. Returns its exit code and the lines of its standard error."""
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    hook = threading.excepthook
+    log_handlers = logger.logger.handlers[:]
+    monkeypatch.setenv("NO_COLOR", "1")
+    monkeypatch.setattr(sys, "argv", ["finetune_generation.py", *map(str, args)])
+    try:
+        finetune_generation.main()
+        code = 0
+    except SystemExit as error:
+        code = error.code
+    finally:
+        threading.excepthook = hook
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+        assert logger.logger.handlers == log_handlers
+    return code, capsys.readouterr().err.strip().splitlines()
+
+
+def free_port():
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return s.getsockname()[1]
+
+
+def run_processes(commands, timeout=240, **environment):
+    """Run launchers side by side, each in a session of its own so that none of their processes survives them."""
+    env = {**os.environ, **environment}
+    started = [
+        subprocess.Popen(list(map(str, command)), cwd=ROOT, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+                         text=True, start_new_session=True)
+        for command in commands
+    ]  # fmt: skip
+    try:
+        outputs = [process.communicate(timeout=timeout)[0] for process in started]
+    finally:
+        for process in started:
+            try:
+                os.killpg(process.pid, signal.SIGKILL)
+            except ProcessLookupError:
+                pass
+            process.wait()
+    return [process.returncode for process in started], outputs
+
+
+def launch(processes, log_dir, *args, check=True, **environment):
+    command = [sys.executable, "-m", "paddle.distributed.launch", "--nproc_per_node", processes, "--log_dir", log_dir,
+               "tests/parallel_worker.py", *args]  # fmt: skip
+    codes, _ = run_processes([command], **environment)
+    logs = "\n".join(path.read_text(errors="replace") for path in sorted(log_dir.glob("workerlog.*")))
+    assert not check or codes == [0], logs[-4000:]
+    return logs
+
+
+def outcome(folder, name="model_state.pdparams"):
+    """Losses of the steps, generated ids of the dev records, merged weights of the file ``name``."""
+    history = json.loads((folder / "trainer_state.json").read_text())["log_history"]
+    losses = [row["loss"] for row in history if "loss" in row]
+    predictions = [row["token_ids"] for row in read_jsonl(folder / "eval_predictions.jsonl")]
+    return losses, predictions, dict(paddle.load(str(folder / name), return_numpy=True))
+
+
+def tiny_glm(folder, **changes):
+    """A copy of tiny-glm with another config, its weights drawn anew where the shapes change."""
+    config = {**json.loads((TINY_GLM / "config.json").read_text()), **changes}
+    paddle.seed(1)
+    GLMForConditionalGeneration(GLMConfig(**config)).save_pretrained(str(folder))
+    for name in ("cog-pretrain.model", "tokenizer_config.json"):
+        (folder / name).write_bytes((TINY_GLM / name).read_bytes())
+    return folder
+
+
+def losses(folder):
+    history = json.loads((folder / "trainer_state.json").read_text())["log_history"]
+    return {row["step"]: row["loss"] for row in history if "loss" in row}
+
+
+def random_glm(seed=0, vocab_size=24, num_layers=2, hidden_size=32, heads=4, spread=0.35):
+    """A GLM whose weights are wide enough that its predictions are far from uniform."""
+    paddle.seed(seed)
+    config = GLMConfig(
+        num_layers=num_layers,
+        hidden_size=hidden_size,
+        num_attention_heads=heads,
+        vocab_size=vocab_size,
+        max_sequence_length=64,
+        initializer_range=spread,
+        embedding_dropout_prob=0.0,
+        attention_dropout_prob=0.0,
+        output_dropout_prob=0.0,
+        output_predict=True,
+    )
+    model = GLMForConditionalGeneration(config)
+    for name, parameter in model.named_parameters():
+        if name.endswith("bias") or "norm" in name:  # constants by default, which would hide a mix-up
+            parameter.set_value(parameter + paddle.normal(std=0.2, shape=parameter.shape))
+    model.eval()
+    return model
+
+
+class FakeTokenizer:
+    sop_token_id, eop_token_id = 1, 2
+
+
+def plain_log_probabilities(model, source_ids, token_ids):
+    """Log-probabilities of the next token after ``token_ids``, float64 [V], by PaddleNLP's own forward."""
+    features = build_features(FakeTokenizer, source_ids, [*token_ids, 0])
+    batch = DataCollator(0)([{**features, "index": 0}])
+    logits = model(
+        input_ids=paddle.to_tensor(batch["input_ids"]),
+        position_ids=paddle.to_tensor(batch["position_ids"]),
+        attention_mask=paddle.to_tensor(batch["attention_mask"].astype("float32")),
+        return_dict=True,
+    ).logits.numpy()[0, len(source_ids) + len(token_ids)]
+    return log_softmax(logits)
+
+
+def log_softmax(logits):
+    logits = np.asarray(logits, dtype="float64")
+    logits = logits - logits.max(-1, keepdims=True)
+    return logits - np.log(np.exp(logits).sum(-1, keepdims=True))
+
+
+def generation_arguments(**changes):
+    defaults = {
+        "tgt_length": 8,
+        "min_tgt_length": 0,
+        "num_beams": 3,
+        "length_penalty": 0.7,
+        "no_repeat_ngram_size": 0,
+    }
+    return GenerationArguments(**{**defaults, **changes})
+
+
+def best_hypotheses(*args, **kwargs):
+    """The best (token ids, score) of each source."""
+    return [hypotheses[0] for hypotheses in beam_search(*args, **kwargs)]
+
+
+def reference_loss(hidden_states, weight, labels, label_smoothing):
+    """Losses [N] and their sum's gradients, written out in float64 from DESIGN's formula."""
+    log_p = log_softmax(hidden_states @ weight.T)
+    vocab_size = log_p.shape[-1]
+    target = np.full(log_p.shape, label_smoothing / vocab_size)
+    target[np.arange(len(labels)), labels] += 1 - label_smoothing
+    grad_logits = np.exp(log_p) - target
+    return -(target * log_p).sum(-1), grad_logits @ weight, grad_logits.T @ hidden_states
+
+
+def make_trainer(tmp_path, model, label_smoothing=0.1, **changes):
+    args = GLMTrainingArguments(output_dir=str(tmp_path), device="cpu", **changes)
+    return GLMTrainer(
+        model=model,
+        args=args,
+        generation=generation_arguments(),
+        label_smoothing=label_smoothing,
+        lr_decay_ratio=0.1,
+    )
+
+
+def make_batch():
+    rng = np.random.default_rng(3)
+    features = [
+        build_features(
+            FakeTokenizer, rng.integers(3, 24, [length]).tolist(), [*rng.integers(3, 24, [size]), 2]
+        )
+        for length, size in ((9, 4), (5, 7), (12, 1))
+    ]
+    return features, DataCollator(0)([{**feature, "index": i} for i, feature in enumerate(features)])
+
+
+def lora_config(modules=lora.LORA_MODULES, **changes):
+    targets = [rf".*\.{module}" for module in modules]
+    return LoRAConfig(**{"r": 2, "lora_alpha": 6, "dtype": "float32", "target_modules": targets, **changes})
+
+
+def last_whole_checkpoint(folder):
+    return checkpoints.last_whole_checkpoint(
+        SimpleNamespace(output_dir=str(folder), world_size=1, local_rank=-1)
+    )
+
+
+FLAGS = ["--task_name", MINI, "--src_length", 160, "--tgt_length", 24, "--min_tgt_length", 0, "--num_beams", 2,
+         "--do_train", "--learning_rate", 1e-3, "--per_device_train_batch_size", 4, "--logging_steps", 1]  # fmt: skip
+
+
+def start(*args, code=None, **options):
+    program = ["-c", code] if code else ["finetune_generation.py"]
+    command = [sys.executable, *program, *map(str, [*FLAGS, *args])]
+    return subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True, **options)
+
+
+def finish(process):
+    """Exit code and lines of standard error."""
+    error = process.communicate(timeout=120)[1]
+    return process.returncode, error.splitlines()
+
+
+def repeats_ngram(tokens, n):
+    ngrams = [tuple(tokens[i : i + n]) for i in range(len(tokens) - n + 1)] if n else []
+    return len(ngrams) != len(set(ngrams))

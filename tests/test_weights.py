@@ -1,0 +1,98 @@
+"""A checkpoint's weights and optimizer states in other precisions, without half-precision kernels, which a CPU lacks."""
+
+import numpy as np
+import paddle
+import pytest
+
+from glm import weights
+
+
+def bfloat16_bits(values):
+    """The upper halves of the float32 values, rounded to nearest even, as a checkpoint holds bfloat16."""
+    bits = np.asarray(values, dtype="float32").view("uint32")
+    return ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16).astype("uint16")
+
+
+class Model:
+    """Two weights in any type, by their names in the model and in the optimizer."""
+
+    def __init__(self, dtype):
+        self.a, self.b = (paddle.zeros([2], dtype=dtype) for _ in range(2))
+        self.a.stop_gradient = self.b.stop_gradient = False
+        self.a.name, self.b.name = "linear_0.w_0", "linear_0.b_0"
+
+    def state_dict(self):
+        return {"dense.weight": self.a, "dense.bias": self.b}
+
+
+EXACT = {"dense.weight": np.array([0.1, -3.3], "float32"), "dense.bias": np.array([1e-3, 7.7], "float32")}
+
+
+SAVED = {
+    "float32": EXACT,
+    "float16": {name: value.astype("float16") for name, value in EXACT.items()},
+    "bfloat16": {name: bfloat16_bits(value) for name, value in EXACT.items()},
+}
+
+
+@pytest.mark.parametrize("saved", SAVED)
+@pytest.mark.parametrize("wanted", SAVED)
+def test_weights_of_every_type_in_every_other(saved, wanted):
+    model = Model(wanted)
+    result = weights.cast_weights({**SAVED[saved], "other": np.zeros(1)}, model)
+    assert set(result) == {*EXACT, "other"}
+    for name, exact in EXACT.items():
+        value = result[name]
+        if isinstance(value, np.ndarray):  # as it was: set_state_dict takes it
+            assert saved == wanted and value is SAVED[saved][name]
+            continue
+        assert str(value.dtype) == f"paddle.{wanted}"
+        value_saved = SAVED[saved][name]
+        if saved == "bfloat16":
+            value_saved = (value_saved.astype("uint32") << 16).view("float32")
+            np.testing.assert_allclose(value_saved, exact, rtol=2**-8)
+        rounded = paddle.to_tensor(value_saved.astype("float32")).astype(wanted).astype("float32")
+        np.testing.assert_array_equal(value.astype("float32").numpy(), rounded.numpy())
+
+
+def moments(masters):
+    end = "_fp32_master_0" if masters else ""
+    names = [f"{name}{end}_{kind}_0" for name in ("linear_0.w_0", "linear_0.b_0")
+             for kind in ("moment1", "moment2", "beta1_pow_acc", "beta2_pow_acc")]  # fmt: skip
+    state = {name: np.full([2], number, "float32") for number, name in enumerate(names)}
+    state["LR_Scheduler"] = {"last_epoch": 3}
+    if masters:
+        keys = {"linear_0.w_0": "dense.weight", "linear_0.b_0": "dense.bias"}
+        state["master_weights"] = {name: EXACT[key] for name, key in keys.items()}
+    return state
+
+
+@pytest.mark.parametrize("had", [False, True])
+@pytest.mark.parametrize("wanted", [False, True])
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_optimizer_states_with_and_without_master_weights(had, wanted, dtype):
+    model = Model(dtype if wanted else "float32")
+    read = []
+    names = {"linear_0.w_0": "dense.weight", "linear_0.b_0": "dense.bias"}
+    state = weights.convert_optimizer_state(
+        [moments(had)],
+        names,
+        model,
+        lambda name, parts: parts[0],
+        wanted,
+        lambda: read.append(1) or EXACT,
+        set(names),
+    )
+    expected = moments(wanted)
+    assert set(state) == set(expected) and state["LR_Scheduler"] == {"last_epoch": 3}
+    for name, value in expected.items():
+        if "moment" in name or "pow" in name:
+            assert state[name].tolist() == value.tolist()
+    for name, master in expected.get("master_weights", {}).items():
+        assert state["master_weights"][name].tolist() == master.tolist()
+        assert state["master_weights"][name].dtype == paddle.float32
+    assert len(read) == (wanted and not had)
+    if had:  # the weights are the master weights in their own type
+        for name, weight in model.state_dict().items():
+            exact = paddle.to_tensor(EXACT[name]).astype(weight.dtype).astype("float32")
+            np.testing.assert_array_equal(weight.astype("float32").numpy(), exact.numpy())
