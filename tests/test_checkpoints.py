@@ -7,7 +7,17 @@ import shutil
 from types import SimpleNamespace
 
 import pytest
-from helpers import TINY_GLM, finish, last_whole_checkpoint, losses, make_trainer, random_glm, run, start
+from helpers import (
+    MINI,
+    TINY_GLM,
+    finish,
+    last_whole_checkpoint,
+    losses,
+    make_trainer,
+    random_glm,
+    run,
+    start,
+)
 
 from glm import checkpoints
 from glm.checkpoints import CHECKPOINT_DONE, WholeCheckpoints
@@ -15,10 +25,7 @@ from glm.errors import InputError
 
 
 def saving_arguments(folder):
-    return SimpleNamespace(
-        output_dir=str(folder), local_rank=-1, world_size=1, per_device_train_batch_size=2,
-        gradient_accumulation_steps=3, dataset_world_size=4,
-    )  # fmt: skip
+    return SimpleNamespace(output_dir=str(folder), local_rank=-1, world_size=1, records_a_step=24)
 
 
 NO_MODEL = SimpleNamespace(state_dict=dict)
@@ -80,10 +87,8 @@ def test_a_run_that_was_written_over_is_not_gone_on_with(tmp_path):
 def test_who_may_write_into_a_folder(tmp_path):
     """Results may go where other files are; a run that writes over another does not go on with it."""
     (tmp_path / "thesis.txt").write_text("mine")
-    args = SimpleNamespace(
-        output_dir=str(tmp_path), do_train=False, overwrite_output_dir=False, world_size=1, local_rank=-1,
-        per_device_train_batch_size=2, gradient_accumulation_steps=1, dataset_world_size=1,
-    )  # fmt: skip
+    args = saving_arguments(tmp_path)
+    args.do_train = args.overwrite_output_dir = False
     checkpoints.check_output_dir(args, None)
     args.do_train = True
     with pytest.raises(InputError, match="nothing of a run"):
@@ -208,9 +213,9 @@ def test_a_model_beside_a_torn_checkpoint_is_not_written_over(tmp_path):
     assert (tmp_path / "model_state.pdparams").read_text() == "mine"
 
 
-def test_a_finished_run_is_not_written_over(finished_run, tmp_path):
+def test_a_finished_run_is_not_written_over(tmp_path):
     (tmp_path / "model_state.pdparams").write_text("mine")
-    result = run("--model_name_or_path", TINY_GLM, "--task_name", finished_run[0] / "data", "--output_dir", tmp_path,
-                 "--do_train", check=False)  # fmt: skip
+    args = ["--model_name_or_path", TINY_GLM, "--task_name", MINI, "--output_dir", tmp_path, "--do_train"]
+    result = run(*args, check=False)
     assert result.returncode == 2 and "--overwrite_output_dir" in result.stderr.splitlines()[-1]
     assert (tmp_path / "model_state.pdparams").read_text() == "mine"
