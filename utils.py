@@ -22,7 +22,7 @@ from glm.checkpoints import UNFINISHED, WholeCheckpoints, read_mark, where_to_re
 from glm.errors import Fault, InputError
 from glm.generation import beam_search
 from glm.lora import merge_lora
-from glm.memory import memory_peak
+from glm.memory import memory_metrics, memory_peak
 from glm.metrics import compute_metrics, rouge
 from glm.modeling import prepare_for_training, target_losses
 from glm.processes import of_all
@@ -156,16 +156,8 @@ class GLMTrainer(Trainer):
             self.train_tokens / output.metrics["train_runtime"], 2
         )
         self.train_memory_peak = max(self.train_memory_peak, memory_peak())
-        output.metrics.update(self.memory_metrics("train", self.train_memory_peak))
+        output.metrics.update(memory_metrics("train", self.memory.get("train"), self.train_memory_peak))
         return output
-
-    def memory_metrics(self, kind, peak):
-        """The estimate for ``kind``, train or eval, and the ``peak`` in bytes or None: GB, of the largest process."""
-        peak = max((peak for peak in of_all(peak) if peak is not None), default=None)
-        numbers = {"estimated": self.memory.get(kind), "peak": peak}
-        return {
-            f"{kind}_memory_{name}_gb": number and round(number / 1e9, 3) for name, number in numbers.items()
-        }
 
     @contextlib.contextmanager
     def finishing(self):
@@ -311,10 +303,7 @@ class GLMTrainer(Trainer):
         memory = memory_peak()
         if self.args.do_train and memory == memory_before:
             memory = None  # training took more, and Paddle 2 can't begin anew
-        memory = self.memory_metrics("eval", memory)
-        output.metrics.update(
-            {name.replace("eval", metric_key_prefix, 1): value for name, value in memory.items()}
-        )
+        output.metrics.update(memory_metrics(metric_key_prefix, self.memory.get("eval"), memory))
         if self.is_world_process_zero():
             numbers = ", ".join(f"{name} {value:.4g}" for name, value in metrics.items())
             logger.eval(f"{metric_key_prefix} at step {self.state.global_step}: {numbers}")

@@ -1,17 +1,27 @@
-"""What a run takes: counted before, measured after."""
+"""The memory that a run takes: estimated before, measured after."""
 
 import contextlib
+import dataclasses
 import re
+from pathlib import Path
+from typing import Optional
 
 import paddle
+from paddlenlp.peft import LoRAConfig
+from paddlenlp.transformers import GLMConfig
 from paddlenlp.utils.log import logger
 
 from glm.device import on_cpu
 from glm.lora import adapter_shapes, is_split_adapter, new_lora_config
+from glm.processes import of_all
 
 
 def count_parameters(config, degree=1, lora_config=None):
-    """The numbers of all weights and of those that are trained, on one of ``degree`` tensor-parallel processes."""
+    """Count the weights on one of ``degree`` tensor-parallel processes.
+
+    Returns:
+        the numbers of all weights and of those that are trained, int.
+    """
     width, layers = config.hidden_size, config.num_layers
     split = layers * (12 * width**2 + 7 * width) + config.vocab_size * width
     whole = layers * 6 * width + 2 * (config.max_sequence_length + 1) * width + 2 * width
@@ -19,119 +29,176 @@ def count_parameters(config, degree=1, lora_config=None):
     if lora_config is None:
         return count, count
     trained = 0
-    for name, shape in adapter_shapes(config, lora_config).items():
-        trained += shape[0] * shape[1] // (degree if is_split_adapter(name) else 1)
+    for name, (rows, columns) in adapter_shapes(config, lora_config).items():
+        trained += rows * columns // (degree if is_split_adapter(name) else 1)
     return count + trained, trained
 
 
-def _loading_memory(weights, table):
-    """Bytes beside the ``weights`` while they are loaded, the ``table`` of embeddings among them: of tensors on a CPU.
+@dataclasses.dataclass
+class Setting:
+    """What the memory of one process depends on. Sizes are in bytes."""
 
-    The file's are there too. Where Paddle can't begin a peak anew, in 2.6.2, that may be the peak of the whole run.
+    config: GLMConfig
+    batch_size: int  # records of a pass
+    source_length: int  # tokens of the longest source
+    target_length: int  # tokens of the longest target
+    precision: str = "float32"  # float32, O1 or O2; evaluation takes O1 for float32
+    degree: int = 1  # of tensor parallelism
+    sharding_degree: int = 1
+    lora_config: Optional[LoRAConfig] = None
+    recompute: bool = False
+    master_grad: bool = True  # as --amp_master_grad
+    num_beams: int = 1
+
+    @property
+    def weight_size(self):
+        """Size of one weight, and of one number of the hidden states: autocast keeps their sums in float32."""
+        return 2 if self.precision == "O2" else 4
+
+    @property
+    def linear_size(self):
+        """Size of one number that a linear gives in training."""
+        return 4 if self.precision == "float32" else 2
+
+    @property
+    def length(self):
+        return self.source_length + self.target_length
+
+    @property
+    def heads(self):
+        """Attention heads of this process."""
+        return self.config.num_attention_heads / self.degree
+
+    @property
+    def vocab_size(self):
+        """Entries of the vocabulary of this process."""
+        return self.config.vocab_size / self.degree
+
+    @property
+    def mask_size(self):
+        """Size of the additive mask, which a CPU holds once for each head."""
+        return self.batch_size * self.length**2 * 4 * (self.heads if on_cpu() else 1)
+
+
+def _loading_memory(setting, weights):
+    """Return the bytes on a CPU beside the ``weights`` (bytes) while they are loaded.
+
+    They are the file's, and the embeddings twice. Paddle 2.6.2 can't reset a peak, so
+    that this may be the peak of the whole run.
     """
-    return weights + 2 * table if on_cpu() and paddle.__version__.startswith("2.") else 0
+    embeddings = setting.vocab_size * setting.config.hidden_size * 4
+    return weights + 2 * embeddings if on_cpu() and paddle.__version__.startswith("2.") else 0
 
 
-def training_memory(
-    config, batch_size, source_length, target_length, precision="float32", recompute=False, degree=1, lora_config=None,
-    master_grad=True, sharding_degree=1,
-):  # fmt: skip
-    """Bytes that a process needs at the peak of a training step, by what they are for.
+def _largest(peaks):
+    """Return that pair of ``peaks``, a dict, whose sum is the largest."""
+    return max(peaks.values(), key=sum)
 
-    What the layers here keep for the backward pass is counted tensor by tensor; so are the largest of the tensors that
-    live for a moment. What a device's library takes for itself is not in it.
 
-    Args:
-        config (GLMConfig). batch_size: records of a pass. source_length, target_length (int): of the longest of them.
-        precision (str): float32, O1 or O2. degree: of tensor parallelism. master_grad: as --amp_master_grad.
+def _layer_memory(setting):
+    """Return the bytes that a layer keeps for its backward pass, and those of the gradients within it."""
+    config, precision = setting.config, setting.precision
+    width, residual, linear = config.hidden_size, setting.weight_size, setting.linear_size
+    positions = setting.batch_size * setting.length
+    scores = setting.batch_size * setting.heads * setting.length**2
+    # Inputs and outputs of both layer norms; q k v, their context and twice four
+    # widths; dropout's masks.
+    kept = positions * width * (2 * residual + (2 + 12 / setting.degree) * linear + 2)
+    kept += scores * (residual + (linear + 1 if config.attention_dropout_prob else 0))
+    if precision == "O1":  # the linears' weights, cast
+        kept += 24 * width**2 / setting.degree
+    gradients = 2 * scores * residual + positions * 4 * width / setting.degree * linear
+    return kept, gradients
+
+
+def training_memory(setting):
+    """Estimate the bytes of a process at the peak of a training step, by what they are for.
+
+    What the layers here keep for the backward pass is counted tensor by tensor, and so
+    are the largest tensors that live for a moment. What a device's library takes for
+    itself is not counted.
 
     Returns:
-        dict: of weights, optimizer (moments and master weights), gradients, activations and, the sum, total.
+        dict: weights, optimizer (moments and master weights), gradients, activations,
+        and their total.
     """
-    width, heads, layers = config.hidden_size, config.num_attention_heads / degree, config.num_layers
-    vocab, length = config.vocab_size / degree, source_length + target_length
-    weight_size = 2 if precision == "O2" else 4
-    size = 4 if precision == "float32" else 2  # of what linears give
-    residual = (
-        4 if precision == "O1" else size
-    )  # of hidden states; autocast keeps sums and softmax in float32
-    count, trained = count_parameters(config, degree, lora_config)
-    positions, pairs = batch_size * length, batch_size * heads * length**2
+    config, recompute = setting.config, setting.recompute
+    count, trained = count_parameters(config, setting.degree, setting.lora_config)
+    weights = count * setting.weight_size
+    optimizer = trained * (12 if setting.precision == "O2" else 8) / setting.sharding_degree
+    gradients = trained * setting.weight_size
+    clipped = trained * (4 if setting.master_grad else setting.weight_size)
 
-    # Of a layer: both inputs and outputs of layer norms, q k v and their context, twice four widths, dropout's masks.
-    layer = positions * width * (2 * residual + (2 + 12 / degree) * size + 2)
-    layer += pairs * (residual + (size + 1 if config.attention_dropout_prob else 0))
-    layer += 24 * width**2 / degree if precision == "O1" else 0  # the linears' weights, cast
-    layer_gradients = 2 * pairs * residual + positions * 4 * width / degree * size
-    mask = batch_size * length**2 * 4 * (heads if on_cpu() else 1)
-    table = batch_size * target_length * vocab
-    head = 0 if lora_config else vocab * width * weight_size
-
-    kept = layers * positions * width * residual if recompute else layers * layer
-    gradients, optimizer = trained * weight_size, trained * (12 if precision == "O2" else 8) / sharding_degree
-    loading = _loading_memory(count * weight_size, vocab * width * 4)
-    activations = kept + mask
-    peaks = {
-        "loss": (head, activations + table * (4 + size)),
-        "last layer": (head, activations + layer_gradients + (layer if recompute else 0)),
-        "first layer": (gradients, mask + layer + layer_gradients),
-        # Clipping makes all gradients anew.
-        "update": (trained * (4 if master_grad else weight_size) * 2, 0),
-        "loading": (0, loading - optimizer),  # before which there is no optimizer
+    layer, layer_gradients = _layer_memory(setting)
+    layer_input = setting.batch_size * setting.length * config.hidden_size * setting.weight_size
+    activations = config.num_layers * (layer_input if recompute else layer) + setting.mask_size
+    logits = setting.batch_size * setting.target_length * setting.vocab_size
+    head_gradient = setting.vocab_size * config.hidden_size * setting.weight_size
+    if setting.lora_config:
+        head_gradient = 0
+    peaks = {  # (gradients, activations) at the moments that may take most
+        "loss": (head_gradient, activations + logits * (4 + setting.linear_size)),
+        "last layer": (
+            head_gradient,
+            activations + layer_gradients + (layer if recompute else 0),
+        ),
+        "first layer": (gradients, setting.mask_size + layer + layer_gradients),
+        "update": (2 * clipped, 0),  # clipping makes all gradients anew
+        "loading": (
+            0,
+            _loading_memory(setting, weights) - optimizer,
+        ),  # there is no optimizer yet
     }
-    gradients, activations = max(peaks.values(), key=sum)
-    needs = {
-        "weights": count * weight_size,
+    gradients, activations = _largest(peaks)
+    bytes_needed = {
+        "weights": weights,
         "optimizer": optimizer,
         "gradients": gradients,
         "activations": activations,
     }
-    return {**needs, "total": sum(needs.values())}
+    return {**bytes_needed, "total": sum(bytes_needed.values())}
 
 
-def evaluation_memory(
-    config, batch_size, source_length, target_length, num_beams, dtype="float32", degree=1, lora_config=None
-):
-    """Bytes that a process needs at the peak of an evaluation by beam search, by what they are for.
+def evaluation_memory(setting):
+    """Estimate the bytes of a process at the peak of an evaluation by beam search, by what they are for.
 
-    Args: as of ``training_memory``; dtype: of the weights. Half of the beams' past slots are taken to be seen.
+    Half of the slots for generated tokens are taken to hold keys and values.
 
     Returns:
-        dict: of weights, caches (keys and values), activations and, the sum, total.
+        dict: weights, caches (keys and values), activations, and their total.
     """
-    width, heads, layers = config.hidden_size, config.num_attention_heads / degree, config.num_layers
-    size = 4 if dtype == "float32" else 2
-    vocab, length = config.vocab_size / degree, source_length + target_length
-    sources = batch_size * source_length * width * size
-    pairs = batch_size * heads * size  # for each query and key
-    slots = source_length + num_beams * target_length / 2
+    config, degree, size = setting.config, setting.degree, setting.weight_size
+    width, layers, batch_size = config.hidden_size, config.num_layers, setting.batch_size
+    source = batch_size * setting.source_length * width * size  # hidden states of the sources
+    hidden = batch_size * setting.length * width * size  # and of whole sequences
+    scores = batch_size * setting.heads * size  # of one query and one key
+    slots = setting.source_length + setting.num_beams * setting.target_length / 2
     caches = layers * batch_size * slots * 2 * width / degree * size
-    mask = batch_size * length**2 * 4 * (heads if on_cpu() else 1)
-    stages = [
-        # prefill: q, k and v are kept until the beams take over
-        (layers * 3 * sources / degree, 2 * pairs * source_length**2 + sources * (3 + 8 / degree)),
-        # decoding: a layer's cache is copied when it grows; logits, and their softmax
-        (caches, caches / layers + batch_size * num_beams * vocab * (size + 8)),
-        # the loss
-        (0, mask + 2 * pairs * length**2 + batch_size * length * width * size * (layers + 1 + 7 / degree)),
-        (
-            0,
-            mask
-            + batch_size * length * width * size * layers
-            + batch_size * target_length * vocab * (4 + size),
-        ),
-    ]
-    weights = count_parameters(config, degree, lora_config)[0] * size
-    stages.append((0, _loading_memory(weights, vocab * width * 4)))
-    caches, activations = max(stages, key=sum)
-    needs = {"weights": weights, "caches": caches, "activations": activations}
-    return {**needs, "total": sum(needs.values())}
+    weights = count_parameters(config, degree, setting.lora_config)[0] * size
+
+    prefill = 2 * scores * setting.source_length**2 + source * (3 + 8 / degree)
+    logits = batch_size * setting.num_beams * setting.vocab_size * (size + 8)  # and their softmax
+    target_logits = batch_size * setting.target_length * setting.vocab_size * (4 + size)
+    last_layer = 2 * scores * setting.length**2 + hidden * (layers + 1 + 7 / degree)
+    peaks = {  # (caches, activations) at the moments that may take most
+        # q, k and v are kept until the beams take over.
+        "prefill": (layers * 3 * source / degree, prefill),
+        # One layer's cache at a time is copied when it grows.
+        "decoding": (caches, caches / layers + logits),
+        "last layer of the loss": (0, setting.mask_size + last_layer),
+        "loss": (0, setting.mask_size + hidden * layers + target_logits),
+        "loading": (0, _loading_memory(setting, weights)),
+    }
+    caches, activations = _largest(peaks)
+    bytes_needed = {"weights": weights, "caches": caches, "activations": activations}
+    return {**bytes_needed, "total": sum(bytes_needed.values())}
 
 
 def memory_peak(reset=False):
-    """Bytes of the live tensors of this process at their peak, by Paddle's allocator, since it began or was reset.
+    """Return the bytes of this process's live tensors at their peak, by Paddle's allocator.
 
-    Args: reset (bool): begin anew, where Paddle can (2.6.2 can't).
+    The peak is that since the process began, or since the last ``reset``, which Paddle
+    2.6.2 can't do.
     """
     core, (kind, _, number) = paddle.base.core, paddle.get_device().partition(":")
     kind, device = "host" if kind == "cpu" else "device", int(number or 0)
@@ -140,74 +207,117 @@ def memory_peak(reset=False):
     return getattr(core, f"{kind}_memory_stat_peak_value")("Allocated", device)
 
 
+def memory_metrics(kind, estimate, peak):
+    """Return a run's results about memory, in GB, dict. All processes have to call it.
+
+    Args:
+        kind (str): train, eval or test. estimate (int): bytes, or None. peak (int):
+        bytes of this process, or None; the largest process's is what the results hold.
+    """
+    peak = max((peak for peak in of_all(peak) if peak is not None), default=None)
+    sizes = {"estimated": estimate, "peak": peak}
+    return {f"{kind}_memory_{name}_gb": size and round(size / 1e9, 3) for name, size in sizes.items()}
+
+
 def free_memory():
-    """Bytes that are free on a CPU, or that a GPU has in all; None where the device in use can't be asked."""
+    """Return the bytes that are free on a CPU, or that a GPU has in all; None of another device."""
     kind, _, number = paddle.get_device().partition(":")
-    if kind != "cpu":
-        return paddle.device.cuda.get_device_properties(int(number)).total_memory if kind == "gpu" else None
-    with contextlib.suppress(OSError), open("/proc/meminfo", encoding="ascii") as file:
-        return int(re.search(r"MemAvailable:\s*(\d+)", file.read())[1]) * 1024
+    if kind == "gpu":
+        return paddle.device.cuda.get_device_properties(int(number)).total_memory
+    if kind == "cpu":
+        with contextlib.suppress(OSError):
+            available = re.search(r"MemAvailable:\s*(\d+)", Path("/proc/meminfo").read_text())
+            return int(available[1]) * 1024
     return None
 
 
+def longest(dataset):
+    """Return the token counts of the longest source and of the longest target."""
+    return {
+        "source_length": max(feature["source_length"] for feature in dataset),
+        "target_length": max(len(feature["labels"]) for feature in dataset),
+    }
+
+
+def settings_of_run(args, config, lora_config, generation, train_dataset, test_dataset):
+    """Return the Settings of "train" and "eval", those that the run is about to do."""
+    degree, settings = max(args.tensor_parallel_degree, 1), {}
+    if train_dataset:
+        settings["train"] = Setting(
+            config,
+            args.per_device_train_batch_size,
+            **longest(train_dataset),
+            precision=args.fp16_opt_level if args.fp16 or args.bf16 else "float32",
+            degree=degree,
+            sharding_degree=max(args.sharding_parallel_degree, 1),
+            lora_config=lora_config,
+            recompute=args.recompute,
+            master_grad=args.amp_master_grad,
+        )
+    if test_dataset:
+        lengths = longest(test_dataset)
+        lengths["target_length"] = max(lengths["target_length"], generation.tgt_length)
+        settings["eval"] = Setting(
+            config,
+            args.per_device_eval_batch_size,
+            **lengths,
+            precision="float32" if args.weights_dtype() == "float32" else "O2",
+            degree=degree,
+            lora_config=lora_config,
+            num_beams=generation.num_beams,
+        )
+    return settings
+
+
+def what_would_help(kind, setting):
+    """Return flags and the bytes that each of them would save, [(str, float)], the most first."""
+    estimate = {"train": training_memory, "eval": evaluation_memory}[kind]
+    changes = {
+        f"--tensor_parallel_degree {2 * setting.degree}": {"degree": 2 * setting.degree},
+        f"--per_device_{kind}_batch_size 1": {"batch_size": 1},
+    }
+    if kind == "train":
+        changes["--recompute"] = {"recompute": True}
+        changes["--fp16 --fp16_opt_level O2"] = {"precision": "O2"}
+        if setting.lora_config is None:
+            changes["--lora True"] = {"lora_config": new_lora_config()}
+    now, saved = estimate(setting)["total"], {}
+    for flags, change in changes.items():
+        saved[flags] = now - estimate(dataclasses.replace(setting, **change))["total"]
+    ordered = sorted(saved.items(), key=lambda item: item[1], reverse=True)
+    return [(flags, size) for flags, size in ordered if size > 0]
+
+
 def estimate_memory(args, config, lora_config, generation, train_dataset, test_dataset):
-    """Say what memory this run is about to take, and warn where that is more than there is. Never ends the run.
+    """Say what memory this run is about to take, and warn where that is more than there is.
 
     Returns:
-        dict: bytes of "train" and "eval", of those that are to be.
+        dict: bytes of "train" and "eval", those that the run is about to do.
     """
-    degree, half = max(args.tensor_parallel_degree, 1), args.fp16 or args.bf16
-    common = {"degree": degree, "lora_config": lora_config}
-
-    def need(kind, **changes):
-        """Bytes of the batch that takes most, with some of the settings changed."""
-        dataset = train_dataset if kind == "train" else test_dataset
-        source_length = max(feature["source_length"] for feature in dataset)
-        target_length = max(len(feature["labels"]) for feature in dataset)
-        setting = {"source_length": source_length, "target_length": target_length, **common}
-        if kind == "train":
-            setting.update(
-                batch_size=args.per_device_train_batch_size, precision=args.fp16_opt_level if half else "float32",
-                recompute=args.recompute, master_grad=args.amp_master_grad,
-                sharding_degree=max(args.sharding_parallel_degree, 1),
-            )  # fmt: skip
-            return training_memory(config, **{**setting, **changes})
-        setting.update(
-            batch_size=args.per_device_eval_batch_size, num_beams=generation.num_beams, dtype=args.weights_dtype(),
-            target_length=max(target_length, generation.tgt_length),
-        )  # fmt: skip
-        return evaluation_memory(config, **{**setting, **changes})
-
-    datasets = {"train": train_dataset, "eval": test_dataset}
-    needs = {kind: need(kind) for kind in datasets if datasets[kind]}
-    if len(needs) == 2:  # what the optimizer holds stays
-        needs["eval"]["total"] += needs["train"]["optimizer"]
-    if not needs:
+    settings = settings_of_run(args, config, lora_config, generation, train_dataset, test_dataset)
+    if not settings:
         return {}
-    free = free_memory()
+    estimates = {}
+    if "train" in settings:
+        estimates["train"] = training_memory(settings["train"])
+    if "eval" in settings:
+        estimates["eval"] = evaluation_memory(settings["eval"])
+        if "train" in settings:  # the optimizer stays while the run evaluates
+            estimates["eval"]["total"] += estimates["train"]["optimizer"]
+    totals = {kind: parts["total"] for kind, parts in estimates.items()}
+
     texts = []
-    for kind, parts in needs.items():
-        numbers = ", ".join(f"{name} {size / 1e9:.2f}" for name, size in parts.items() if name != "total")
-        texts.append(f"{parts['total'] / 1e9:.2f} GB to {kind} ({numbers})")
-    device = paddle.get_device()  # of a GPU Paddle can't say what others take
-    has = "" if free is None else f"; {device} has {free / 1e9:.2f} GB{' free' if device == 'cpu' else ''}"
+    for kind, parts in estimates.items():
+        sizes = ", ".join(f"{name} {size / 1e9:.2f}" for name, size in parts.items() if name != "total")
+        texts.append(f"{totals[kind] / 1e9:.2f} GB to {kind} ({sizes})")
+    free, device = free_memory(), paddle.get_device()
+    has = ""
+    if free is not None:  # of a GPU Paddle can't say what other processes take
+        has = f"; {device} has {free / 1e9:.2f} GB{' free' if device == 'cpu' else ''}"
     logger.train(f"each process is about to need {' and '.join(texts)}{has}")
-    kind = max(needs, key=lambda kind: needs[kind]["total"])
-    if free is not None and needs[kind]["total"] > free:
-        ways = {
-            f"--tensor_parallel_degree {2 * degree}": {"degree": 2 * degree},
-            f"--per_device_{kind}_batch_size 1": {"batch_size": 1},
-        }
-        if kind == "train":
-            ways["--recompute"], ways["--fp16 --fp16_opt_level O2"] = {"recompute": True}, {"precision": "O2"}
-            if lora_config is None:
-                ways["--lora True"] = {"lora_config": new_lora_config()}
-        now = need(kind)["total"]
-        saved = {way: now - need(kind, **changes)["total"] for way, changes in ways.items()}
-        best = [
-            f"{way} ({saved[way] / 1e9:.2f} GB less)"
-            for way in sorted(saved, key=saved.get)[::-1]
-            if saved[way] > 0
-        ]
-        logger.warning(f"that may not fit: what would help most is {', '.join(best)}")
-    return {kind: parts["total"] for kind, parts in needs.items()}
+    kind = max(totals, key=totals.get)
+    if free is not None and totals[kind] > free:
+        ways = what_would_help(kind, settings[kind])
+        advice = ", ".join(f"{flags} ({size / 1e9:.2f} GB less)" for flags, size in ways)
+        logger.warning(f"that may not fit: what would help most is {advice}")
+    return totals

@@ -1,5 +1,6 @@
 """What a run takes: counted by hand, and against the peaks of real runs."""
 
+import dataclasses
 import json
 import subprocess
 import sys
@@ -28,14 +29,13 @@ def test_memory_of_several_processes_by_hand():
     linears = 48 * (4096 * (3 + 1 + 4 + 4) * 4096 + (3 + 4) * 4096) + 50048 * 4096
     whole = 48 * (2 + 4) * 4096 + 2 * (config.max_sequence_length + 1) * 4096 + 2 * 4096
     assert memory.count_parameters(config, 8) == (linears // 8 + whole,) * 2
-    needs = memory.training_memory(config, 2, 608, 160, "O2", recompute=True, degree=8)
+    setting = memory.Setting(config, 2, 608, 160, "O2", recompute=True, degree=8)
+    needs = memory.training_memory(setting)
     count = linears // 8 + whole
     assert needs["weights"] == 2 * count and needs["optimizer"] == 12 * count  # two moments, master weights
     assert needs["gradients"] == 8 * count  # in float32, and once more while they are clipped
     assert needs["total"] == sum(size for name, size in needs.items() if name != "total")
-    adapter = memory.training_memory(
-        config, 2, 608, 160, "O2", recompute=True, degree=8, lora_config=lora_config()
-    )
+    adapter = memory.training_memory(dataclasses.replace(setting, lora_config=lora_config()))
     assert adapter["optimizer"] < needs["optimizer"] / 100 and adapter["total"] < 0.25 * needs["total"]
 
 
@@ -68,7 +68,8 @@ def test_a_run_says_what_it_needs(tmp_path, monkeypatch, capfd):
         logged.clear()
         monkeypatch.setattr(memory, "free_memory", lambda free=free: free)
         needs = memory.estimate_memory(args, config, None, generation, dataset, dataset)
-        expected = memory.training_memory(config, args.per_device_train_batch_size, 600, 30)
+        setting = memory.Setting(config, args.per_device_train_batch_size, 600, 30)
+        expected = memory.training_memory(setting)
         assert needs["train"] == expected["total"] and needs["eval"] > expected["optimizer"]
         assert (
             f"{expected['total'] / 1e9:.2f} GB to train" in logged[0]

@@ -59,16 +59,20 @@ def table():
     lengths = {"batch_size": 2, "source_length": SRC_LENGTH, "target_length": TGT_LENGTH}
     for name in MODELS:
         for kind, lora_config in (("full", None), ("LoRA", config_of_lora())):
-            common = {**lengths, "lora_config": lora_config}
+            setting = memory.Setting(
+                config_of(name),
+                **lengths,
+                precision="O2",
+                recompute=True,
+                num_beams=5,
+                lora_config=lora_config,
+            )
             cells = {"train": [], "evaluate": []}
             for degree in (1, 2, 4, 8):
-                config = config_of(name)
-                train = memory.training_memory(
-                    config, precision="O2", recompute=True, degree=degree, **common
-                )
-                test = memory.evaluation_memory(config, num_beams=5, dtype="float16", degree=degree, **common)
-                for purpose, needs in zip(cells, (train, test)):
-                    cells[purpose].append(f"{needs['total'] / 1e9:.1f} ({cards(needs['total'])})")
+                setting.degree = degree
+                estimates = memory.training_memory(setting), memory.evaluation_memory(setting)
+                for purpose, estimate in zip(cells, estimates):
+                    cells[purpose].append(f"{estimate['total'] / 1e9:.1f} ({cards(estimate['total'])})")
             rows += [[name, kind, purpose, *cells[purpose]] for purpose in cells]
     print_table(
         ["GB a card (which fits)", "weights", "to", *(f"tensor parallel {n}" for n in (1, 2, 4, 8))], rows
@@ -78,7 +82,8 @@ def table():
     peer["lora_config"] = config_of_lora(4, ["query_key_value"])
     rows = [["PaddleNLP's figure for 2 cards", f"{23913 * 2**20 / 1e9:.1f}"]]
     for degree in (1, 2):
-        size = memory.training_memory(config_of("GLM-10B"), degree=degree, **peer)["total"]
+        setting = memory.Setting(config_of("GLM-10B"), degree=degree, **peer)
+        size = memory.training_memory(setting)["total"]
         rows.append([f"ours, tensor parallel {degree}", f"{size / 1e9:.1f}"])
     print_table(["GLM-10B, LoRA, fp16, recompute, batch 16, source 512, target 25", "GB a card"], rows)
 
@@ -114,12 +119,18 @@ def check(args):
             ),
             generation=GenerationArguments(), label_smoothing=0.1, lr_decay_ratio=0.1,
         )  # fmt: skip
-        lengths = {"batch_size": args.batch_size, "source_length": args.source, "target_length": args.target}
-        common = {**lengths, "lora_config": lora_config}
+        setting = memory.Setting(
+            model.config,
+            args.batch_size,
+            args.source,
+            args.target,
+            recompute="recompute" in flags,
+            lora_config=lora_config,
+        )
         memory.memory_peak(reset=True)  # after loading, where Paddle can
         if kind == "train":
             trainer.train()
-            needs = memory.training_memory(model.config, recompute="recompute" in flags, **common)
+            estimate = memory.training_memory(setting)
             step, before = (
                 [row["interval_runtime"] for row in trainer.state.log_history if "interval_runtime" in row],
                 1,
@@ -134,11 +145,12 @@ def check(args):
             beam_search(model, source, batch["source_length"], generation, vocab_size - 2, vocab_size - 1)
             with paddle.no_grad():
                 trainer.target_losses(model, {key: paddle.to_tensor(value) for key, value in batch.items()})
-            needs = memory.evaluation_memory(model.config, num_beams=generation.num_beams, **common)
+            setting.num_beams = generation.num_beams
+            estimate = memory.evaluation_memory(setting)
             speed = None
     count, trained = memory.count_parameters(model.config, lora_config=lora_config)
     return {
-        "estimate": needs["total"],
+        "estimate": estimate["total"],
         "peak": memory.memory_peak(),
         "speed": speed,
         "share": trained / count,
