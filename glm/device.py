@@ -3,31 +3,32 @@
 import contextlib
 import ctypes
 import os
+from pathlib import Path
 
 import paddle
 from paddlenlp.utils.log import logger
 
 from glm.errors import InputError
 
-PADDLE_2_ARCHS = (
-    61,
-    70,
-    75,
-    80,
-    86,
-)  # what PyPI's wheel of 2.6.2 has code for, read from it: it can't be asked
+# The compute capabilities that PyPI's wheel of 2.6.2 has code for, which it can't be
+# asked.
+PADDLE_2_ARCHS = (61, 70, 75, 80, 86)
 
 
 def use_device(name=""):
-    """Make ``name`` the device in use, as paddle.set_device does, or the CPU where Paddle can use no GPU.
+    """Make ``name`` the device in use, or the CPU where Paddle can use no GPU.
 
     Args:
-        name (str): gpu, gpu:N, cpu, xpu or npu; "": a GPU if there is one, else the CPU.
+        name (str): gpu, gpu:N, cpu, xpu or npu; "" takes a GPU if there is one, else
+        the CPU.
 
     Returns:
-        str: the device in use. Raises InputError where there is no card N.
+        the device in use, str.
+
+    Raises:
+        InputError: where there is no card N, or Paddle has no code for it.
     """
-    # Asked first, for paddle.set_device("gpu") without a GPU ends the process with nothing to catch.
+    # paddle.set_device("gpu") without a GPU ends the process with nothing to catch.
     cards = paddle.device.cuda.device_count() if paddle.is_compiled_with_cuda() else 0
     if not name or (name.startswith("gpu") and not cards):
         name = "gpu" if cards else "cpu"
@@ -38,71 +39,79 @@ def use_device(name=""):
     if name.startswith("gpu"):
         check_card(int(name[4:] or os.environ.get("FLAGS_selected_gpus", "0").split(",")[0]))
     paddle.set_device(name)
-    # The position embeddings' gradients would be summed in another order on each tensor-parallel process of a GPU, and
-    # the copies, which are updated each by its own, drift apart.
+    # Each tensor-parallel process of a GPU would sum the position embeddings' gradients
+    # in another order, and their copies would drift apart.
     with contextlib.suppress(ValueError):  # builds without GPU code have no such flag
         paddle.set_flags({"FLAGS_embedding_deterministic": 1})
     return name
 
 
 def check_card(card):
-    """Raise InputError where the installed Paddle has no machine code for the GPU number ``card``; else kernels fail.
+    """Raise InputError where the installed Paddle has no machine code for the GPU number ``card``.
 
-    Code runs on cards of its own major compute capability whose minor one is not lower. Paddle 3 says what it has code
-    for; it may also hold PTX for newer cards, which is compiled when first used: those are a warning.
+    Code runs on cards of the same major compute capability whose minor one is not lower
+    (CUDA's rule). Paddle 3 says what it has code for. It may also hold PTX, which the
+    driver compiles for newer cards at their first kernel, so that those get a warning.
     """
     major, minor = paddle.device.cuda.get_device_capability(card)
     compiled = paddle.version.cuda_archs() if hasattr(paddle.version, "cuda_archs") else PADDLE_2_ARCHS
     compiled = [divmod(int(arch), 10) for arch in compiled]
     if not compiled or any(major == arch[0] and minor >= arch[1] for arch in compiled):
         return
-    stack, newer = "requirements.txt", (major, minor) > max(compiled)
+    stack = "requirements.txt"
     if (major, minor) > divmod(PADDLE_2_ARCHS[-1], 10):
         stack = "requirements-paddle3.txt and the GPU wheel of your CUDA version that it names"
-    text = f"Paddle {paddle.__version__} has no code for a card of compute capability {major}.{minor}: install {stack}"
-    if newer and hasattr(paddle.version, "cuda_archs"):
+    text = (
+        f"Paddle {paddle.__version__} has no code for a card of compute capability {major}.{minor}: "
+        f"install {stack}"
+    )
+    if (major, minor) > max(compiled) and hasattr(paddle.version, "cuda_archs"):
         logger.warning(text + ", if this run fails at its first kernel")
     else:
         raise InputError(text)
 
 
 def on_cpu():
-    """Whether the device in use is the CPU."""
+    """Return whether the device in use is the CPU."""
     return paddle.get_device() == "cpu"
 
 
 def supports_dtype(name):
-    """Whether the device in use computes in ``name``, 'float16' or 'bfloat16', and gains by it.
+    """Return whether the device in use computes in ``name``, float16 or bfloat16, and gains by it.
 
-    On NVIDIA's cards from compute capability 7 and 8: those of 5.3 to 6.2 know float16, but most compute in it slower
-    than in float32.
+    NVIDIA's cards do from compute capability 7 and 8. Those of 5.3 to 6.2 know float16,
+    but most compute in it more slowly than in float32.
     """
     kind = paddle.get_device().split(":")[0]
     if kind == "gpu":
-        return paddle.device.cuda.get_device_capability() >= {"float16": (7, 0), "bfloat16": (8, 0)}[name]
+        least = {"float16": (7, 0), "bfloat16": (8, 0)}[name]
+        return paddle.device.cuda.get_device_capability() >= least
     return kind != "cpu" and getattr(paddle.amp, f"is_{name}_supported")()
 
 
 def use_the_whole_cpu():
-    """Let Paddle use the whole of a CPU. To be called before the first product.
+    """Let Paddle use the whole of a CPU. Must be called before the first product.
 
-    Paddle starts with one thread, its MKL takes a slow path on processors that are not Intel's, and glibc returns each
-    large tensor to the system, so that the next one costs page faults again: more than many an operator itself. A
-    thread count that the user set stays; processes of one launch share the cores.
+    Paddle starts with one thread, and its MKL takes a slow path on processors that are
+    not Intel's. glibc returns each large tensor to the system, and the page faults of
+    the next one take longer than many an operator. A thread count that the user set
+    stays. Processes of one launch divide the cores.
     """
     os.environ.setdefault("MKL_DEBUG_CPU_TYPE", "5")
     libc = ctypes.CDLL(None)
-    # Beside a GPU the memory in which a checkpoint was read is better returned.
+    # Beside a GPU the memory in which a checkpoint was read had better be returned.
     if on_cpu() and hasattr(libc, "mallopt"):  # glibc
         libc.mallopt(-4, 0)  # M_MMAP_MAX: large blocks come from the heap
         libc.mallopt(-1, -1)  # M_TRIM_THRESHOLD: and stay there for the next ones
-    try:  # importing paddle sets the variable, to 1, in os.environ: what the user gave is what the process began with
-        with open("/proc/self/environ", "rb") as file:
-            given = b"\0OMP_NUM_THREADS=" in b"\0" + file.read()
-    except OSError:
-        given = False
-    if given:
+    # Importing paddle sets OMP_NUM_THREADS to 1 in os.environ. /proc has what the user
+    # gave.
+    environment = b""
+    with contextlib.suppress(OSError):
+        environment = b"\0" + Path("/proc/self/environ").read_bytes()
+    if b"\0OMP_NUM_THREADS=" in environment:
         return
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    # By this call, not by OMP_NUM_THREADS, whose use makes paddle print a warning at import.
+    cores = os.cpu_count()
+    if hasattr(os, "sched_getaffinity"):
+        cores = len(os.sched_getaffinity(0))
+    # OMP_NUM_THREADS would make paddle print a warning at import; this call does not.
     paddle.base.core.set_num_threads(max(1, cores // int(os.environ.get("PADDLE_LOCAL_SIZE", 1))))

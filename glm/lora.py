@@ -14,7 +14,12 @@ from glm.errors import InputError, mistakes
 from glm.weights import cast_weights, load, read_arrays
 
 LORA_WEIGHTS = "lora_model_state.pdparams"  # as PaddleNLP calls the file
-LORA_MODULES = ("query_key_value", "dense", "dense_h_to_4h", "dense_4h_to_h")  # the linears of a layer
+LORA_MODULES = (
+    "query_key_value",
+    "dense",
+    "dense_h_to_4h",
+    "dense_4h_to_h",
+)  # the linears of a layer
 
 
 def is_split_adapter(name):
@@ -28,9 +33,10 @@ def is_split_adapter(name):
 class LoRA(LoRAModel):
     """PaddleNLP's LoRAModel with adapters that are the same on one process and split over several."""
 
-    # PaddleNLP splits query_key_value's outputs as one process has them, [all q | all k | all v], where the
-    # model's parts have them head by head, and on one process it knows no split at all. An adapter trained
-    # under tensor parallelism would be another one on a single process.
+    # PaddleNLP splits query_key_value's outputs as one process has them, [all q | all k
+    # | all v], where the model's parts have them head by head, and on one process it
+    # knows no split at all. An adapter trained under tensor parallelism would be
+    # another one on a single process.
     def _get_tensor_parallel_mappings(self, config, is_split=True):
         degree, rank = config.tensor_parallel_degree, config.tensor_parallel_rank
         action = split_or_merge_func(is_split, degree, rank, config.num_attention_heads)
@@ -74,8 +80,8 @@ def prepare(arguments, name, dtype, degree):
         dtype (str): of the base's weights. degree (int): of tensor parallelism.
 
     Returns:
-        the name of the model to load, str; the adapter's folder, str, or None for a new one; its
-        LoRAConfig, or None where the run has no adapter.
+        the name of the model to load, str; the adapter's folder, str, or None for a new
+        one; its LoRAConfig, or None where the run has no adapter.
 
     Raises:
         InputError: where the flags contradict the adapter, or there is none for them.
@@ -106,7 +112,11 @@ def prepare(arguments, name, dtype, degree):
         )
     # An absolute path is found from any working directory.
     config.base_model_name_or_path = os.path.abspath(base) if os.path.isdir(base) else base
-    config.dtype, config.tensor_parallel_degree, config.merge_weights = dtype, degree, False
+    config.dtype, config.tensor_parallel_degree, config.merge_weights = (
+        dtype,
+        degree,
+        False,
+    )
     return base, folder, config
 
 
@@ -116,7 +126,10 @@ def check_flags(arguments, folder, config):
     given = {
         "lora_rank": (arguments.lora_rank, config.r),
         "lora_alpha": (arguments.lora_alpha, config.lora_alpha),
-        "lora_target_modules": (modules and target_modules(modules), config.target_modules),
+        "lora_target_modules": (
+            modules and target_modules(modules),
+            config.target_modules,
+        ),
         "rslora": (arguments.rslora or None, config.rslora),
     }
     for flag, (value, saved) in given.items():
@@ -168,7 +181,8 @@ def adapter_weights(folder, config, lora_config, seed):
     1 / sqrt(inputs), which is Kaiming's with a slope of sqrt(5), and B is 0.
 
     Args:
-        folder (str): of the adapter, or None. config (GLMConfig): of the base. seed (int): of a new one.
+        folder (str): of the adapter, or None. config (GLMConfig): of the base. seed
+        (int): of a new one.
 
     Raises:
         InputError: where the file can't be read or doesn't fit the base.
@@ -206,7 +220,10 @@ def merge_lora(lora):
     """Add the adapters to the weights beside them, in float32, and remove them. Returns the GLM."""
     for layer in lora.model.sublayers():
         if hasattr(layer, "lora_A"):
-            lora_a, lora_b = layer.lora_A.astype("float32"), layer.lora_B.astype("float32")
+            lora_a, lora_b = (
+                layer.lora_A.astype("float32"),
+                layer.lora_B.astype("float32"),
+            )
             merged = layer.weight.astype("float32") + paddle.matmul(lora_a, lora_b) * layer.scaling
             layer.weight.set_value(merged.astype(layer.weight.dtype))
             layer.merged = True  # the layer's forward then is a plain linear's

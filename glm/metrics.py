@@ -15,26 +15,37 @@ def _basic_tokenizer():
 
 
 def _words(text):
-    """What counts, in NFKC as the tokenizer has it: a Chinese character, a run of Latin letters or digits, a mark."""
+    """Split a text, in NFKC as the tokenizer has it, into the words that metrics count, list[str].
+
+    A word is a Chinese character, a run of Latin letters or digits, or a punctuation
+    mark.
+    """
     return _basic_tokenizer().tokenize(unicodedata.normalize("NFKC", text))
 
 
 def rouge(prediction, reference):
-    """ROUGE-1, ROUGE-2 and ROUGE-L (F1) of two texts, over ``_words``, each 0..1. An empty text scores 0."""
+    """Return ROUGE-1, ROUGE-2 and ROUGE-L (F1) of two texts over ``_words``, dict.
+
+    Each is 0..1. An empty text scores 0.
+    """
     prediction, reference = _words(prediction), _words(reference)
     if not (prediction and reference):
         return {"rouge1": 0.0, "rouge2": 0.0, "rougel": 0.0}
-    # The package finds the common subsequence by recursion, one level a word.
-    sys.setrecursionlimit(max(sys.getrecursionlimit(), len(prediction) + len(reference) + 1000))
-    # It splits sentences at ".": numbers in place of words have none.
+    # The package finds the longest common subsequence by recursion, one level a word.
+    depth = len(prediction) + len(reference) + 1000
+    sys.setrecursionlimit(max(sys.getrecursionlimit(), depth))
+    # It splits sentences at ".", which numbers in place of words have not.
     numbers = {word: str(number) for number, word in enumerate(dict.fromkeys(prediction + reference))}
-    texts = (" ".join(numbers[word] for word in words) for words in (prediction, reference))
-    (scores,) = Rouge(exclusive=False).get_scores(*texts)
+    prediction = " ".join(numbers[word] for word in prediction)
+    reference = " ".join(numbers[word] for word in reference)
+    (scores,) = Rouge(exclusive=False).get_scores(prediction, reference)
     return {f"rouge{kind}": scores[f"rouge-{kind}"]["f"] for kind in "12l"}
 
 
 def compute_metrics(predictions, references):
-    """``rouge``, the mean over the records, and corpus BLEU-4 over the same words, each 0..1.
+    """Return the mean of ``rouge`` over the records and corpus BLEU-4 over the same words, dict.
+
+    Each is 0..1.
 
     Args: two lists of str of the same length.
     """
@@ -44,6 +55,7 @@ def compute_metrics(predictions, references):
         bleu.add_inst(_words(prediction), [_words(reference)])
         scores.append(rouge(prediction, reference))
     metrics = {name: sum(score[name] for score in scores) / len(scores) for name in scores[0]}
-    # Without a single generated word BLEU's brevity penalty has no value, and its limit is 0.
+    # Without a single generated word BLEU's brevity penalty has no value, and its limit
+    # is 0.
     metrics["bleu4"] = bleu.score() if bleu.bp_c else 0.0
     return metrics
