@@ -12,16 +12,25 @@ from paddle.distributed.fleet.meta_parallel import get_rng_state_tracker
 
 from glm.device import on_cpu
 
-MASKED = -65504.0  # what is added to the attention score of a hidden position: float16's lowest
+MASKED = -65504.0  # added to the attention scores of hidden positions: float16's lowest number
 
 
-def log_sum_exp(logits, probabilities, group):
-    """Of the whole rows, of which each process of ``group`` holds a part: what it is here, and of all, float32 [...].
+def log_sum_exp(largest_logits, largest_probabilities, group):
+    """Log-sum-exp over this process's part of the vocabulary, and over the whole vocabulary.
 
-    From what is at hand: the likeliest token's log p is its logit less the log-sum-exp, and its p is at least 1 / V, so
-    that nothing underflows.
+    It is computed from a softmax that is at hand: the log-probability of the likeliest
+    token is its logit minus the log-sum-exp. Its probability is at least 1 / V, so that it
+    does not underflow.
+
+    Args:
+        largest_logits: float32 [...], of each row the largest logit of this process's part.
+        largest_probabilities: float32 [...], their probabilities within this part.
+        group: of tensor parallelism; None where one process holds the whole vocabulary.
+
+    Returns:
+        two tensors, float32 [...]. Without a group they are the same one.
     """
-    local = whole = logits - paddle.log(probabilities)
+    local = whole = largest_logits - paddle.log(largest_probabilities)
     if group is not None:
         largest = local.clone()
         dist.all_reduce(largest, dist.ReduceOp.MAX, group)
@@ -32,47 +41,57 @@ def log_sum_exp(logits, probabilities, group):
 
 
 class LabelSmoothedLoss(PyLayer):
-    """Head and label-smoothed cross entropy in one, so that only one [N, V] table ever exists.
+    """Compute the head and the label-smoothed cross entropy in one, so that one [N, V] table exists.
 
-    Per target: (1 - e) * (-log p[label]) + e * mean over the vocabulary of (-log p), after Szegedy et al.
-    (arXiv 1512.00567), in float32. Its gradient by the logits is p - (1 - e) * onehot(label) - e / V.
+    The loss of a target is (1 - e) * (-log p[label]) + e * mean over the vocabulary of
+    (-log p) (Szegedy et al., arXiv 1512.00567), in float32. Its gradient with respect
+    to the logits is p - (1 - e) * onehot(label) - e / V.
 
-    With tensor parallelism each process holds a part of the vocabulary; only vectors [N] and the hidden states'
-    gradient are reduced over the group.
+    With tensor parallelism each process holds a part of the vocabulary. Only vectors
+    [N] and the gradient of the hidden states are reduced over the group.
     """
 
     @staticmethod
     def forward(ctx, hidden_states, weight, labels, label_smoothing, group=None):
-        """Args: hidden_states [N, C], weight [V / processes, C], labels int64 [N]. Returns the losses, float32 [N]."""
+        """Return the losses, float32 [N].
+
+        Args:
+            hidden_states: [N, C]. weight: [V / processes, C]. labels: int64 [N].
+            label_smoothing (float): e. group: of tensor parallelism.
+        """
         logits = paddle.matmul(hidden_states, weight, transpose_y=True)  # [N, V / processes]
         ctx.dtype, ctx.group = logits.dtype, group
         logits = logits.astype("float32")
-        part = logits.shape[1]
-        labels = labels - (0 if group is None else group.rank * part)
-        here = ((labels >= 0) & (labels < part)).astype("float32")  # whether the label is in this part
-        label_index = paddle.arange(labels.shape[0]) * part + labels.clip(0, part - 1)  # in the flat table
-        sums = paddle.stack([logits.reshape([-1]).gather(label_index) * here, logits.sum(-1)])
+        part_size = logits.shape[1]
+        ctx.vocab_size = part_size * (1 if group is None else group.nranks)
+        labels = labels - (0 if group is None else group.rank * part_size)
+        in_this_part = ((labels >= 0) & (labels < part_size)).astype("float32")
+        # Where the labels' logits are in the flat table.
+        label_index = paddle.arange(len(labels)) * part_size + labels.clip(0, part_size - 1)
+        label_logits = logits.reshape([-1]).gather(label_index) * in_this_part
+        sums = paddle.stack([label_logits, logits.sum(-1)])
         largest = logits.max(-1)
         probabilities = F.softmax_(logits)
         local, whole = log_sum_exp(largest, probabilities.max(-1), group)
-        ctx.vocab_size = part
         if group is not None:
             dist.all_reduce(sums, group=group)
-            ctx.vocab_size *= group.nranks
-        ctx.label_share, ctx.smooth_share = (1 - label_smoothing) * here, label_smoothing / ctx.vocab_size
-        ctx.save_for_backward(hidden_states, weight, probabilities, label_index, paddle.exp(local - whole))
-        return whole - (1 - label_smoothing) * sums[0] - ctx.smooth_share * sums[1]
+        ctx.label_weight = (1 - label_smoothing) * in_this_part
+        ctx.smoothing_weight = label_smoothing / ctx.vocab_size
+        part_probability = paddle.exp(local - whole)
+        ctx.save_for_backward(hidden_states, weight, probabilities, label_index, part_probability)
+        return whole - (1 - label_smoothing) * sums[0] - ctx.smoothing_weight * sums[1]
 
     @staticmethod
     def backward(ctx, grad):
-        hidden_states, weight, table, label_index, part_share = ctx.saved_tensor()
+        hidden_states, weight, table, label_index, part_probability = ctx.saved_tensor()
         if ctx.group is not None:  # from probabilities within this part to those within the vocabulary
-            table.multiply_(part_share.unsqueeze(-1))
-        table.subtract_(paddle.full([1], ctx.smooth_share))
+            table.multiply_(part_probability.unsqueeze(-1))
+        table.subtract_(paddle.full([1], ctx.smoothing_weight))
         flat = table.reshape([-1])
-        flat.scatter_(label_index, flat.gather(label_index) - ctx.label_share)
+        flat.scatter_(label_index, flat.gather(label_index) - ctx.label_weight)
         table = flat.reshape(table.shape).multiply_(grad.unsqueeze(-1)).astype(ctx.dtype)
-        grad_hidden_states = paddle.matmul(table, weight.astype(ctx.dtype)).astype(hidden_states.dtype)
+        grad_hidden_states = paddle.matmul(table, weight.astype(ctx.dtype))
+        grad_hidden_states = grad_hidden_states.astype(hidden_states.dtype)
         if ctx.group is not None:
             dist.all_reduce(grad_hidden_states, group=ctx.group)
         if weight.stop_gradient:  # as with LoRA
@@ -82,16 +101,20 @@ class LabelSmoothedLoss(PyLayer):
 
 
 def additive_mask(visible, dtype):
-    """0 where ``visible`` is 1, MASKED where it is 0: what is added to attention scores. Made on the device."""
+    """Return what attention scores get: 0 where ``visible`` is 1, MASKED where it is 0."""
     return ((1 - visible) * MASKED).astype(dtype)
 
 
 def attend(query, keys, values, mask, drop=None):
-    """Scaled dot-product attention, all [..., H, length, D].
+    """Compute scaled dot-product attention (Vaswani et al., arXiv 1706.03762).
 
     Args:
-        mask: 0 or MASKED, [B, H or 1, queries, keys], or None where every key is visible.
-        drop: dropout of the attention weights.
+        query: [..., H, Q, D]. keys, values: [..., H, K, D].
+        mask: 0 or MASKED, [B, H or 1, Q, K], or None where every key is visible.
+        drop: the dropout of the attention weights, a function, or None.
+
+    Returns:
+        [..., H, Q, D].
     """
     scores = paddle.matmul(query * query.shape[-1] ** -0.5, keys, transpose_y=True)
     if mask is not None:
@@ -101,113 +124,131 @@ def attend(query, keys, values, mask, drop=None):
 
 
 @functools.lru_cache(maxsize=64)
-def _transposed_rows(shape, order):
-    """Where the rows of [*shape, D] come from when all dimensions but the last change places, of the new shape."""
+def _row_order(shape, order):
+    """Return the rows of a tensor [*shape, D] as transposing by ``order`` arranges them."""
     return paddle.to_tensor(np.arange(np.prod(shape)).reshape(shape).transpose(order))
 
 
 def _transpose_rows(inputs, order):
-    """``inputs.transpose([*order, last])``: all but the last dimension change places."""
+    """Return ``inputs.transpose([*order, last])``, where ``last`` is the last dimension."""
     if not on_cpu():
         return inputs.transpose([*order, len(order)])
-    # The same from a look-up, which copies rows whole, takes Paddle a tenth of the time on a CPU, and its gradient too.
-    return F.embedding(
-        _transposed_rows(tuple(inputs.shape[:-1]), tuple(order)), inputs.reshape([-1, inputs.shape[-1]])
-    )
+    # An embedding of whole rows takes a CPU a tenth of a transposition's time, and so
+    # does its gradient.
+    rows = inputs.reshape([-1, inputs.shape[-1]])
+    return F.embedding(_row_order(tuple(inputs.shape[:-1]), tuple(order)), rows)
 
 
 def laid_out_by_head(attention):
-    """Whether query_key_value gives [q k v] of one head after the other, or all q, all k, all v."""
+    """Return whether query_key_value gives [q k v] head by head, or [all q | all k | all v]."""
     return attention.config.tensor_parallel_degree > 1
 
 
 def split_heads(attention, projected):
-    """What query_key_value gives, [B, Q, 3 * H * D], as queries, keys and values in one tensor, [3, B, H, Q, D]."""
+    """Split the output of query_key_value, [B, Q, 3 * H * D].
+
+    Returns:
+        queries, keys and values in one tensor, [3, B, H, Q, D].
+    """
     batch_size, length, _ = projected.shape
     heads, head_size = attention.num_attention_heads, attention.attention_head_size
     if laid_out_by_head(attention):
-        return _transpose_rows(projected.reshape([batch_size, length, heads, 3, head_size]), [3, 0, 2, 1])
-    return _transpose_rows(projected.reshape([batch_size, length, 3, heads, head_size]), [2, 0, 3, 1])
+        projected = projected.reshape([batch_size, length, heads, 3, head_size])
+        return _transpose_rows(projected, [3, 0, 2, 1])
+    projected = projected.reshape([batch_size, length, 3, heads, head_size])
+    return _transpose_rows(projected, [2, 0, 3, 1])
 
 
 def _merge_heads(context):
-    """[..., B, H, Q, D] to [B, Q, H * D]."""
-    *rest, heads, length, head_size = context.shape
-    last = len(rest)
-    return _transpose_rows(context, [*range(last), last + 1, last]).reshape([-1, length, heads * head_size])
+    """Reshape the heads' outputs, [1, B, H, Q, D] or [B, H, Q, D], to [B, Q, H * D]."""
+    *batch, heads, length, head_size = context.shape
+    last = len(batch)
+    context = _transpose_rows(context, [*range(last), last + 1, last])
+    return context.reshape([-1, length, heads * head_size])
 
 
 def _dropout(dropout, state, inputs):
-    """Drop by the generator ``state`` of tensor parallelism, or the one there is without it."""
+    """Apply ``dropout``, with tensor parallelism from its generator named ``state``."""
     tracker = get_rng_state_tracker()
     with tracker.rng_state(state) if state in tracker.states_ else contextlib.nullcontext():
         return dropout(inputs)
 
 
-def _linear_of_cpu(layer, inputs):
-    """``inputs @ weight + bias``, with the bias as a product, for then its gradient is one.
+def _linear_on_cpu(layer, inputs):
+    """Return ``inputs @ weight + bias``, with the bias as a product.
 
-    Paddle's gradient of a bias, a sum over rows, takes a CPU as long as those of the inputs and the weight together.
+    The bias's gradient is then a product too. Paddle's gradient of a bias is a sum over
+    rows. It takes a CPU as long as the gradients of the inputs and the weight together.
     """
     ones = paddle.ones([*inputs.shape[:-1], 1], inputs.dtype)
     return paddle.matmul(inputs, layer.weight) + paddle.matmul(ones, layer.bias.unsqueeze(0))
 
 
+def _attention_forward(attention, hidden_states, mask, cache=None):
+    """Compute what PaddleNLP's attention does, with a mask of 0 and MASKED that is added."""
+    projected = attention.query_key_value(hidden_states)
+    query, key, value = paddle.unbind(split_heads(attention, projected))
+    drop = None
+    if attention.training:  # in evaluation dropout would copy its input
+        drop = functools.partial(_dropout, attention.attention_dropout, "local_seed")
+    context = _merge_heads(attend(query, key, value, mask, drop))
+    return _dropout(attention.output_dropout, "global_seed", attention.dense(context))
+
+
 def prepare_for_training(model):
-    """Change how PaddleNLP's layers compute, not what: the mask they are given is then 0 and MASKED, and added.
+    """Change how PaddleNLP's layers compute, not what they compute.
 
-    The model then returns hidden states, through any wrapper; the head is applied to target positions alone. PaddleNLP
-    multiplies the scores by a mask and adds another, made of it in every layer: three more passes over its largest
-    tensors, which it keeps for the backward pass.
+    - The attention takes a mask of 0 and MASKED, and adds it. PaddleNLP multiplies the scores by
+      one mask and adds another, which it makes in every layer: three more passes over its largest
+      tensors, kept for the backward pass.
+    - The model returns hidden states, through any wrapper: the head is applied to targets alone.
+    - With tensor parallelism all processes drop the same embeddings. PaddleNLP draws them from the
+      generator that differs between processes, which only the split heads may use.
+    - On a CPU the linears have fast gradients of their biases.
     """
-
-    def forward(attention, hidden_states, mask, cache=None):
-        query, key, value = paddle.unbind(split_heads(attention, attention.query_key_value(hidden_states)))
-        # In evaluation dropout would copy what it is given.
-        drop = (
-            functools.partial(_dropout, attention.attention_dropout, "local_seed")
-            if attention.training
-            else None
-        )
-        context = _merge_heads(attend(query, key, value, mask, drop))
-        return _dropout(attention.output_dropout, "global_seed", attention.dense(context))
-
     model.glm.output_predict = False
-    for layer in model.glm.transformer.layers:
-        layer.attention.forward = functools.partial(forward, layer.attention)
-    # With tensor parallelism PaddleNLP draws this dropout from the generator that differs between the processes, as it
-    # must for the split heads alone. Here they drop the same embeddings, and what follows is the same on all of them.
     stack = model.glm.transformer
+    for layer in stack.layers:
+        layer.attention.forward = functools.partial(_attention_forward, layer.attention)
     drop = functools.partial(_dropout, stack.embedding_dropout.forward, "embedding_seed")
 
     def embedding_dropout(inputs):
         outputs = drop(inputs)
-        if (
-            stack.enable_recompute
-        ):  # else the first layer's activations, below which LoRA trains nothing, would be kept
+        # LoRA trains nothing below the first layer: without a gradient there, recompute
+        # would keep the first layer's activations.
+        if stack.enable_recompute:
             outputs.stop_gradient = False
         return outputs
 
     stack.embedding_dropout.forward = embedding_dropout
     if on_cpu():
         for layer in model.sublayers():
-            if type(layer) is paddle.nn.Linear and not layer.bias.stop_gradient:  # not one with an adapter
-                layer.forward = functools.partial(_linear_of_cpu, layer)
+            # A linear with an adapter is of another class.
+            if type(layer) is paddle.nn.Linear and not layer.bias.stop_gradient:
+                layer.forward = functools.partial(_linear_on_cpu, layer)
 
 
 def linear(layer, inputs):
-    """What ``layer`` computes: a plain one without what training adds, another (tensor-parallel, LoRA) by itself."""
-    return F.linear(inputs, layer.weight, layer.bias) if type(layer) is paddle.nn.Linear else layer(inputs)
+    """Return what ``layer`` computes, without what training adds to a plain linear.
+
+    A tensor-parallel linear and one with an adapter compute it themselves.
+    """
+    if type(layer) is paddle.nn.Linear:
+        return F.linear(inputs, layer.weight, layer.bias)
+    return layer(inputs)
 
 
-def forward(model, input_ids, position_ids, core):
-    """GLM's layers without dropout, with their attention given: ``core(number, attention, projected)``.
+def forward(model, input_ids, position_ids, core_attention):
+    """Run GLM's layers without dropout, with an attention that is given.
 
-    PaddleNLP's own forward caches hidden states and projects the whole prefix to keys and values at every step.
+    PaddleNLP's own forward caches hidden states, and projects the whole prefix to keys
+    and values at every step.
 
     Args:
-        input_ids int64 [B, Q], position_ids int64 [B or 1, 2, Q or 1].
-        core: of a layer's number, its attention and what that projects, [B, Q, 3 * H * D], makes [1, B, H, Q, D].
+        input_ids: int64 [B, Q]. position_ids: int64 [B or 1, 2, Q or 1].
+        core_attention: a function of a layer's number, its attention and the output of
+            query_key_value, [B, Q, 3 * H * D]. It returns the heads' outputs, [1, B, H,
+            Q, D].
 
     Returns:
         hidden states after the last layer norm, [B, Q, C].
@@ -221,30 +262,35 @@ def forward(model, input_ids, position_ids, core):
     for number, layer in enumerate(stack.layers):
         attention, mlp = layer.attention, layer.mlp
         projected = linear(attention.query_key_value, layer.input_layernorm(hidden_states))
-        context = _merge_heads(core(number, attention, projected))
+        context = _merge_heads(core_attention(number, attention, projected))
         hidden_states = hidden_states + linear(attention.dense, context)
-        inner = F.gelu(
-            linear(mlp.dense_h_to_4h, layer.post_attention_layernorm(hidden_states)), approximate=True
-        )
+        inner = linear(mlp.dense_h_to_4h, layer.post_attention_layernorm(hidden_states))
+        inner = F.gelu(inner, approximate=True)
         hidden_states = hidden_states + linear(mlp.dense_4h_to_h, inner)
     return stack.final_layernorm(hidden_states)
 
 
 def target_losses(model, wrapped, inputs, label_smoothing, group=None):
-    """Label-smoothed losses of a batch's N targets, float32 [N].
+    """Compute the label-smoothed losses of a batch's N targets.
 
     Args:
-        model: the GLM, prepared for training. wrapped: the same, in what the Trainer has wrapped it in.
-        inputs: tensors, as ``data.DataCollator`` gives them. group: of tensor parallelism.
+        model: the GLM, prepared for training. wrapped: the same in the Trainer's wrappers.
+        inputs: a batch of ``data.DataCollator``, as tensors.
+        label_smoothing (float): e of LabelSmoothedLoss. group: of tensor parallelism.
+
+    Returns:
+        float32 [N].
     """
     mask = additive_mask(inputs["attention_mask"].astype("float32"), "float32")  # [B, 1, L, L]
     if on_cpu():  # which is slow at broadcasting
-        mask = mask.tile([1, model.glm.transformer.layers[0].attention.num_attention_heads, 1, 1])
+        attention = model.glm.transformer.layers[0].attention
+        mask = mask.tile([1, attention.num_attention_heads, 1, 1])
     hidden_states = wrapped(
-        input_ids=inputs["input_ids"], position_ids=inputs["position_ids"], attention_mask=mask
+        input_ids=inputs["input_ids"],
+        position_ids=inputs["position_ids"],
+        attention_mask=mask,
     )[0]
-    hidden_states = hidden_states.reshape([-1, hidden_states.shape[-1]]).gather(
-        inputs["target_positions"]
-    )  # [N, C]
+    hidden_states = hidden_states.reshape([-1, hidden_states.shape[-1]])
+    hidden_states = hidden_states.gather(inputs["target_positions"])  # [N, C]
     weight = model.glm.word_embeddings.weight
     return LabelSmoothedLoss.apply(hidden_states, weight, inputs["labels"], label_smoothing, group)
