@@ -16,7 +16,8 @@ from helpers import (
     repeats_ngram,
 )
 
-from glm.generation import Beams, beam_search, decode_one_token, next_token_candidates, prefill
+from glm.cache import decode_one_token, prefill
+from glm.generation import Beams, beam_search, drawn_candidates
 
 START, END = 1, 2
 
@@ -56,7 +57,7 @@ def test_the_branches_of_a_gpu_decode_alike(monkeypatch):
     generation = generation_arguments(tgt_length=10, num_beams=4, no_repeat_ngram_size=2)
     model = random_glm(4)
     expected = best_hypotheses(model, input_ids, lengths, generation, START, END)
-    for room in ("glm.modeling", "glm.generation"):
+    for room in ("glm.modeling", "glm.cache"):
         monkeypatch.setattr(f"{room}.on_cpu", lambda: False)
     for (tokens, score), (other, other_score) in zip(
         best_hypotheses(model, input_ids, lengths, generation, START, END), expected
@@ -91,8 +92,8 @@ def test_draws_are_ranked_by_their_sums():
     # The first beam's candidates: keys say 3, END, 4, 5, 6 (6 is not drawn); log-probabilities say 5, 4, 3, END.
     keys, log_p = [9.0, 8.0, 7.0, 6.0, 5.0], [-3.0, -4.0, -2.0, -1.0, -0.5]
     dead = [-np.inf] * 5
-    candidates = np.array([[[keys, dead]], [[log_p, dead]], [[[3, END, 4, 5, 6], [0] * 5]]])
-    origins = beams.advance(candidates)
+    token_ids = np.array([[[3, END, 4, 5, 6], [0] * 5]])
+    origins = beams.advance((np.array([[keys, dead]]), np.array([[log_p, dead]]), token_ids))
     assert beams.tokens[0, :, 0].tolist() == [5, 4] and beams.sums[0].tolist() == [-1.0, -2.0]
     assert (
         beams.finished_scores[0].tolist() == [-np.inf] * 2
@@ -151,7 +152,7 @@ def test_a_cache_that_grows_while_examples_leave(monkeypatch, growth):
     generation = generation_arguments(tgt_length=11, num_beams=3, no_repeat_ngram_size=2)
     expected = [best_hypotheses(model, input_ids[i : i + 1, :n], lengths[i : i + 1], generation, START, END)[0]
                 for i, n in enumerate(lengths.tolist())]  # fmt: skip
-    monkeypatch.setattr("glm.generation.GROWTH", growth)
+    monkeypatch.setattr("glm.cache.GROWTH", growth)
     for (tokens, score), (expected_tokens, expected_score) in zip(
         best_hypotheses(model, input_ids, lengths, generation, START, END), expected
     ):
@@ -305,14 +306,12 @@ def test_when_everything_is_banned_what_there_is_comes_out():
 def draws(log_p, count, select=2, **filters):
     """``count`` draws of ``select`` tokens without replacement, int [count, select], in the order drawn."""
     logits = paddle.to_tensor(np.tile(np.asarray(log_p, dtype="float32") + 3, [count, 1, 1]))
-    keys, log_probabilities, token_ids = next_token_candidates(
-        logits, [], select, select_topk=False, **filters
-    )
-    expected = np.take_along_axis(np.tile(log_softmax(log_p), [count, 1, 1]), token_ids.astype(int), -1)
+    keys, log_probabilities, token_ids = drawn_candidates(logits, [], select, **filters)
+    expected = np.take_along_axis(np.tile(log_softmax(log_p), [count, 1, 1]), token_ids, -1)
     finite = np.isfinite(keys)
     np.testing.assert_allclose(log_probabilities[finite], expected[finite], atol=1e-5)
     assert (np.diff(np.where(finite, keys, -1e9), axis=-1) <= 0).all()
-    return np.where(finite, token_ids, -1)[:, 0].astype(int)
+    return np.where(finite, token_ids, -1)[:, 0]
 
 
 def test_drawing_without_replacement_has_the_right_distribution():

@@ -30,7 +30,8 @@ from common import (
 
 from data import build_attention_mask
 from glm.arguments import GenerationArguments
-from glm.generation import Beams, beam_search, decode_one_token, next_token_candidates, prefill
+from glm.cache import decode_one_token, prefill
+from glm.generation import Beams, beam_search, best_candidates
 
 START, END = SpecialTokens.sop_token_id, SpecialTokens.eop_token_id
 
@@ -78,7 +79,7 @@ def ours(args, model=None):
                 np.stack([everything - 2, np.full_like(everything, beams.step + 1)], 1)
             )
             logits = decode_one_token(model, cache, token_ids, position_ids)
-            origins = beams.advance(next_token_candidates(logits, beams.banned(), 2 * args.beams))
+            origins = beams.advance(best_candidates(logits, beams.banned(), 2 * args.beams))
             if len(origins):
                 cache.follow(origins)
                 token_ids = paddle.to_tensor(beams.tokens[:, :, beams.step - 1])
