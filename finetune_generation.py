@@ -13,23 +13,18 @@ import threading
 
 import paddle
 from paddlenlp.trainer import set_seed
-from paddlenlp.transformers import AutoConfig, AutoModelForConditionalGeneration, GLMTokenizer
+from paddlenlp.transformers import (
+    AutoConfig,
+    AutoModelForConditionalGeneration,
+    GLMTokenizer,
+)
 from paddlenlp.utils.log import logger
 from tqdm.contrib.logging import logging_redirect_tqdm
 
 from data import DataCollator, build_dataset, parse_lines, read_in_batches, read_records
-from glm.arguments import (
-    check_accumulation,
-    check_config,
-    check_task,
-    check_tokenizer,
-    parse_arguments,
-)
-from glm.checkpoints import (
-    check_output_dir,
-    find_last_checkpoint,
-    where_to_resume,
-)
+from glm.arguments import parse_arguments
+from glm.checkpoints import check_output_dir, find_last_checkpoint, where_to_resume
+from glm.checks import check_accumulation, check_config, check_tokenizer
 from glm.device import use_the_whole_cpu
 from glm.errors import Fault, InputError
 from glm.generation import beam_search
@@ -39,168 +34,221 @@ from glm.processes import Peers, locked
 from glm.weights import load
 from utils import GLMTrainer, prediction_row
 
+# What the system says where nothing more can be written.
+NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
+
+
+def run(model_args, data_args, generation, args, output=None):
+    """Check, read, load, train, evaluate, predict; or answer standard input.
+
+    Args:
+        model_args, data_args, generation, args: the groups that ``parse_arguments`` returns.
+        output: the text stream that the answers to standard input go to, or None.
+    """
+    # Everything that can be wrong is read and checked before the weights are.
+    name, degree = model_args.model_name_or_path, max(args.tensor_parallel_degree, 1)
+    base, adapter, lora_config = prepare(model_args, name, args.weights_dtype(), degree)
+    checkpoint = find_last_checkpoint(args, model_args.lora)
+    if output is None:
+        check_output_dir(args, checkpoint)
+    config = load(AutoConfig, base, "config.json", adapter)
+    check_config(config, base, data_args.src_length, generation, degree)
+    tokenizer = load(GLMTokenizer, name, "tokenizer")  # unknown to PaddleNLP 3's AutoTokenizer
+    check_tokenizer(tokenizer, config, name)
+    train_dataset, dev_dataset, test_dataset = read_datasets(
+        tokenizer, data_args, generation.tgt_length, args
+    )
+    if args.do_train:
+        check_accumulation(args, len(train_dataset))
+    if lora_config:
+        weights = adapter_weights(adapter, config, lora_config, args.seed)
+    generated = dev_dataset + test_dataset
+    memory = estimate_memory(args, config, lora_config, generation, train_dataset, generated)
+
+    model = load_model(base, adapter, args)
+    if lora_config:
+        model = add_lora(model, lora_config, weights)
+    if output:
+        set_seed(args.seed)
+        src_length, batch_size = data_args.src_length, args.per_device_eval_batch_size
+        predict_lines(model, tokenizer, src_length, generation, batch_size, output)
+        return
+    trainer = GLMTrainer(
+        model=model,
+        args=args,
+        data_collator=DataCollator(tokenizer.pad_token_id),
+        train_dataset=train_dataset or None,
+        eval_dataset=dev_dataset or None,
+        tokenizer=tokenizer,
+        generation=generation,
+        memory=memory,
+    )
+    results = train_and_evaluate(trainer, checkpoint, model_args.merge_lora, test_dataset)
+    show_results(results, trainer.rows)
+    names = written_files(model_args, args)
+    logger.eval(f"done: in {args.output_dir} are {', '.join(names)}")
+
+
+def read_datasets(tokenizer, data_args, tgt_length, args):
+    """Returns the features of train, dev and test: lists, empty where the run needs none."""
+
+    def read(split, source, limit):
+        records = read_records(source, split, require_question=split != "test")[:limit]
+        quiet = args.disable_tqdm
+        return build_dataset(tokenizer, records, data_args.src_length, tgt_length, quiet)
+
+    train_dataset, dev_dataset, test_dataset = [], [], []
+    if args.do_train:
+        train_dataset = read("train", data_args.task_name, data_args.max_train_samples)
+    if args.do_eval:
+        dev_dataset = read("dev", data_args.task_name, data_args.max_eval_samples)
+    if args.do_predict and data_args.predict_file != "-":
+        source = data_args.predict_file or data_args.task_name
+        test_dataset = read("test", source, data_args.max_predict_samples)
+    return train_dataset, dev_dataset, test_dataset
+
+
+def load_model(base, adapter, args):
+    """Returns the GLM ``base``, to which the folder ``adapter`` belongs where there is one."""
+    return load(
+        AutoModelForConditionalGeneration,
+        base,
+        "weights",
+        adapter,
+        dtype=args.weights_dtype(),
+        tensor_parallel_degree=max(args.tensor_parallel_degree, 1),
+        tensor_parallel_rank=max(args.tensor_parallel_rank, 0),
+    )
+
+
+def train_and_evaluate(trainer, checkpoint, merge_lora, test_dataset):
+    """Do what the arguments say, in this order, and write it. Returns the metrics, a dict."""
+    args, results = trainer.args, {}
+    if args.do_train:
+        metrics = trainer.train(resume_from_checkpoint=checkpoint).metrics
+        with trainer.finishing():
+            trainer.save_model(merge_tensor_parallel=args.tensor_parallel_degree > 1)
+            if metrics:  # there are none if the checkpoint was of the last step
+                trainer.save_metrics("train", metrics)
+            trainer.save_state()
+        results.update(metrics)
+    if merge_lora:
+        with trainer.finishing():
+            trainer.save_merged()
+    if args.do_eval:
+        metrics = trainer.evaluate()
+        with trainer.finishing():
+            trainer.save_metrics("eval", metrics)
+        results.update(metrics)
+    if args.do_predict:
+        metrics = trainer.predict(test_dataset).metrics
+        with trainer.finishing():
+            trainer.save_metrics("test", metrics)
+        results.update(metrics)
+    return results
+
+
+def show_results(results, rows):
+    """Log a table of the run's ``results``, and three predictions beside their references."""
+    kinds = (
+        "loss",
+        "rouge1",
+        "rouge2",
+        "rougel",
+        "bleu4",
+        "samples_per_second",
+        "memory_peak_gb",
+    )
+    for name, value in sorted(results.items()):
+        if name.endswith(kinds) and value is not None:
+            logger.eval(f"{name:24}  {value:.4g}")
+    for row in rows[:3]:
+        logger.eval(f"answer      {row['answer']}")
+        logger.eval(f"prediction  {row['prediction']}")
+        if row["reference"] is not None:
+            logger.eval(f"reference   {row['reference']}")
+
+
+def written_files(model_args, args):
+    """Returns the names of the results and the model that a run of these arguments writes."""
+    names = []
+    if args.do_eval:
+        names += ["eval_results.json", "eval_predictions.jsonl"]
+    if args.do_predict:
+        names += ["test_results.json", "test_predictions.jsonl"]
+    if args.do_train:
+        names.append(LORA_WEIGHTS if model_args.lora else "model_state.pdparams")
+    if model_args.merge_lora:
+        names.append("model_state.pdparams")
+    return names
+
+
+def predict_lines(model, tokenizer, src_length, generation, batch_size, output):
+    """Answer the lines of standard input by JSON lines in the text stream ``output``.
+
+    Lines that are there already are answered in one batch. A mistake in a line is an InputError,
+    after the answers to the lines before it.
+    """
+
+    def read_features(lines):
+        for record in parse_lines(lines, "standard input", require_question=False):
+            unlabelled = {**record, "question": None}
+            (features,) = build_dataset(
+                tokenizer,
+                [unlabelled],
+                src_length,
+                generation.tgt_length,
+            )
+            yield {**features, "record": record}
+
+    model.eval()
+    collate = DataCollator(tokenizer.pad_token_id)
+    # A file of its own: a thread that waits in sys.stdin would hinder the interpreter's end.
+    standard_input = os.fdopen(os.dup(0), "rb")
+    for features in read_in_batches(read_features(standard_input), batch_size):
+        batch = collate(features)
+        source_length = batch["source_length"]
+        input_ids = paddle.to_tensor(batch["input_ids"][:, : source_length.max()])
+        start, end = tokenizer.sop_token_id, tokenizer.eop_token_id
+        hypotheses = beam_search(model, input_ids, source_length, generation, start, end)
+        for feature, best in zip(features, hypotheses):
+            candidates = generation.num_return_sequences > 1
+            row = prediction_row(tokenizer, feature["record"], best, candidates)
+            print(json.dumps(row, ensure_ascii=False), file=output)
+        output.flush()
+
 
 @contextlib.contextmanager
 def standard_output(wanted):
-    """The standard output as a text stream, if ``wanted``: whatever else is printed goes to standard error."""
+    """Yield the standard output as a text stream if ``wanted``, else None.
+
+    Whatever else is printed goes to standard error then.
+    """
     if not wanted:
         yield None
         return
-    signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # end quietly when the reader of the pipe does
+    signal.signal(
+        signal.SIGPIPE,
+        signal.SIG_DFL,
+    )  # end quietly when the reader of the pipe does
     with os.fdopen(os.dup(1), "w", encoding="utf-8") as output:
         os.dup2(2, 1)
         yield output
 
 
-def predict_lines(model, tokenizer, src_length, generation, batch_size, output):
-    """Answer the lines of standard input, those that are there in one batch, by JSON lines in the stream ``output``."""
-    model.eval()
-    collate = DataCollator(tokenizer.pad_token_id)
-    # A file of its own: a thread that waits in sys.stdin would hinder the interpreter's end.
-    standard_input = os.fdopen(os.dup(0), "rb")
-    for records in read_in_batches(
-        parse_lines(standard_input, "standard input", require_question=False), batch_size
-    ):
-        features, mistake = [], None
-        for index, record in enumerate(records):
-            try:
-                features += build_dataset(
-                    tokenizer, [{**record, "question": None}], src_length, generation.tgt_length
-                )
-            except InputError as error:  # after those before it are answered
-                mistake, records = error, records[:index]
-                break
-        if records:
-            batch = collate(features)
-            source_length = batch["source_length"]
-            input_ids = paddle.to_tensor(batch["input_ids"][:, : source_length.max()])
-            start, end = tokenizer.sop_token_id, tokenizer.eop_token_id
-            for record, hypotheses in zip(
-                records, beam_search(model, input_ids, source_length, generation, start, end)
-            ):
-                row = prediction_row(tokenizer, record, hypotheses, generation.num_return_sequences > 1)
-                print(json.dumps(row, ensure_ascii=False), file=output)
-            output.flush()
-        if mistake:
-            raise mistake
-
-
-def load_model(base, adapter, lora_config, weights, args):
-    """The GLM ``base``, with an adapter of ``weights`` where there is a ``lora_config``."""
-    model = load(
-        AutoModelForConditionalGeneration, base, "weights", adapter, dtype=args.weights_dtype(),
-        tensor_parallel_degree=max(args.tensor_parallel_degree, 1),
-        tensor_parallel_rank=max(args.tensor_parallel_rank, 0),
-    )  # fmt: skip
-    return add_lora(model, lora_config, weights) if lora_config else model
-
-
-def show_results(results, rows, args, lora_args):
-    """The last lines of a run: a table of its results, three predictions beside their references, what it wrote."""
-    kinds = ("loss", "rouge1", "rouge2", "rougel", "bleu4", "samples_per_second", "memory_peak_gb")
-    shown = {name: value for name, value in results.items() if name.endswith(kinds) and value is not None}
-    lines = [f"{name:{max(map(len, shown))}}  {value:.4g}" for name, value in sorted(shown.items())]
-    for row in rows[:3]:
-        lines += [f"answer      {row['answer']}", f"prediction  {row['prediction']}"]
-        lines += [f"reference   {row['reference']}"] if row["reference"] is not None else []
-    for line in lines:
-        logger.eval(line)
-    wanted = {"eval": args.do_eval, "test": args.do_predict}
-    files = [
-        f"{split}_{kind}"
-        for split in wanted
-        if wanted[split]
-        for kind in ("results.json", "predictions.jsonl")
-    ]
-    files += [LORA_WEIGHTS if lora_args.lora else "model_state.pdparams"] if args.do_train else []
-    files += ["model_state.pdparams"] if lora_args.merge_lora else []
-    logger.eval(f"done: in {args.output_dir} are {', '.join(files)}")
-
-
-def run(model_args, lora_args, data_args, generation, args, output=None):
-    """Check, read, load, train, evaluate, predict; or, with a text stream ``output``, answer standard input there."""
-    args.do_predict = args.do_predict or bool(data_args.predict_file)
-    check_task(args, lora_args, data_args)
-    name, degree = model_args.model_name_or_path, max(args.tensor_parallel_degree, 1)
-    base, adapter, lora_config = prepare(lora_args, name, args.weights_dtype(), degree)
-    checkpoint = find_last_checkpoint(args, lora_args.lora)
-    if output is None:
-        check_output_dir(args, checkpoint)
-
-    # Everything that can be wrong is read and checked before the weights are.
-    config = load(AutoConfig, base, "config.json", adapter)
-    check_config(config, base, data_args, generation, degree)
-    tokenizer = load(
-        GLMTokenizer, name, "tokenizer"
-    )  # AutoTokenizer of PaddleNLP 3 does not know the Chinese one
-    check_tokenizer(tokenizer, config, name)
-
-    def read(split, limit, source=data_args.task_name):
-        records = read_records(source, split, require_question=split != "test")[:limit]
-        return build_dataset(
-            tokenizer, records, data_args.src_length, generation.tgt_length, args.disable_tqdm
-        )
-
-    train_dataset = read("train", data_args.max_train_samples) if args.do_train else []
-    if args.do_train:
-        check_accumulation(args, train_dataset)
-    dev_dataset = read("dev", data_args.max_eval_samples) if args.do_eval else []
-    test_dataset = []
-    if args.do_predict and output is None:
-        test_dataset = read(
-            "test", data_args.max_predict_samples, data_args.predict_file or data_args.task_name
-        )
-    weights = adapter_weights(adapter, config, lora_config, args.seed) if lora_config else None
-
-    memory = estimate_memory(args, config, lora_config, generation, train_dataset, dev_dataset + test_dataset)
-    model = load_model(base, adapter, lora_config, weights, args)
-    if output is not None:
-        set_seed(args.seed)
-        size = args.per_device_eval_batch_size
-        return predict_lines(model, tokenizer, data_args.src_length, generation, size, output)
-    trainer = GLMTrainer(
-        model=model, args=args, data_collator=DataCollator(tokenizer.pad_token_id), train_dataset=train_dataset or None,
-        eval_dataset=dev_dataset or None, tokenizer=tokenizer, generation=generation,
-        label_smoothing=model_args.label_smoothing, lr_decay_ratio=model_args.lr_decay_ratio, memory=memory,
-    )  # fmt: skip
-    results = {}
-
-    def keep(split, metrics):
-        if metrics:  # none of training, if the checkpoint was of the last step
-            trainer.save_metrics(split, metrics)
-            results.update(metrics)
-
-    if args.do_train:
-        metrics = trainer.train(resume_from_checkpoint=checkpoint).metrics
-        with trainer.finishing():
-            trainer.save_model(merge_tensor_parallel=degree > 1)
-            keep("train", metrics)
-            trainer.save_state()
-    if lora_args.merge_lora:
-        with trainer.finishing():
-            trainer.save_merged()
-    for split, wanted, evaluate in (
-        ("eval", args.do_eval, trainer.evaluate),
-        ("test", args.do_predict, lambda: trainer.predict(test_dataset).metrics),
-    ):
-        if wanted:
-            metrics = evaluate()
-            with trainer.finishing():
-                keep(split, metrics)
-    show_results(results, trainer.rows, args, lora_args)
-
-
 def stop(number, _):
+    """End the run at the signal ``number``."""
     raise Fault(f"stopped by {signal.Signals(number).name}", exit_code=128 + number)
 
 
 def end_the_run(error):
-    """End the process after an exception in one of its threads: who waits for the thread would wait for ever."""
+    """End the process after an exception in a thread, for which others would wait for ever."""
     sys.__excepthook__(error.exc_type, error.exc_value, error.exc_traceback)
     os._exit(1)
 
 
 def main():
+    """Run the script. Mistakes and faults are one line and an exit code."""
     if not sys.stderr.isatty():
         os.environ["NO_COLOR"] = "1"
     threading.excepthook = end_the_run
@@ -208,36 +256,41 @@ def main():
         signal.signal(number, stop)
     peers = None
     try:
-        *arguments, args = parse_arguments()
+        model_args, data_args, generation, args = parse_arguments()
         use_the_whole_cpu()
         if args.world_size > 1:
-            peers = Peers(lambda: where_to_resume(args) if args.do_train else "the same command starts again")
+            again = "the same command starts again"
+            peers = Peers(lambda: where_to_resume(args) if args.do_train else again)
         # On a terminal a log line goes above the bar that is there.
-        share = logging_redirect_tqdm([logger.logger]) if sys.stderr.isatty() else contextlib.nullcontext()
-        pipe = arguments[2].predict_file == "-"
-        with share, standard_output(pipe) as output, locked("" if pipe else args.output_dir):
-            run(*arguments, args, output)
+        terminal = sys.stderr.isatty()
+        bars = logging_redirect_tqdm([logger.logger]) if terminal else contextlib.nullcontext()
+        pipe = data_args.predict_file == "-"
+        folder = "" if pipe else args.output_dir
+        with bars, standard_output(pipe) as output, locked(folder):
+            run(model_args, data_args, generation, args, output)
         if peers:
             peers.leave(b"done")
         return
     except (InputError, Fault) as error:
-        code = error.exit_code
+        code, message = error.exit_code, str(error)
         # Under a launcher all processes find the same mistake, and one says it.
-        if isinstance(error, Fault) or int(os.environ.get("PADDLE_RANK_IN_NODE", 0)) == 0:
-            print("finetune_generation.py: error:", *str(error).split(), file=sys.stderr)
+        told = isinstance(error, Fault) or os.environ.get("PADDLE_RANK_IN_NODE", "0") == "0"
     except Exception as error:
-        if not isinstance(error, OSError) or error.errno not in (
-            errno.ENOSPC,
-            errno.EDQUOT,
-            errno.EFBIG,
-            errno.EROFS,
-        ):
+        if getattr(error, "errno", None) not in NO_ROOM:
             if peers:
                 peers.explain()
             raise
-        code = 1
-        print(f"finetune_generation.py: error: can't write: {error.strerror}: give it room and start again,",
-              "checkpoints and predictions written before are whole", file=sys.stderr)  # fmt: skip
+        code, told = 1, True
+        message = (
+            f"can't write {error.filename or ''}: {error.strerror}: give it room and start again, "
+            "checkpoints and predictions written before are whole"
+        )
+    if told:
+        print(
+            "finetune_generation.py: error:",
+            " ".join(message.split()),
+            file=sys.stderr,
+        )
     if peers:
         peers.leave(b"ending")
     sys.exit(code)

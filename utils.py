@@ -49,21 +49,15 @@ class GLMTrainer(Trainer):
 
     Args (beside the Trainer's):
         generation (GenerationArguments): how evaluation generates.
-        label_smoothing (float): e of LabelSmoothedLoss.
-        lr_decay_ratio (float): the share of the peak rate that a linear schedule ends at.
         memory (dict): the bytes that "train" and "eval" are estimated to take, for the results.
     """
 
-    def __init__(self, *, args, generation, label_smoothing, lr_decay_ratio, memory=None, **kwargs):
+    def __init__(self, *, args, generation, memory=None, **kwargs):
         # The Trainer's own way leaves main gradients unscaled on one process, and removes checkpoints too early.
         master_grad, args.amp_master_grad = args.amp_master_grad, False
         save_total_limit, args.save_total_limit = args.save_total_limit, None
         super().__init__(args=args, **kwargs)
-        self.generation, self.label_smoothing, self.lr_decay_ratio = (
-            generation,
-            label_smoothing,
-            lr_decay_ratio,
-        )
+        self.generation = generation
         prepare_for_training(self.model)
         self.tensor_parallel_group = None
         if self.args.tensor_parallel_degree > 1:
@@ -85,7 +79,7 @@ class GLMTrainer(Trainer):
         self.train_memory_peak = self.train_tokens = 0  # bytes; of the global batches, without padding
 
     def target_losses(self, model, inputs):
-        return target_losses(self.model, model, inputs, self.label_smoothing, self.tensor_parallel_group)
+        return target_losses(self.model, model, inputs, self.args.label_smoothing, self.tensor_parallel_group)
 
     # training
 
@@ -227,7 +221,7 @@ class GLMTrainer(Trainer):
         def factor(step):
             if step < warmup:
                 return step / warmup
-            return 1 - (1 - self.lr_decay_ratio) * min((step - warmup) / decay, 1)
+            return 1 - (1 - self.args.lr_decay_ratio) * min((step - warmup) / decay, 1)
 
         self.lr_scheduler = paddle.optimizer.lr.LambdaDecay(self.args.learning_rate, factor)
         return self.lr_scheduler

@@ -1,6 +1,7 @@
 """How mistakes and faults are told: in one line, by two exceptions."""
 
 import contextlib
+import traceback
 
 
 class InputError(ValueError):
@@ -9,9 +10,8 @@ class InputError(ValueError):
     exit_code = 2
 
 
-class Fault(
-    BaseException
-):  # as KeyboardInterrupt: a signal must pass what catches every Exception while loading
+# A BaseException, as KeyboardInterrupt is: a signal passes what catches every Exception.
+class Fault(BaseException):
     """What ended a run and was no mistake of the user's, told in one line."""
 
     def __init__(self, message, exit_code=1):
@@ -20,17 +20,22 @@ class Fault(
 
 
 @contextlib.contextmanager
-def mistakes(where, advice):
+def mistakes(where, advice, kinds=Exception):
     """Turn an exception of a library within this block into an InputError.
 
-    Its one line says ``where`` (what can't be read or done), what the library said, and the ``advice``.
+    Its one line says ``where`` (what can't be read or done), what the library said, and the
+    ``advice``.
 
-    Args: where (str), such as "model/config.json can't be loaded". advice (str): what to do.
+    Args:
+        where (str): such as "model/config.json can't be loaded". advice (str): what to do.
+        kinds: the exceptions to turn; PaddleNLP, its hubs and pickle raise many.
     """
     try:
         yield
     except InputError:
         raise
-    except Exception as error:  # PaddleNLP, its hubs and pickle raise many kinds
-        text = str(error)[:200] or type(error).__name__
+    except kinds as error:
+        # Some of PaddleNLP's assertions have no words, only a line of code.
+        line = traceback.extract_tb(error.__traceback__)[-1].line
+        text = str(error)[:200] or f"{type(error).__name__}: {line}"
         raise InputError(f"{where} ({text}): {advice}") from error

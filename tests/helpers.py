@@ -209,15 +209,9 @@ def reference_loss(hidden_states, weight, labels, label_smoothing):
     return -(target * log_p).sum(-1), grad_logits @ weight, grad_logits.T @ hidden_states
 
 
-def make_trainer(tmp_path, model, label_smoothing=0.1, **changes):
+def make_trainer(tmp_path, model, **changes):
     args = GLMTrainingArguments(output_dir=str(tmp_path), device="cpu", **changes)
-    return GLMTrainer(
-        model=model,
-        args=args,
-        generation=generation_arguments(),
-        label_smoothing=label_smoothing,
-        lr_decay_ratio=0.1,
-    )
+    return GLMTrainer(model=model, args=args, generation=generation_arguments())
 
 
 def make_batch():

@@ -5,8 +5,8 @@ import sys
 import pytest
 from paddlenlp.transformers import GLMConfig
 
-from glm import arguments
-from glm.arguments import DataArguments, GenerationArguments, GLMTrainingArguments
+from glm import arguments, checks
+from glm.arguments import GenerationArguments, GLMTrainingArguments
 from glm.errors import InputError
 
 
@@ -49,13 +49,13 @@ def test_defaults():
         ["finetune_generation.py", "--output_dir", "unused", "--do_eval", "--eval_steps", "4"],
     )
     try:
-        model_args, _, data_args, generation, training_args = arguments.parse_arguments()
+        model_args, data_args, generation, training_args = arguments.parse_arguments()
     finally:
         sys.argv = sys_argv
     assert model_args.model_name_or_path == "THUDM/glm-large-chinese" and data_args.src_length == 608
     assert (generation.tgt_length, generation.min_tgt_length, generation.num_beams) == (160, 55, 5)
     assert (generation.length_penalty, generation.select_topk) == (0.7, True)
-    assert (model_args.label_smoothing, model_args.lr_decay_ratio) == (0.1, 0.1)
+    assert (training_args.label_smoothing, training_args.lr_decay_ratio) == (0.1, 0.1)
     # --do_eval alone evaluates after training; PaddleNLP would every eval_steps.
     assert training_args.do_eval and training_args.evaluation_strategy.value == "no"
     assert training_args.device == "cpu" or training_args.device.startswith("gpu")
@@ -65,12 +65,12 @@ def test_the_edges_of_what_fits_a_model():
     def check(heads=4, vocab_size=100, positions=168, src_length=160, tgt_length=8, num_beams=100, degree=2):
         config = GLMConfig(num_attention_heads=heads, vocab_size=vocab_size, max_sequence_length=positions)
         generation = GenerationArguments(tgt_length=tgt_length, min_tgt_length=0, num_beams=num_beams)
-        arguments.check_config(config, "it", DataArguments(src_length=src_length), generation, degree)
+        checks.check_config(config, "it", src_length, generation, degree)
 
     check()
     for changes, message in (
         ({"heads": 5}, "does not divide the 5 attention heads"),
-        ({"vocab_size": 101}, "does not divide the 101 vocabulary entries"),
+        ({"vocab_size": 101}, "does not divide the 4 attention heads and 101 vocabulary entries"),
         ({"tgt_length": 9}, "is over the 168 positions"),
         ({"num_beams": 101}, "is over the 100 entries"),
     ):

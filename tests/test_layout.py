@@ -9,7 +9,7 @@ FLOORS = [
     ["finetune_generation"],
     ["utils"],
     ["glm.arguments", "glm.callbacks", "glm.generation"],
-    ["glm.cache"],
+    ["glm.checks", "glm.cache"],
     ["glm.memory", "glm.checkpoints", "glm.modeling", "data"],
     ["glm.lora"],
     ["glm.weights", "glm.metrics", "glm.processes", "glm.device"],

@@ -20,7 +20,6 @@ from glm.arguments import (
     DataArguments,
     GenerationArguments,
     GLMTrainingArguments,
-    LoRAArguments,
     ModelArguments,
 )
 
@@ -109,7 +108,7 @@ def test_any_records(server, lines, split):
         server.check(*arguments, "--do_train", "--max_steps", 1, "--task_name", server.folder / "task")
 
 
-GROUPS = (ModelArguments, LoRAArguments, DataArguments, GenerationArguments, GLMTrainingArguments)
+GROUPS = (ModelArguments, DataArguments, GenerationArguments, GLMTrainingArguments)
 FLAGS = {field.name: str(field.type) for group in GROUPS for field in fields(group) if field.init}
 
 strange_value = st.one_of(

@@ -117,7 +117,7 @@ def check(args):
                 output_dir=folder, max_steps=3, save_strategy="no", logging_steps=1, recompute="recompute" in flags,
                 per_device_train_batch_size=args.batch_size, report_to="none", disable_tqdm=True, log_level="warning",
             ),
-            generation=GenerationArguments(), label_smoothing=0.1, lr_decay_ratio=0.1,
+            generation=GenerationArguments(),
         )  # fmt: skip
         setting = memory.Setting(
             model.config,

@@ -88,8 +88,6 @@ def ours(args, model, dataset):
             model=model,
             args=GLMTrainingArguments(output_dir=folder, disable_tqdm=True),
             generation=GenerationArguments(),
-            label_smoothing=0.1,
-            lr_decay_ratio=0.1,
         )
     size, collate = args.batch_size, DataCollator(SpecialTokens.pad_token_id)
     sampler = GroupedBatchSampler(dataset, size, 1, 0, size, shuffle=True, group_by_length=True, seed=0)
