@@ -1,39 +1,47 @@
-"""Weights and optimizer states on disk: other layouts, precisions."""
+"""Weights and optimizer states on disk: other layouts, other precisions."""
 
 import copy
-import functools
-import glob
 import logging
 import mmap
-import os
 import pickle
 import re
+from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import paddle
 from paddlenlp.utils.log import logger
 
-from glm.errors import InputError
+from glm.errors import InputError, mistakes
 
 
 def load(loader, name, what, adapter=None, **kwargs):
-    """``loader.from_pretrained(name)``; an InputError that calls it ``what`` if it can't be loaded, or only in part.
+    """Return ``loader.from_pretrained(name, **kwargs)``.
 
-    ``adapter``: the folder whose base ``name`` is.
+    Args:
+        what (str): what is loaded, for a message. adapter (str): the folder whose base
+        ``name`` is, or None.
+
+    Raises:
+        InputError: where it can't be loaded, or only in part.
     """
-    where = f"--model_name_or_path {adapter}: its base {name}" if adapter else f"--model_name_or_path {name}"
+    where, advice = f"--model_name_or_path {name}", "give "
+    if adapter:
+        where, advice = (
+            f"--model_name_or_path {adapter}: its base {name}",
+            "give by --lora_base ",
+        )
+    advice += (
+        "a published model's name, if its host can be reached, or a folder with config.json, "
+        "model_state.pdparams and the tokenizer"
+    )
     warnings = []
     collector = logging.Handler()
     collector.emit = lambda record: warnings.append(record.getMessage())
     logger.logger.addHandler(collector)
     try:
-        loaded = loader.from_pretrained(name, **kwargs)
-    except Exception as error:  # PaddleNLP and its hubs raise many kinds
-        raise InputError(
-            f"{where}: its {what} can't be loaded ({str(error)[:200]}): give {'by --lora_base ' if adapter else ''}"
-            "a published model's name, if its host can be reached, or a folder with config.json, "
-            "model_state.pdparams and the tokenizer"
-        ) from error
+        with mistakes(f"{where}: its {what} can't be loaded", advice):
+            loaded = loader.from_pretrained(name, **kwargs)
     finally:
         logger.logger.removeHandler(collector)
     missing = "".join(warning for warning in warnings if "newly initialized" in warning)
@@ -43,26 +51,27 @@ def load(loader, name, what, adapter=None, **kwargs):
 
 
 class _MappedFile:
-    """What pickle reads a file from, without copying it."""
+    """A file that pickle reads from without copying it."""
 
     def __init__(self, path):
         with open(path, "rb") as file:
-            self.data, self.position = memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)), 0
+            self.data = memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
+        self.position = 0
 
     def read(self, size):
-        self.position += size
-        part = self.data[self.position - size : self.position]
-        return part if size > 4096 else bytes(part)  # as pickle wants what is no array
+        start, self.position = self.position, self.position + size
+        part = self.data[start : self.position]
+        return part if size > 4096 else bytes(part)  # pickle wants bytes of all but arrays
 
     def readline(self):
         raise pickle.UnpicklingError("paddle.save writes no lines")
 
 
 class _MappedArray:
-    """Stands for a numpy array while it is read: its values stay in the file."""
+    """Stands for a numpy array that is unpickled. Its values stay in the file."""
 
     def __init__(self, *_):
-        """As numpy's own constructor for pickles is called."""
+        """Take the arguments of numpy's own constructor, which say nothing."""
 
     def __setstate__(self, state):
         _, shape, dtype, fortran, data = state
@@ -75,9 +84,10 @@ class _ArrayReader(pickle._Unpickler):  # the public one, in C, copies all it re
 
 
 def read_arrays(path):
-    """The dict that paddle.save wrote to ``path``, with numpy arrays that stay in the file until they are used.
+    """Return the dict that paddle.save wrote to ``path``, with numpy arrays that are mapped to the file.
 
-    paddle.load reads all of a file, of which one of eight tensor-parallel processes needs an eighth.
+    paddle.load reads all of a file, and one of eight tensor-parallel processes needs an
+    eighth of it.
     """
 
     def unwrap(value):
@@ -93,11 +103,14 @@ def read_arrays(path):
 
 
 def convert_layout(model, saved_degree):
-    """By the model's own tensor-parallel mappings, from ``saved_degree`` processes' parts to this one's.
+    """Return a function from ``saved_degree`` processes' parts of a weight to this process's part.
+
+    It works by the model's own tensor-parallel mappings.
 
     Returns:
-        convert(name, parts): this process's part of the weight ``name``, or of its moments, numpy. ``parts``: those of
-        all of the processes in their order, or its own alone, where there were as many.
+        convert(name, parts): this process's part of the weight ``name``, or of one of
+        its moments, numpy. ``parts`` are those of all processes in their order, or this
+        process's alone where the degrees are the same.
     """
     degree, names = max(model.config.tensor_parallel_degree, 1), model.state_dict().keys()
 
@@ -120,110 +133,138 @@ def convert_layout(model, saved_degree):
 
 
 def _saved_dtype(value):
-    return "bfloat16" if value.dtype == np.uint16 else str(value.dtype)  # numpy has none: its bits are saved
+    """Return the type of a saved array, str. numpy has no bfloat16, whose bits are saved as uint16."""
+    return "bfloat16" if value.dtype == np.uint16 else str(value.dtype)
 
 
 def _float32(value):
-    """A saved array as a float32 tensor."""
+    """Return a saved array as a float32 tensor."""
     if _saved_dtype(value) == "bfloat16":
         value = (value.astype("uint32") << 16).view("float32")
     return paddle.to_tensor(value.astype("float32"))
 
 
 def cast_weights(state_dict, model):
-    """A checkpoint's weights, numpy by their names, in the types of the model's."""
+    """Return a checkpoint's weights in the types of the model's.
+
+    Args:
+        state_dict (dict): arrays by the names of the weights, of which some may be no
+        weights of the model.
+
+    Returns:
+        dict: tensors of those that are cast, and the arrays of the others.
+
+    Raises:
+        ValueError: where a weight has another shape than the model's, which Paddle
+        would leave out.
+    """
     result, casts = dict(state_dict), set()
     for name, parameter in model.state_dict().items():
         wanted = str(parameter.dtype).split(".")[-1]
-        if name in result and list(result[name].shape) != parameter.shape:  # Paddle would leave it out
-            raise ValueError(
-                f"its {name} is {list(result[name].shape)}, where this run has {parameter.shape}"
-            )
-        if name in result and _saved_dtype(result[name]) != wanted:
-            casts.add(f"from {_saved_dtype(result[name])} to {wanted}")
+        if name not in result:
+            continue
+        saved, shape = _saved_dtype(result[name]), list(result[name].shape)
+        if shape != parameter.shape:
+            raise ValueError(f"its {name} is {shape}, where this run has {parameter.shape}")
+        if saved != wanted:
+            casts.add(f"from {saved} to {wanted}")
             result[name] = _float32(result[name]).astype(wanted)
     if casts:
         logger.train(f"the checkpoint's weights are cast {', '.join(sorted(casts))}")
     return result
 
 
-def convert_optimizer_state(parts, names, model, convert, master_weights, read_weights, wanted):
-    """An AdamW's state from training in any precision and layout, for this process, with or without master weights.
+class OptimizerState(NamedTuple):
+    """This process's part of an AdamW's state in a checkpoint, by the model's names of the weights."""
 
-    Moments are float32 in every precision, but called by what they are of: the weight, or its float32 master weight.
-    Where this run's weights are of another type than the checkpoint's were, its master weights are taken for them,
-    which are more exact. Those that are wanted and missing are made of the checkpoint's weights.
+    scheduler: dict  # the state of the learning rate's schedule
+    moments: dict  # {"glm...weight": {"moment1_0": float32 array, "beta1_pow_acc_0": array, ...}}
+    masters: dict  # float32 master weights, {"glm...weight": array}; empty where the run had none
+
+
+def sort_optimizer_state(parts, names, convert, updated):
+    """Return what a checkpoint holds of an optimizer, sorted by weights, OptimizerState.
 
     Args:
-        parts: what the optimizers of all tensor-parallel processes of the checkpoint held, as convert_layout's convert
-            wants them: dicts of numpy arrays. names (dict): what the model calls the weights that they name.
-        convert: of convert_layout. master_weights (bool): whether this run's optimizer has them.
-        read_weights (function): returns the checkpoint's weights, numpy by name.
-        wanted: the names, as Paddle has them, of the parameters that this process's optimizer updates.
-
-    Returns:
-        dict: moments as numpy arrays, master weights as tensors, by the names of this run's optimizer.
+        parts (list of dict): what the optimizers of the checkpoint's processes held, as
+        ``read_parts`` gives
+            them. A moment is called by the weight's name there or, with master weights,
+            by the master's.
+        names (dict): the model's name of each weight by its name there. convert: as
+        ``convert_layout`` gives it. updated (set): the model's names of the weights
+        whose moments
+            this process needs.
     """
-    state, weights = {"LR_Scheduler": parts[0]["LR_Scheduler"]}, model.state_dict()
-    masters = [part.get("master_weights") or {} for part in parts]
-    saved = read_weights() if master_weights and not masters[0] else {}
-    if saved:
-        logger.train("the checkpoint has no master weights: they are its weights")
-    elif masters[0] and not master_weights:
-        logger.train("the checkpoint has master weights: this run goes on with them as its weights")
-    state["master_weights"] = {}
-    for name, key in names.items():
-        weight = weights[key]
-        if name in masters[0]:
-            master = convert(key, [part[name] for part in masters])
-            weight.set_value(paddle.to_tensor(master).astype(weight.dtype))
-        elif weight.dtype != paddle.float32 and not weight.stop_gradient and key in saved:
-            master = saved[key]
-        else:
-            continue
-        if master_weights and weight.name in wanted:
-            state["master_weights"][weight.name] = master = _float32(master)
-            master.name = f"{weight.name}_fp32_master_0"  # as the optimizer would call it
+    moments, masters = {}, {}
     for saved_name, value in parts[0].items():
-        moment = re.fullmatch(r"(.+?)(?:_fp32_master_0)?_((?:moment|beta)\d.*)", saved_name)
-        if moment is None or weights[names[moment[1]]].name not in wanted:
+        match = re.fullmatch(r"(.+?)(?:_fp32_master_0)?_((?:moment|beta)\d.*)", saved_name)
+        if match is None or names[match[1]] not in updated:
             continue
-        key = names[moment[1]]
-        if moment[2].startswith("moment"):
+        key, kind = names[match[1]], match[2]
+        if kind.startswith("moment"):
             value = convert(key, [part[saved_name] for part in parts])
-        name = weights[key].name
-        state[f"{name}{'_fp32_master_0' if name in state['master_weights'] else ''}_{moment[2]}"] = value
-    if not state["master_weights"]:
-        del state["master_weights"]
+        moments.setdefault(key, {})[kind] = value
+    for saved_name in parts[0].get("master_weights") or {}:
+        key = names[saved_name]
+        masters[key] = convert(key, [part["master_weights"][saved_name] for part in parts])
+    return OptimizerState(parts[0]["LR_Scheduler"], moments, masters)
+
+
+def name_optimizer_state(saved, model, masters, updated):
+    """Return an OptimizerState by the names of this run's optimizer, as its set_state_dict takes it.
+
+    Moments are float32 in every precision, but an optimizer calls them by its master
+    weight where it has one.
+
+    Args:
+        masters (dict): arrays by the model's names, those of which this run has master
+        weights. updated (set): the model's names of the weights that this process's
+        optimizer updates.
+    """
+    state, master_weights = {"LR_Scheduler": saved.scheduler}, {}
+    for key, weight in model.state_dict().items():
+        if key not in updated:
+            continue
+        name = weight.name
+        if key in masters:
+            name = f"{weight.name}_fp32_master_0"  # as the optimizer would call it
+            master_weights[weight.name] = _float32(masters[key])
+            master_weights[weight.name].name = name
+        for kind, moment in saved.moments.get(key, {}).items():
+            state[f"{name}_{kind}"] = moment
+    if master_weights:
+        state["master_weights"] = master_weights
     return state
 
 
 def read_parts(checkpoint, kind, ending, model):
-    """What tensor-parallel processes wrote into the files ``kind`` of a checkpoint, as convert_layout wants it.
+    """Read what tensor-parallel processes wrote into the files ``kind`` of a checkpoint.
 
-    Returns: list of dicts of numpy arrays, whose values stay in the files until they are used; of how many
-    processes the checkpoint is.
+    Returns:
+        dicts of arrays that are mapped to the files, one for each process or, where
+        this run has as many, that of this process alone, list; the number of processes,
+        int.
     """
     parts = {}
-    for path in sorted(glob.glob(os.path.join(glob.escape(checkpoint), f"{kind}*{ending}"))):
-        rank = re.search(r"\.tp(\d+)", os.path.basename(path))
+    for path in sorted(Path(checkpoint).glob(f"{kind}*{ending}")):
+        rank = re.search(r"\.tp(\d+)", path.name)
         parts.setdefault(int(rank[1]) if rank else 0, []).append(path)
     degree = len(parts)
     if degree == max(model.config.tensor_parallel_degree, 1):
         parts = {0: parts[max(model.config.tensor_parallel_rank, 0)]}
     joined = []
     for _, paths in sorted(parts.items()):
-        part = {}
-        for path in paths:  # with sharding an optimizer's state is in several, each of other weights
+        part, masters = {}, {}
+        for path in paths:  # with sharding each file has the optimizer's state of other weights
             found = read_arrays(path)
-            masters = {**part.get("master_weights", {}), **found.get("master_weights", {})}
-            part.update(found, **({"master_weights": masters} if masters else {}))
-        joined.append(part)
+            masters.update(found.pop("master_weights", None) or {})
+            part.update(found)
+        joined.append({**part, "master_weights": masters} if masters else part)
     return joined, degree
 
 
 def read_weights(checkpoint, model):
-    """This process's weights in a checkpoint by their names, numpy, in the type they were saved in."""
+    """Return this process's weights in a checkpoint by their names, numpy, in the type they were saved in."""
     if hasattr(model, "read_checkpoint"):
         return model.read_checkpoint(checkpoint)
     parts, degree = read_parts(checkpoint, "model_state", ".pdparams", model)
@@ -232,17 +273,39 @@ def read_weights(checkpoint, model):
 
 
 def read_optimizer_state(checkpoint, optimizer, model, names, master_weights):
-    """What the ``optimizer`` of this process goes on with, from a checkpoint of any precision and layout.
+    """Read what the ``optimizer`` of this process goes on with, from a checkpoint of any precision and layout.
 
-    Args: names (dict): what the model calls the weights that the checkpoint's state names, or None.
+    Where the checkpoint has master weights, the model's weights are set to them, which
+    are more exact. Where it has none and this run does, they are made of the
+    checkpoint's weights.
+
+    Args:
+        names (dict): the model's name of each weight by the name in the checkpoint's
+        state, or None where
+            both are of one layout. master_weights (bool): whether this run's optimizer
+            has them.
+
+    Returns:
+        dict, as the optimizer's set_state_dict takes it.
     """
-    parts, degree = read_parts(checkpoint, "optimizer", ".pdopt", model)
-    while hasattr(
-        optimizer, "_inner_opt"
-    ):  # fleet's wrappers; with sharding the innermost updates some weights
+    while hasattr(optimizer, "_inner_opt"):  # fleet's wrappers; with sharding the innermost has some weights
         optimizer = optimizer._inner_opt
-    names = names or {weight.name: name for name, weight in model.state_dict().items()}
-    return convert_optimizer_state(
-        parts, names, model, convert_layout(model, degree), master_weights,
-        functools.partial(read_weights, checkpoint, model), {weight.name for weight in optimizer._parameter_list},
-    )  # fmt: skip
+    parameters = {parameter.name for parameter in optimizer._parameter_list}
+    weights = model.state_dict()
+    names = names or {weight.name: key for key, weight in weights.items()}
+    updated = {key for key, weight in weights.items() if weight.name in parameters}
+
+    parts, degree = read_parts(checkpoint, "optimizer", ".pdopt", model)
+    saved = sort_optimizer_state(parts, names, convert_layout(model, degree), updated)
+    for key, master in saved.masters.items():
+        weights[key].set_value(paddle.to_tensor(master).astype(weights[key].dtype))
+    masters = saved.masters
+    if masters and not master_weights:
+        logger.train("the checkpoint has master weights: this run goes on with them as its weights")
+        masters = {}
+    elif master_weights and not masters:
+        logger.train("the checkpoint has no master weights: they are its weights")
+        trained = {key for key in updated if weights[key].dtype != paddle.float32}
+        found = read_weights(checkpoint, model)
+        masters = {key: found[key] for key in trained & found.keys() if not weights[key].stop_gradient}
+    return name_optimizer_state(saved, model, masters, updated)

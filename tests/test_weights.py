@@ -1,5 +1,7 @@
 """A checkpoint's weights and optimizer states in other precisions, without half-precision kernels, which a CPU lacks."""
 
+from types import SimpleNamespace
+
 import numpy as np
 import paddle
 import pytest
@@ -20,6 +22,8 @@ class Model:
         self.a, self.b = (paddle.zeros([2], dtype=dtype) for _ in range(2))
         self.a.stop_gradient = self.b.stop_gradient = False
         self.a.name, self.b.name = "linear_0.w_0", "linear_0.b_0"
+
+    config = SimpleNamespace(tensor_parallel_degree=-1, tensor_parallel_rank=-1)
 
     def state_dict(self):
         return {"dense.weight": self.a, "dense.bias": self.b}
@@ -70,19 +74,14 @@ def moments(masters):
 @pytest.mark.parametrize("had", [False, True])
 @pytest.mark.parametrize("wanted", [False, True])
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
-def test_optimizer_states_with_and_without_master_weights(had, wanted, dtype):
+def test_optimizer_states_with_and_without_master_weights(tmp_path, had, wanted, dtype):
     model = Model(dtype if wanted else "float32")
-    read = []
+    paddle.save(moments(had), str(tmp_path / "optimizer.pdopt"))
+    if wanted and not had:  # else the checkpoint's weights are not needed
+        paddle.save(EXACT, str(tmp_path / "model_state.pdparams"))
+    optimizer = SimpleNamespace(_parameter_list=[model.a, model.b])
     names = {"linear_0.w_0": "dense.weight", "linear_0.b_0": "dense.bias"}
-    state = weights.convert_optimizer_state(
-        [moments(had)],
-        names,
-        model,
-        lambda name, parts: parts[0],
-        wanted,
-        lambda: read.append(1) or EXACT,
-        set(names),
-    )
+    state = weights.read_optimizer_state(tmp_path, optimizer, model, names, wanted)
     expected = moments(wanted)
     assert set(state) == set(expected) and state["LR_Scheduler"] == {"last_epoch": 3}
     for name, value in expected.items():
@@ -91,8 +90,25 @@ def test_optimizer_states_with_and_without_master_weights(had, wanted, dtype):
     for name, master in expected.get("master_weights", {}).items():
         assert state["master_weights"][name].tolist() == master.tolist()
         assert state["master_weights"][name].dtype == paddle.float32
-    assert len(read) == (wanted and not had)
     if had:  # the weights are the master weights in their own type
         for name, weight in model.state_dict().items():
             exact = paddle.to_tensor(EXACT[name]).astype(weight.dtype).astype("float32")
             np.testing.assert_array_equal(weight.astype("float32").numpy(), exact.numpy())
+
+
+def test_a_process_gets_the_state_of_the_weights_that_it_updates(tmp_path):
+    """With sharding: of one of two files, by the names of this run."""
+    model = Model("float16")
+    state = moments(True)
+    masters = state.pop("master_weights")
+    for number, name in enumerate(masters):
+        part = {key: value for key, value in state.items() if key.startswith((name, "LR"))}
+        part["master_weights"] = {name: masters[name]}
+        paddle.save(part, str(tmp_path / f"optimizer.shard{number:02d}.pdopt"))
+    optimizer = SimpleNamespace(_inner_opt=SimpleNamespace(_parameter_list=[model.b]))
+    names = {"linear_0.w_0": "dense.weight", "linear_0.b_0": "dense.bias"}
+    found = weights.read_optimizer_state(tmp_path, optimizer, model, names, True)
+    assert set(found["master_weights"]) == {"linear_0.b_0"}
+    kinds = {name.removeprefix("linear_0.b_0_fp32_master_0_") for name in found if name[0] == "l"}
+    assert kinds == {"moment1_0", "moment2_0", "beta1_pow_acc_0", "beta2_pow_acc_0"}
+    assert model.a.astype("float32").numpy() == pytest.approx(EXACT["dense.weight"], rel=1e-3)
