@@ -4,15 +4,14 @@ Nothing here needs a model or a device: features and batches are numpy arrays.
 """
 
 import json
-import os
 import queue
 import threading
+from pathlib import Path
 
 import numpy as np
-from paddle.io import DistributedBatchSampler
 from tqdm import tqdm
 
-from glm.errors import InputError
+from glm.errors import InputError, mistakes
 
 SOURCE_OPENING = "答案：{answer}，上下文："
 TARGET_OPENING = "在已知答案的前提下，问题："
@@ -20,67 +19,70 @@ PAD_MULTIPLE = 8  # matrix units want lengths that are multiples of 8
 
 
 def read_records(task_name, split, require_question=True):
-    """Read one split as a list of records, see ``parse_lines``.
+    """Read one split. Returns a list of records, see ``parse_lines``.
 
     Args:
-        task_name (str): ``dureader_qg``, a folder that holds ``{split}.json``, or a file; both as JSON lines.
+        task_name (str): ``dureader_qg``, a folder that holds ``{split}.json``, or a file.
         split (str): ``train``, ``dev`` or ``test``.
         require_question (bool): whether a record without a question is a mistake.
 
     Raises:
         InputError: also for a file that is missing or empty.
     """
-    if task_name == "dureader_qg" and not os.path.isdir(task_name):
-        rows = _load_dureader_qg(split)
+    source = Path(task_name)
+    if task_name == "dureader_qg" and not source.is_dir():
         name = f"the {split} split of dureader_qg"
         records = [
-            _parse_record(row, f"{name}, record {i}", i, require_question) for i, row in enumerate(rows)
+            parse_record(row, f"{name}, record {number}", number, require_question)
+            for number, row in enumerate(load_dureader_qg(split))
         ]
     else:
-        name = os.path.join(task_name, f"{split}.json") if os.path.isdir(task_name) else task_name
-        if name == task_name and split != "test":
+        if not source.is_dir() and split != "test":
             raise InputError(
-                f"--task_name {task_name} is neither dureader_qg nor a folder: give one of the two"
+                f"--task_name {task_name} is neither dureader_qg nor a folder: give one of the two",
             )
+        name = str(source / f"{split}.json" if source.is_dir() else source)
         try:
             with open(name, "rb") as file:
                 records = list(parse_lines(file, name, require_question))
         except OSError as error:
-            raise InputError(f"{name}: {error.strerror}: give a file that exists and can be read") from error
+            raise InputError(
+                f"{name}: {error.strerror}: give a file that can be read",
+            ) from error
     if not records:
         raise InputError(f"{name} has no records: at least one is needed")
     return records
 
 
-def _load_dureader_qg(split):
-    from paddlenlp.datasets import load_dataset  # imports paddle, which readers of folders don't need
+def load_dureader_qg(split):
+    """Download a split of DuReaderQG. Returns its rows, dicts with source, title and target."""
+    from paddlenlp.datasets import (
+        load_dataset,
+    )  # takes seconds, which readers of folders save
 
     if split not in ("train", "dev"):
-        raise InputError(f"dureader_qg has no {split} split: give --task_name a folder with {split}.json")
-    try:
-        return load_dataset("dureader_qg", splits=split)
-    except (
-        Exception
-    ) as error:  # requests, urllib3 and paddlenlp each raise their own when the host can't be reached
         raise InputError(
-            f"dureader_qg could not be downloaded ({type(error).__name__}): check the connection, "
-            "or give --task_name a folder with train.json and dev.json"
-        ) from error
+            f"dureader_qg has no {split} split: give --task_name a folder with {split}.json",
+        )
+    advice = "check the connection, or give --task_name a folder with train.json and dev.json"
+    with mistakes("dureader_qg could not be downloaded", advice):
+        return load_dataset("dureader_qg", splits=split)
 
 
 def parse_lines(lines, name, require_question):
-    """Parse JSON lines, blank ones left out, one at a time.
+    """Parse JSON lines one at a time; blank lines are left out.
 
     Args:
         lines: iterable of bytes, such as a file. name (str): what messages call it.
+        require_question (bool): whether a record without a question is a mistake.
 
     Yields:
-        dict: ``id`` (as given, or the record's number from 0), ``context``, ``answer``, ``question`` (a str, or None
-        where there is none) and ``where`` (file and line, for messages).
+        dict: ``id`` (as given, or the record's number from 0), ``context``, ``answer``,
+        ``question`` (str, or None where there is none) and ``where`` (file and line).
 
     Raises:
-        InputError: a line that is not UTF-8 or not a JSON object, or a field that is missing, empty or wrongly typed;
-            the message names file and line.
+        InputError: with file and line, for a line that is not UTF-8 or not a JSON object, or a
+            field that is missing, empty or of another type.
     """
     count = 0
     for number, line in enumerate(lines, start=1):
@@ -90,87 +92,113 @@ def parse_lines(lines, name, require_question):
             row = json.loads(text) if text else None
         except UnicodeDecodeError as error:
             raise InputError(
-                f"{where}: byte {error.start + 1} is not UTF-8: save the file as UTF-8"
+                f"{where}: byte {error.start + 1} is not UTF-8: save the file as UTF-8",
             ) from error
         except (ValueError, RecursionError) as error:
-            raise InputError(f"{where}: not JSON ({error}): each line must be one JSON object") from error
+            raise InputError(
+                f"{where}: not JSON ({error}): each line must be one JSON object",
+            ) from error
         if text:
-            yield _parse_record(row, where, count, require_question)
+            yield parse_record(row, where, count, require_question)
             count += 1
 
 
-def _parse_record(row, where, number, require_question):
-    """Bring either published form of a record (see ``read_records``) into one."""
+def parse_record(row, where, number, require_question):
+    """Bring a record of either published form into one.
+
+    Args:
+        row: what JSON holds. where (str): file and line. number (int): of the record, from 0.
+        require_question (bool): whether a record without a question is a mistake.
+
+    Returns:
+        dict: see ``parse_lines``.
+    """
     if not isinstance(row, dict):
-        raise InputError(f"{where}: a {type(row).__name__}: each line must be one JSON object")
+        kind = type(row).__name__
+        raise InputError(f"{where}: a {kind}: each line must be one JSON object")
     record = {"id": row.get("id", number), "where": where}
     if not isinstance(record["id"], (str, int)):
+        kind = type(record["id"]).__name__
         raise InputError(
-            f"{where}: 'id' is a {type(record['id']).__name__}: it must be a string or a whole number"
+            f"{where}: 'id' is a {kind}: it must be a string or a whole number",
         )
-    for name, other_name in (("context", "source"), ("answer", "title"), ("question", "target")):
+    other_names = {"context": "source", "answer": "title", "question": "target"}
+    for name, other_name in other_names.items():
         value = row.get(name, row.get(other_name))
         if name == "question" and not require_question and value in (None, ""):
-            value = None
-        elif value is None:
+            record[name] = None
+            continue
+        if value is None:
             raise InputError(
                 f"{where}: the field '{name}' is missing: a record needs context, answer and question"
             )
-        elif not isinstance(value, str):
-            raise InputError(f"{where}: the field '{name}' is a {type(value).__name__}: it must be a string")
-        elif name == "question" and not value.strip():
-            raise InputError(f"{where}: the field 'question' is empty: it is what the model learns to write")
-        else:
-            # A lone surrogate ("\ud800") is legal JSON, but no text: neither the tokenizer nor a file can hold it.
-            value = value.encode("utf-8", "replace").decode("utf-8")
-        record[name] = value
+        if not isinstance(value, str):
+            kind = type(value).__name__
+            raise InputError(
+                f"{where}: the field '{name}' is a {kind}: it must be a string",
+            )
+        if name == "question" and not value.strip():
+            raise InputError(
+                f"{where}: the field 'question' is empty: it is what the model learns to write",
+            )
+        # Half of a surrogate pair is legal JSON, but neither the tokenizer nor a file can hold it.
+        record[name] = value.encode("utf-8", "replace").decode("utf-8")
     return record
 
 
 def encode_text(tokenizer, text):
-    """Token ids of ``text`` alone, list[int]; the name of a special token in the text stays ordinary text.
+    """Encode ``text`` alone. Returns its token ids, list[int].
 
-    ``tokenizer(text)`` would turn a passage's own "[gMASK]" into the mask itself, so this enters one level below it.
+    The name of a special token in the text stays ordinary text.
     """
+    # tokenizer(text) would turn a passage's own "[gMASK]" into the mask itself.
     if getattr(tokenizer, "do_lower_case", False):
         text = text.lower()
     return tokenizer.convert_tokens_to_ids(tokenizer._tokenize(text)) if text else []
 
 
 def encode_source(tokenizer, record, src_length):
-    """``[CLS] 答案：{answer}，上下文：{context} [gMASK] <|endoftext|>`` as at most ``src_length`` ids, list[int].
+    """Encode ``[CLS] 答案：{answer}，上下文：{context} [gMASK] <|endoftext|>``.
 
-    Only the context is cut, at its end. Raises InputError where even an empty context leaves too many ids.
+    Only the context is cut, at its end. Returns at most ``src_length`` ids, list[int]. Raises
+    InputError where even an empty context leaves too many ids.
     """
     opening = SOURCE_OPENING.format(answer=record["answer"])
     room = src_length - 3  # [CLS], [gMASK] and <|endoftext|>
-    needed = (
-        len(encode_text(tokenizer, opening)) if room < 2 * len(opening) + 8 else 0
-    )  # the answer is rarely long
-    if needed > room:
-        raise InputError(
-            f"{record['where']}: prompt and answer take {needed + 3} tokens, more than --src_length {src_length}: "
-            "raise it or shorten the answer"
-        )
+    if room < 2 * len(opening) + 8:  # the answer is rarely so long
+        length = len(encode_text(tokenizer, opening))
+        if length > room:
+            raise InputError(
+                f"{record['where']}: prompt and answer take {length + 3} tokens, more than "
+                f"--src_length {src_length}: raise it or shorten the answer"
+            )
     # Opening and context are encoded as one text, as in pre-training: a piece may span the seam.
     ids = encode_text(tokenizer, opening + record["context"])[:room]
-    return [tokenizer.cls_token_id, *ids, tokenizer.gmask_token_id, tokenizer.eos_token_id]
+    return [
+        tokenizer.cls_token_id,
+        *ids,
+        tokenizer.gmask_token_id,
+        tokenizer.eos_token_id,
+    ]
 
 
 def encode_target(tokenizer, question, tgt_length):
-    """Labels of a question, list[int]: the fixed opening, the question, ``<|endofpiece|>``; ``tgt_length`` at most."""
-    return encode_text(tokenizer, TARGET_OPENING + question)[: tgt_length - 1] + [tokenizer.eop_token_id]
+    """Encode a question behind the fixed opening. Returns labels, list[int].
+
+    They end with ``<|endofpiece|>`` and are ``tgt_length`` at most.
+    """
+    ids = encode_text(tokenizer, TARGET_OPENING + question)
+    return ids[: tgt_length - 1] + [tokenizer.eop_token_id]
 
 
 def decode_target(tokenizer, token_ids):
-    """The text of generated ids, the fixed opening and special tokens left out. Returns str."""
+    """Decode generated ids. Returns str, without the fixed opening and special tokens."""
     special = set(tokenizer.all_special_ids)
     # A checkpoint's vocabulary is padded past the tokenizer's: such ids have no text.
     ids = [int(i) for i in token_ids if i < len(tokenizer) and int(i) not in special]
     text = tokenizer.convert_tokens_to_string(tokenizer.convert_ids_to_tokens(ids)) if ids else ""
-    opening = tokenizer.convert_tokens_to_string(
-        tokenizer._tokenize(TARGET_OPENING)
-    )  # as the tokenizer writes it
+    # The opening as the tokenizer writes it.
+    opening = tokenizer.convert_tokens_to_string(tokenizer._tokenize(TARGET_OPENING))
     return text[len(opening) :].strip() if text.startswith(opening) else text.strip()
 
 
@@ -182,12 +210,15 @@ def build_features(tokenizer, source_ids, labels):
         labels (list[int]): T labels, or none where the question is unknown.
 
     Returns:
-        dict: ``input_ids`` [S + T], ``labels`` [T], ``source_length`` S: what takes little room, unsigned and as narrow
-        as the ids allow, for millions of records and several processes. The collator makes the rest.
+        dict: ``input_ids`` [S + T], ``labels`` [T], ``source_length`` S. The arrays are unsigned
+        and as narrow as the ids allow, for millions of records. The collator makes the rest.
     """
     input_ids = source_ids + ([tokenizer.sop_token_id] + labels[:-1] if labels else [])
     ids = [*input_ids, *labels]
-    ids = np.array(ids, dtype=np.min_scalar_type(max(ids)))  # one array, of which these are views
+    ids = np.array(
+        ids,
+        dtype=np.min_scalar_type(max(ids)),
+    )  # one array, of which these are views
     return {
         "input_ids": ids[: len(input_ids)],
         "labels": ids[len(input_ids) :],
@@ -196,49 +227,61 @@ def build_features(tokenizer, source_ids, labels):
 
 
 def build_position_ids(source_length, length, padded_length):
-    """2D positions (GLM, arXiv 2103.10360, section 2.2), int64 [B, 2, padded_length], 0 over padding.
+    """Build 2D positions (GLM, arXiv 2103.10360, section 2.2).
 
-    First 0 to S - 1 over the source, then the position of [gMASK]; second 0 over the source, then 1, 2, 3...
+    The first row is 0 to S - 1 over the source, then the position of [gMASK]. The second row is
+    0 over the source, then 1, 2, 3... Both are 0 over padding.
 
     Args:
-        source_length, length: int [B], the source's and the whole sequence's real length.
+        source_length, length: int [B], of the source and of the whole sequence, without padding.
+
+    Returns:
+        int64 [B, 2, padded_length].
     """
     column, source_length = np.arange(padded_length), np.asarray(source_length)[:, None]
     gmask_position = source_length - 2  # the last but one of encode_source
     target = column >= source_length
     position_ids = np.stack(
-        [np.where(target, gmask_position, column), (column - source_length + 1) * target], axis=1
+        [np.where(target, gmask_position, column), (column - source_length + 1) * target],
+        axis=1,
     )
     return position_ids * (column < np.asarray(length)[:, None])[:, None]
 
 
 def build_dataset(tokenizer, records, src_length, tgt_length, quiet=True):
-    """Features of every record, list[dict]; each also holds its ``record`` and its ``index`` in the list.
+    """Build the features of every record, before training starts.
 
-    Unless ``quiet``, there is a bar if it takes longer than two seconds.
+    So a mistake in the last record shows at once. Unless ``quiet``, there is a bar if it takes
+    longer than two seconds.
 
-    All are built before training starts, so that a mistake in the last record shows at once. Raises InputError.
+    Returns:
+        list[dict]: see ``build_features``, and ``record`` and its ``index`` in the list.
+
+    Raises:
+        InputError: where the lengths have no room for a prompt or a question.
     """
     opening = len(encode_text(tokenizer, TARGET_OPENING))
     if tgt_length < opening + 2:
         raise InputError(
-            f"--tgt_length {tgt_length} has no room for a question: its fixed opening takes {opening} tokens and the "
-            f"end token one, so give at least {opening + 2}"
+            f"--tgt_length {tgt_length} has no room for a question: its fixed opening takes "
+            f"{opening} tokens and the end token one, so give at least {opening + 2}"
         )
     dataset = []
-    for index, record in enumerate(tqdm(records, "features", delay=2, disable=quiet, dynamic_ncols=True)):
-        source_ids = encode_source(tokenizer, record, src_length)
-        labels = (
-            [] if record["question"] is None else encode_target(tokenizer, record["question"], tgt_length)
-        )
-        dataset.append({**build_features(tokenizer, source_ids, labels), "index": index, "record": record})
+    bar = tqdm(records, "features", delay=2, disable=quiet, dynamic_ncols=True)
+    for index, record in enumerate(bar):
+        source_ids, labels = encode_source(tokenizer, record, src_length), []
+        if record["question"] is not None:
+            labels = encode_target(tokenizer, record["question"], tgt_length)
+        features = build_features(tokenizer, source_ids, labels)
+        dataset.append({**features, "index": index, "record": record})
     return dataset
 
 
 def read_in_batches(records, batch_size):
-    """Lists of 1 to ``batch_size`` of the ``records`` that are there already, waiting for none but the first of a list.
+    """Yield lists of 1 to ``batch_size`` of those ``records`` that are there already.
 
-    What ends ``records``, an exception too, comes after all that came before it.
+    Only the first of a list is waited for. What ends ``records``, an exception too, comes after
+    all that came before it.
     """
     ready = queue.Queue(maxsize=batch_size)
 
@@ -268,62 +311,17 @@ def read_in_batches(records, batch_size):
         raise end
 
 
-class GroupedBatchSampler(DistributedBatchSampler):
-    """One order of batches for any layout of processes: it depends on the seed, the epoch and the global batch alone.
-
-    The global batches of an epoch are cut into batches of ``batch_size``, which are dealt to the replicas in turn. The
-    last global batch is filled up with records of the epoch's beginning.
-
-    Args:
-        dataset: features. batch_size (int): of one process in one pass.
-        global_batch_size (int): records of one optimizer step over all processes and accumulation passes.
-        shuffle (bool): a new order each epoch; else from the longest record to the shortest.
-        group_by_length (bool): put records of like length into the same global batch, and let chance order the batches.
-    """
-
-    def __init__(
-        self, dataset, batch_size, num_replicas, rank, global_batch_size, shuffle, group_by_length, seed
-    ):
-        super().__init__(dataset, batch_size, num_replicas=num_replicas, rank=rank, shuffle=shuffle)
-        self.global_batch_size, self.group_by_length, self.seed = global_batch_size, group_by_length, seed
-        self.lengths = np.array([len(feature["input_ids"]) for feature in dataset])
-        self.target_lengths = np.array([len(feature["labels"]) for feature in dataset])
-
-    def global_batches(self):
-        """Record numbers of an epoch, int64 [global batches, global_batch_size]."""
-        rng = np.random.default_rng([self.seed, self.epoch])
-        order = (
-            rng.permutation(len(self.lengths)) if self.shuffle else np.argsort(-self.lengths, kind="stable")
-        )
-        count = -(-len(order) // self.global_batch_size)
-        order = np.resize(order, count * self.global_batch_size)  # repeats from the beginning
-        if not (self.shuffle and self.group_by_length):
-            return order.reshape([count, self.global_batch_size])
-        # Sorted within chunks of 50 batches: enough to choose from, and another choice each epoch.
-        chunk = 50 * self.global_batch_size
-        for start in range(0, len(order), chunk):
-            part = order[start : start + chunk]
-            order[start : start + chunk] = part[np.argsort(-self.lengths[part], kind="stable")]
-        return rng.permutation(order.reshape([count, self.global_batch_size]))
-
-    def __iter__(self):
-        batches = self.global_batches()
-        self.target_tokens = self.target_lengths[batches].sum(1)  # of each global batch of the epoch begun
-        self.tokens = self.lengths[batches].sum(1)
-        return iter(batches.reshape([-1, self.batch_size])[self.local_rank :: self.nranks].tolist())
-
-    def __len__(self):
-        steps = -(-len(self.lengths) // self.global_batch_size)
-        return steps * self.global_batch_size // (self.batch_size * self.nranks)
-
-
 def build_attention_mask(source_length, length, padded_length):
-    """Who sees whom: bool [B, 1, padded_length, padded_length], rows look at columns.
+    """Build the mask of who sees whom; rows look at columns.
 
-    Every position sees the whole source, a target position also itself and the targets before it, none sees padding.
+    Every position sees the whole source, a target position also itself and the targets before
+    it, and none sees padding.
 
     Args:
-        source_length, length: int [B], the source's and the whole sequence's real length.
+        source_length, length: int [B], of the source and of the whole sequence, without padding.
+
+    Returns:
+        bool [B, 1, padded_length, padded_length].
     """
     column = np.arange(padded_length)
     source = column[None, None, :] < np.asarray(source_length)[:, None, None]  # [B, 1, L]
@@ -336,9 +334,10 @@ class DataCollator:
     """Pad features on the right to their longest, rounded up to a multiple of 8, and build the mask.
 
     Returns:
-        dict of numpy arrays: ``input_ids`` int64 [B, L], ``position_ids`` int64 [B, 2, L], ``attention_mask`` bool
-        [B, 1, L, L], ``source_length`` int64 [B], ``index`` int64 [B]; and of the N real targets of the batch
-        ``labels`` int64 [N] and ``target_positions`` int64 [N], where each is predicted in the flattened [B * L].
+        dict of numpy arrays, int64 but for the mask: ``input_ids`` [B, L], ``position_ids``
+        [B, 2, L], ``attention_mask`` bool [B, 1, L, L], ``source_length`` [B], ``index`` [B];
+        and for the N targets of the batch ``labels`` [N] and ``target_positions`` [N], where
+        each is predicted in the flattened [B * L].
     """
 
     def __init__(self, pad_token_id):
@@ -348,7 +347,11 @@ class DataCollator:
         length = np.array([len(feature["input_ids"]) for feature in features])
         source_length = np.array([feature["source_length"] for feature in features])
         padded_length = -(-length.max() // PAD_MULTIPLE) * PAD_MULTIPLE
-        input_ids = np.full([len(features), padded_length], self.pad_token_id, dtype="int64")
+        input_ids = np.full(
+            [len(features), padded_length],
+            self.pad_token_id,
+            dtype="int64",
+        )
         for row, feature in enumerate(features):
             input_ids[row, : length[row]] = feature["input_ids"]
         target_positions = [
@@ -360,6 +363,8 @@ class DataCollator:
             "attention_mask": build_attention_mask(source_length, length, padded_length),
             "source_length": source_length,
             "index": np.array([feature["index"] for feature in features]),
-            "labels": np.concatenate([feature["labels"] for feature in features]).astype("int64"),
+            "labels": np.concatenate([feature["labels"] for feature in features]).astype(
+                "int64",
+            ),
             "target_positions": np.concatenate(target_positions),
         }

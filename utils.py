@@ -16,7 +16,7 @@ from paddlenlp.trainer.trainer_utils import SchedulerType, TrainOutput
 from paddlenlp.utils.log import logger
 from tqdm import tqdm
 
-from data import GroupedBatchSampler, decode_target
+from data import decode_target
 from glm.callbacks import CheckFinite, Gradients, SeedEachStep, StopBySignal, TrainingProgress
 from glm.checkpoints import UNFINISHED, WholeCheckpoints, read_mark, where_to_resume, write_whole
 from glm.errors import Fault, InputError
@@ -26,6 +26,7 @@ from glm.memory import memory_metrics, memory_peak
 from glm.metrics import compute_metrics, rouge
 from glm.modeling import prepare_for_training, target_losses
 from glm.processes import of_all
+from glm.sampler import GroupedBatchSampler
 from glm.weights import cast_weights, read_optimizer_state, read_weights
 
 

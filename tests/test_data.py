@@ -17,7 +17,6 @@ from data import (
     SOURCE_OPENING,
     TARGET_OPENING,
     DataCollator,
-    GroupedBatchSampler,
     build_attention_mask,
     build_dataset,
     build_features,
@@ -31,6 +30,7 @@ from data import (
     read_records,
 )
 from glm.errors import InputError
+from glm.sampler import GroupedBatchSampler
 
 RECORD = {
     "context": "白云山海拔1200米。",

@@ -28,8 +28,9 @@ from common import (
     print_table,
 )
 
-from data import DataCollator, GroupedBatchSampler, build_attention_mask
+from data import DataCollator, build_attention_mask
 from glm.arguments import GenerationArguments, GLMTrainingArguments
+from glm.sampler import GroupedBatchSampler
 from utils import GLMTrainer
 
 
