@@ -80,7 +80,8 @@ class GLMTrainer(Trainer):
         self.train_memory_peak = self.train_tokens = 0  # bytes; of the global batches, without padding
 
     def target_losses(self, model, inputs):
-        return target_losses(self.model, model, inputs, self.args.label_smoothing, self.tensor_parallel_group)
+        smoothing, group = self.args.label_smoothing, self.tensor_parallel_group
+        return target_losses(self.model, model, inputs, smoothing, group)
 
     # training
 

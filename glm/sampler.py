@@ -59,9 +59,8 @@ class GroupedBatchSampler(DistributedBatchSampler):
 
     def __iter__(self):
         batches = self.global_batches()
-        self.target_tokens = self.target_lengths[batches].sum(
-            1,
-        )  # of each global batch of the epoch begun
+        # Of each global batch of the epoch that begins.
+        self.target_tokens = self.target_lengths[batches].sum(1)
         self.tokens = self.lengths[batches].sum(1)
         batches = batches.reshape([-1, self.batch_size])
         return iter(batches[self.local_rank :: self.nranks].tolist())
