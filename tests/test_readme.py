@@ -1,15 +1,21 @@
-"""Every command of the README, in its own words: only paths, what a machine without GPUs lacks, and the size change."""
+"""Run every command of the READMEs and of docs/: only paths, sizes and the number of cards change.
+
+A command stands in a ```bash block or, if it is short, between backquotes. ROWS knows it by its beginning.
+"""
 
 import json
 import os
 import re
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
 import time
 import urllib.request
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Callable
 
 import numpy as np
 import pytest
@@ -21,272 +27,332 @@ from helpers import (
     outcome,
     read_jsonl,
     repeats_ngram,
+    run,
     run_processes,
     small_data,
     tiny_glm,
 )
 
-README = (ROOT / "README.md").read_text(encoding="utf-8")
-ENGLISH, CHINESE = README.split("\n# 中文\n")
-IN_LINE = r"`((?:python|pip|visualdl|cat) [^`]+)`"  # short ones stand in the text
-COMMANDS = re.findall(r"```bash\n(.*?)```", ENGLISH, re.DOTALL) + [
-    f"{text}\n" for text in re.findall(IN_LINE, ENGLISH)
-]
-EIGHT = '--gpus "0,1,2,3,4,5,6,7" finetune_generation.py'
+from glm.arguments import parse_arguments
+
+NAMES = ("README.md", "README_zh.md", "docs/reference.md", "docs/benchmarks.md")
+TEXTS = {name: (ROOT / name).read_text(encoding="utf-8") for name in NAMES}
+SHORT = "--tgt_length 24 --src_length 160 --num_beams 2"
 
 
-def command(start, word=""):
-    """The one block of the README that starts so and has the word."""
-    (found,) = [block for block in COMMANDS if block.startswith(start) and word in block]
-    return found
+def find_commands(text):
+    """The commands of a markdown text, list of str, each on one line."""
+    blocks = re.findall(r"```bash\n(.*?)```", text, re.DOTALL)
+    lines = "".join(blocks).replace("\\\n", "").splitlines()
+    text = re.sub(r"```.*?```", "", text, flags=re.DOTALL)
+    return lines + re.findall(r"`((?:python|pip|visualdl|cat) [^`]+)`", text)
 
 
-def shell(text, folder, *replacements, add="", timeout=300):
-    """Run a block of the README with paths replaced, and what is needed to be quick added. Returns standard output."""
-    for old, new in replacements:
-        assert old in text
-        text = text.replace(old, str(new))
+def localise(command, folder):
+    """Replace the models, folders and cards that a test doesn't have by those in ``folder``, a Path."""
+    model = TINY_GLM
+    if cards := re.search(r'--gpus "([\d,]+)" finetune_generation.py', command):
+        processes = len(cards[1].split(","))
+        if processes == 8:
+            model = tiny_glm(folder / "model", num_attention_heads=8, hidden_size=64, num_layers=1)
+        worker = f"--nproc_per_node {processes} --log_dir {folder}/log tests/parallel_worker.py"
+        command = command.replace(cards[0], worker)
+    (folder / "data").mkdir()
+    data = small_data(folder / "data", train=12 if "--eval_steps 500" in command else 4, dev=3)
+    if "--do_train" in command and "--task_name" not in command:
+        command += f" --task_name {data}"
+    for old, new in {
+        "./my_data": data,
+        "tests/fixtures/make": f"{folder}/make",
+        "answers.jsonl": f"{folder}/answers.jsonl",
+        "--eval_steps 500 --save_steps 500": "--eval_steps 2 --save_steps 2",
+    }.items():
+        command = command.replace(old, new)
+    command = re.sub(r"(THUDM/|(?<=path )./checkpoints/glm-large-)\S+", str(model), command)
+    command = command.replace("path ./checkpoints", f"path {folder}")
+    return re.sub(r"--output_dir \S+", f"--output_dir {folder}/out", command)
+
+
+def run_in_shell(command, folder):
+    """Run a command at the root, with a pip that only looks whether its file exists. Returns what it prints."""
     binaries = folder / "bin"
-    binaries.mkdir(exist_ok=True)
+    binaries.mkdir()
     (binaries / "python").write_text(f'#!/bin/sh\nexec {shlex.quote(sys.executable)} "$@"\n')
-    (binaries / "pip").write_text(
-        '#!/bin/sh\ntest "$1 $2" = "install -r" && test -f "$3"\n'
-    )  # .ci/run does install it
+    (binaries / "pip").write_text('#!/bin/sh\ntest "$1 $2" = "install -r" && test -f "$3"\n')
     for path in binaries.iterdir():
         path.chmod(0o755)
-    env = {**os.environ, "PATH": f"{binaries}:{os.environ['PATH']}"}
-    script = f"set -e\n{text.rstrip()} {add}\n"
+    env = {**os.environ, "PATH": f"{binaries}:{os.environ['PATH']}", "PYTHONPATH": str(ROOT)}
     result = subprocess.run(
-        ["bash", "-c", script], cwd=ROOT, env=env, capture_output=True, text=True, timeout=timeout
+        ["bash", "-c", command], cwd=ROOT, env=env, capture_output=True, text=True, timeout=300
     )
     assert result.returncode == 0, result.stderr[-3000:]
     return result.stdout
 
 
-SHORT = "--tgt_length 24 --src_length 160 --num_beams 2"
-MODEL = ("--model_name_or_path THUDM/glm-large-chinese", f"--model_name_or_path {TINY_GLM}")
-OUTPUT = "./checkpoints/glm-large-chinese"
-
-
-def test_both_languages_have_the_same_commands_and_sections():
-    assert len(README.splitlines()) < 420
-    lines = [line for block in COMMANDS for line in block.replace("\\\n", "").splitlines()]
-    assert sorted(lines) == sorted(re.findall(IN_LINE, CHINESE))
-    assert len(re.findall(r"^##+ ", ENGLISH, re.M)) == len(re.findall(r"^##+ ", CHINESE, re.M))
-    for title in ("which-stack", "memory", "speed", "parameters"):  # tables that stand once
-        assert f"(#{title})" in CHINESE
-
-
-def test_every_command_is_run_here():
-    here = open(__file__, encoding="utf-8").read()
-    starts = re.findall(r"command\(\n?\s*[\"'](.*?)[\"'](?:, \"(.*?)\")?\)", here)
-    for block in COMMANDS:
-        assert sum(block.startswith(start) and word in block for start, word in starts) == 1, block
-
-
-def test_install_and_demo(tmp_path):
-    text = command("pip install -r requirements.txt && python finetune_generation.py")
-    shell(
-        text, tmp_path, add=f"--output_dir {tmp_path}/demo --max_steps 20 --eval_steps 10 --logging_steps 5"
+def serve_curves(command, folder):
+    """Ask VisualDL's server for the curves of a short run."""
+    data = small_data(folder / "data", train=4, dev=2)
+    run("--model_name_or_path", TINY_GLM, "--task_name", data, "--output_dir", folder / "out",
+        *SHORT.split(), "--min_tgt_length", 0, "--do_train", "--max_steps", 2, "--logging_steps", 1)  # fmt: skip
+    program, flag, logs = shlex.split(command)
+    logs, port = logs.replace("./checkpoints/glm-large-chinese", f"{folder}/out"), free_port()
+    server = subprocess.Popen(
+        [Path(sys.executable).parent / program, flag, logs, "--port", str(port)],
+        start_new_session=True,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
     )
-    assert len(read_jsonl(tmp_path / "demo/eval_predictions.jsonl")) == 60
-    shell(command("python tests/fixtures/plot_demo.py"), (tmp_path / "demo"),
-          add=f"{tmp_path}/demo/trainer_state.json {tmp_path}/curves.png")  # fmt: skip
-    assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
-
-
-def test_ones_own_records(tmp_path):
-    text = command("python finetune_generation.py --model_name_or_path THUDM/glm-large-chinese --task_name")
-    data = small_data(tmp_path, train=4, dev=3)
-    shell(
-        text,
-        tmp_path,
-        MODEL,
-        ("./my_data", data),
-        ("./my_model", tmp_path / "out"),
-        add=f"{SHORT} --max_steps 2",
-    )
-    assert len(read_jsonl(tmp_path / "out/eval_predictions.jsonl")) == 3
-    assert (tmp_path / "out/model_state.pdparams").exists()
-
-
-def test_the_other_stack_and_the_card(tmp_path):
-    text = command("pip install -r requirements-paddle3.txt && python finetune_generation.py")
-    shell(
-        text,
-        tmp_path,
-        add=f"--output_dir {tmp_path}/demo --max_steps 2 --evaluation_strategy no --do_predict False",
-    )
-    assert len(read_jsonl(tmp_path / "demo/eval_predictions.jsonl")) == 60
-    printed = shell(command('python -c "import paddle; print(paddle.device.get_device())'), tmp_path)
-    assert printed.splitlines()[0] == "cpu" and "PaddlePaddle is installed successfully" in printed
-
-
-def test_the_tests(tmp_path):
-    shell(
-        command("pip install -r tests/requirements.txt && python -m pytest"),
-        tmp_path,
-        add="--collect-only -q",
-    )
-
-
-def test_the_single_card_command_and_its_curves(tmp_path):
-    data = small_data(tmp_path, train=4, dev=3)
-    shell(command("python finetune_generation.py --model_name_or_path THUDM/glm-large-chinese --num_train_epochs"),
-          tmp_path, MODEL, (OUTPUT, tmp_path / "out"), add=f"--task_name {data}")  # fmt: skip
-    state = json.loads((tmp_path / "out/trainer_state.json").read_text())
-    assert state["max_steps"] == 8
-    rates = [row["learning_rate"] for row in state["log_history"] if "learning_rate" in row]
-    assert rates[-1] == pytest.approx(3e-6)  # lr_decay_ratio of the peak
-    rows = read_jsonl(tmp_path / "out/eval_predictions.jsonl")
-    assert len(rows) == 3
-    for row in rows:
-        assert 55 <= len(row["token_ids"]) <= 160 and not repeats_ngram(row["token_ids"], 3)
-
-    port = free_port()
-    text = command("visualdl --logdir").replace(OUTPUT, str(tmp_path / "out"))
-    open_url = urllib.request.build_opener(urllib.request.ProxyHandler({})).open
-    server = subprocess.Popen([Path(sys.executable).parent / "visualdl", *shlex.split(text)[1:], "--port", str(port)],
-                              start_new_session=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)  # fmt: skip
+    fetch = urllib.request.build_opener(urllib.request.ProxyHandler({})).open
     try:
         for _ in range(60):
             time.sleep(0.5)
             try:
-                request = urllib.request.Request(
-                    f"http://127.0.0.1:{port}/app/index", headers={"Accept-Language": "en"}
-                )
-                page = open_url(request, timeout=5).read()
+                tags = fetch(f"http://127.0.0.1:{port}/app/api/scalar/tags", timeout=5).read()
                 break
             except OSError:
                 assert server.poll() is None
-        assert b"VisualDL" in page
-        tags = open_url(f"http://127.0.0.1:{port}/app/api/scalar/tags", timeout=5).read()
         assert b"train/loss" in tags
     finally:
         os.killpg(server.pid, signal.SIGKILL)
         server.wait()
 
 
-def test_the_8_card_command(tmp_path):
-    """Over 8 CPU processes, on a tiny model with 8 heads."""
-    model = tiny_glm(tmp_path / "model", num_attention_heads=8, hidden_size=64, num_layers=1)
-    data = small_data(tmp_path, train=2, dev=2)
-    text = command('python -m paddle.distributed.launch --gpus "0,1,2', "glm-large")
-    shell(text, tmp_path, (MODEL[0], f"--model_name_or_path {model}"),
-          (OUTPUT, tmp_path / "out"), (EIGHT, f"--nproc_per_node 8 --log_dir {tmp_path} tests/parallel_worker.py"),
-          add=f"--task_name {data}")  # fmt: skip
-    rows = read_jsonl(tmp_path / "out/eval_predictions.jsonl")
-    assert len(rows) == 2 and all(55 <= len(row["token_ids"]) <= 160 for row in rows)
-    assert (tmp_path / "out/model_state.pdparams").exists()
-
-
-def test_the_10b_commands_and_merging(tmp_path):
-    """On CPU processes: an adapter on two, all weights on eight, each in half precision for a card; then the merge."""
-    model = tiny_glm(tmp_path / "model", num_attention_heads=8, hidden_size=64, num_layers=1)
-    data, out = small_data(tmp_path, train=4, dev=2), tmp_path / "lora"
-    large = ("--model_name_or_path THUDM/glm-10b-chinese", f"--model_name_or_path {model}")
-    small = f"--task_name {data} --max_steps 2 {SHORT}"
-    text = command('python -m paddle.distributed.launch --gpus "0,1" ')
-    two = (
-        '--gpus "0,1" finetune_generation.py',
-        f"--nproc_per_node 2 --log_dir {tmp_path} tests/parallel_worker.py",
-    )
-    shell(text, tmp_path, large, ("./checkpoints/glm-10b-lora", out), two, add=small)
-    assert (out / "lora_model_state.pdparams").exists() and not (out / "model_state.pdparams").exists()
-    expected = [row["token_ids"] for row in read_jsonl(out / "eval_predictions.jsonl")]
-    text = command('python -m paddle.distributed.launch --gpus "0,1,2', "glm-10b")
-    eight = (EIGHT, f"--nproc_per_node 8 --log_dir {tmp_path} tests/parallel_worker.py")
-    shell(
-        text,
-        tmp_path,
-        large,
-        ("./checkpoints/glm-10b ", f"{tmp_path}/full "),
-        eight,
-        add=f"{small} --do_eval False",
-    )
-    assert (tmp_path / "full/model_state.pdparams").exists()
-    text = command(
-        "python finetune_generation.py --model_name_or_path ./checkpoints/glm-10b-lora --merge_lora"
-    )
-    shell(text, tmp_path, ("./checkpoints/glm-10b-lora", out), ("./checkpoints/glm-10b-merged", tmp_path / "merged"),
-          add=f"--task_name {data} --do_eval --min_tgt_length 0 {SHORT}")  # fmt: skip
-    assert [row["token_ids"] for row in read_jsonl(tmp_path / "merged/eval_predictions.jsonl")] == expected
-    assert (tmp_path / "merged/model_state.pdparams").exists()
-
-
-def test_two_machines(tmp_path):
-    """Two launchers on the loopback, of one process each, against one process."""
-    data, out = small_data(tmp_path, train=26, dev=7), tmp_path / "out"
-    text = command("python -m paddle.distributed.launch --master").replace("\\\n", "")
-    assert "--tensor_parallel_degree 8" in text and "--rank 0" in text and EIGHT in text
-    flags = [*COMMON, "--per_device_train_batch_size", 2, "--task_name", data]
-    text = text.replace(EIGHT, "--nproc_per_node 1 --log_dir LOG tests/parallel_worker.py").replace(*MODEL)
-    text = text.replace("--tensor_parallel_degree 8", "").replace(OUTPUT, str(out))
-    text = text.replace("FIRST_MACHINE:8090", f"127.0.0.1:{free_port()}")
-    nodes = [text, text.replace("--rank 0", "--rank 1")]
-    commands = [
-        [*shlex.split(node.replace("python", sys.executable, 1).replace("LOG", f"{tmp_path}/log{i}")), *flags]
-        for i, node in enumerate(nodes)
+def start_two_machines(command, folder):
+    """Start two launchers on the loopback, of one process each, beside a run of one process."""
+    flags = [*COMMON, "--per_device_train_batch_size", 2]
+    command = command.replace("--nproc_per_node 8", "--nproc_per_node 1")
+    command = command.replace("--tensor_parallel_degree 8", "").replace(f"{folder}/model", str(TINY_GLM))
+    command = command.replace("FIRST_MACHINE:8090", f"127.0.0.1:{free_port()}")
+    nodes = [
+        command.replace("--rank 0", f"--rank {rank}").replace(f"{folder}/log", f"{folder}/log{rank}")
+        for rank in range(2)
     ]
-    codes, outputs = run_processes(commands)
+    codes, outputs = run_processes([[sys.executable, *shlex.split(node)[1:], *flags] for node in nodes])
     assert codes == [0, 0], outputs
-    one = [sys.executable, "finetune_generation.py", "--model_name_or_path", TINY_GLM, *COMMON, "--task_name", data,
-           "--output_dir", tmp_path / "one", "--per_device_train_batch_size", 4]  # fmt: skip
-    assert run_processes([one])[0] == [0]
-    losses, predictions, _ = outcome(out)
-    expected = outcome(tmp_path / "one")
+    run("--model_name_or_path", TINY_GLM, *COMMON, "--task_name", folder / "data",
+        "--output_dir", folder / "one", "--per_device_train_batch_size", 4)  # fmt: skip
+    losses, predictions, _ = outcome(folder / "out")
+    expected = outcome(folder / "one")
     np.testing.assert_allclose(losses, expected[0], atol=2e-4)
     assert predictions == expected[1]
 
 
-def test_evaluation_during_training_then_prediction_and_pipe(tmp_path):
-    out = tmp_path / "out"
-    (tmp_path / "data").mkdir()
-    data = small_data(tmp_path / "data")
-    text = command("python finetune_generation.py --model_name_or_path THUDM/glm-large-chinese --output_dir")
-    shell(text, tmp_path, MODEL, (OUTPUT, out), ("--eval_steps 500 --save_steps 500", "--eval_steps 2 --save_steps 2"),
-          add=f"--task_name {data} --max_steps 8 {SHORT} --learning_rate 1e-3")  # fmt: skip
-    assert 3 <= len(list(out.glob("checkpoint-*"))) <= 4
-    state = json.loads((out / "trainer_state.json").read_text())
+def merge(command, folder):
+    """Merge an adapter that two steps made: the whole model predicts what both predict together."""
+    flags = ["--task_name", folder / "data", *SHORT.split(), "--min_tgt_length", 0, "--do_eval"]
+    run("--model_name_or_path", TINY_GLM, "--lora", True, "--do_train", "--max_steps", 2,
+        "--output_dir", folder / "glm-10b-lora", *flags)  # fmt: skip
+    run_in_shell(f"{command} {' '.join(map(str, flags))}", folder)
+    assert (folder / "out/model_state.pdparams").exists()
+    expected, merged = (
+        [row["token_ids"] for row in read_jsonl(folder / name / "eval_predictions.jsonl")]
+        for name in ("glm-10b-lora", "out")
+    )
+    assert merged == expected
+
+
+def make_fixtures(command, folder):
+    """Make them beside a copy of their script: they are those of tests/fixtures."""
+    fixtures = ROOT / "tests/fixtures"
+    for path in fixtures.glob("make_*.py"):
+        shutil.copy(path, folder)
+    if "tiny_glm" in command:
+        shutil.copytree(fixtures / "dureader_qg_mini", folder / "dureader_qg_mini")
+    run_in_shell(command, folder)
+    name = re.search(r"make_(\w+)\.py", command)[1].replace("tiny_glm", "tiny-glm")
+    for path in (fixtures / name).iterdir():
+        if path.suffix != ".json" or "tiny" not in name:  # config.json names PaddleNLP's version
+            assert path.read_bytes() == (folder / name / path.name).read_bytes()
+
+
+def predictions(count, split="eval", shortest=0):
+    def check(folder, printed):
+        rows = read_jsonl(folder / f"out/{split}_predictions.jsonl")
+        assert len(rows) == count
+        assert all(shortest <= len(row["token_ids"]) <= 160 for row in rows)
+        return rows
+
+    return check
+
+
+def whole_model(count, **limits):
+    def check(folder, printed):
+        assert (folder / "out/model_state.pdparams").exists()
+        predictions(count, **limits)(folder, printed)
+
+    return check
+
+
+def single_card(folder, printed):
+    rows = predictions(3, shortest=55)(folder, printed)
+    assert not any(repeats_ngram(row["token_ids"], 3) for row in rows)
+    state = json.loads((folder / "out/trainer_state.json").read_text())
+    rates = [row["learning_rate"] for row in state["log_history"] if "learning_rate" in row]
+    assert state["max_steps"] == 8
+    assert rates[-1] == pytest.approx(3e-6)  # lr_decay_ratio of the peak
+
+
+def evaluated_in_training(folder, printed):
+    assert 3 <= len(list(folder.glob("out/checkpoint-*"))) <= 4
+    state = json.loads((folder / "out/trainer_state.json").read_text())
     scores = [row["eval_rougel"] for row in state["log_history"] if "eval_rougel" in row]
     assert len(scores) == 4 and state["best_metric"] == max(scores)
 
-    replaced = [(OUTPUT, out), ("./my_data", data)]
-    shell(command("python finetune_generation.py --model_name_or_path ./checkpoints/glm-large-chinese --task_name"),
-          tmp_path, *replaced, ("./predictions", tmp_path / "predictions"), add=SHORT)  # fmt: skip
-    predictions = read_jsonl(tmp_path / "predictions/test_predictions.jsonl")
-    shell(command("cat ./my_data/test.json | python finetune_generation.py"), tmp_path, *replaced,
-          ("--predict_file -", f"{SHORT} --predict_file -"), ("answers.jsonl", tmp_path / "answers.jsonl"))  # fmt: skip
-    answers = read_jsonl(tmp_path / "answers.jsonl")
-    assert [row["token_ids"] for row in answers] == [row["token_ids"] for row in predictions] and len(
-        answers
-    ) == 3
+
+def adapter(folder, printed):
+    assert (folder / "out/lora_model_state.pdparams").exists()
+    assert not (folder / "out/model_state.pdparams").exists()
+    predictions(3)(folder, printed)
 
 
-def test_memory(tmp_path):
-    """The table is the README's; test_lora runs the check of each setting."""
-    lines = command("python tests/benchmarks/memory.py").splitlines()
-    assert [line.split()[1:] for line in lines] == [
-        ["tests/benchmarks/memory.py"],
-        ["tests/benchmarks/memory.py", "--check"],
-    ]
-    assert shell(lines[0], tmp_path).strip() in ENGLISH  # every figure of it
+def piped(folder, printed):
+    assert [bool(row["token_ids"]) for row in read_jsonl(folder / "answers.jsonl")] == [True] * 3
 
 
-def test_benchmarks(tmp_path):
-    """Each at a small size: what they print, not how long they take."""
-    lines = command("python tests/benchmarks/decode.py").splitlines()
-    assert [line.split()[1:] for line in lines] == [
-        ["tests/benchmarks/decode.py"],
-        ["tests/benchmarks/decode.py", "--layers", "24"],
-        ["tests/benchmarks/decode.py", "--growth"],
-        ["tests/benchmarks/train.py"],
-    ]
-    for line, small, words in [
-        (lines[0], "--tokens 4 --source 64 --peer_tokens 3 --batch_size 1 --beams 2",
-         ["PaddleNLP generate()", "ratio", "ours / products"]),
-        (lines[2], "--tokens 2 --source 64", ["source cache MB"]),
-        (lines[3], "--records 2 --batch_size 1 --peer_steps 1", ["PaddleNLP's recipe", "ratio", "products / ours"]),
-    ]:  # fmt: skip
-        printed = shell(line, tmp_path, add=f"--layers 1 --width 64 {small}")
-        assert all(word in printed for word in words)
+def memory_tables(folder, printed):
+    """Every figure of the memory tables is printed."""
+    first, second = printed.strip().split("\n\n")
+    for name in ("README.md", "README_zh.md", "docs/benchmarks.md"):
+        assert first in TEXTS[name]
+    assert second in TEXTS["docs/benchmarks.md"]
+
+
+def prints(*words):
+    def check(folder, printed):
+        assert all(word in printed for word in words), printed
+
+    return check
+
+
+@dataclass
+class Row:
+    """How a command that begins with ``start`` is run: what is added to it, and what has to come of it.
+
+    ``run(command, folder)`` returns what is printed, and ``check(folder, printed)`` looks at it.
+    """
+
+    start: str
+    add: str = ""
+    check: Callable = lambda folder, printed: None
+    run: Callable = run_in_shell
+    slow: bool = True
+
+
+SCRIPT, LAUNCH = "python finetune_generation.py", "python -m paddle.distributed.launch"
+LARGE, CARDS = "--model_name_or_path THUDM/glm-large-chinese", '--gpus "0,1,2,3,4,5,6,7"'
+DEMO = f"{SCRIPT} tests/fixtures/demo.json"
+SMALL = f"{SHORT} --max_steps 2"
+TINY = "--layers 1 --width 64"
+DECODE = f"{TINY} --tokens 4 --source 64"
+ONE_BATCH = "--batch_size 1 --beams 2 --peer_tokens 3"
+ROWS = [
+    Row("pip install -r requirements.txt", slow=False),
+    Row("pip install -r tests/requirements.txt && python -m pytest", "--collect-only -q"),
+    Row(
+        "pip install -r requirements-paddle3.txt",
+        "--output_dir out --max_steps 2 --evaluation_strategy no --do_predict False",
+        predictions(60),
+    ),
+    Row('python -c "import paddle', check=prints("cpu\n", "PaddlePaddle is installed successfully")),
+    Row(f"{SCRIPT} --help", check=prints("--num_return_sequences", "--tensor_parallel_degree"), slow=False),
+    Row(DEMO, "--output_dir out --max_steps 20 --eval_steps 10 --logging_steps 5", predictions(60)),
+    Row(f"{SCRIPT} {LARGE} --task_name", SMALL, whole_model(3), slow=False),
+    Row(f"{SCRIPT} {LARGE} --num_train_epochs", check=single_card),
+    Row(
+        f"{SCRIPT} {LARGE} --output_dir", f"{SHORT} --max_steps 8 --learning_rate 1e-3", evaluated_in_training
+    ),
+    Row(f"{SCRIPT} --model_name_or_path ./checkpoints/glm-large", SHORT, predictions(3, "test"), slow=False),
+    Row("cat ./my_data/test.json", check=piped, slow=False),
+    Row(f"{SCRIPT} --model_name_or_path ./checkpoints/glm-10b-lora --merge_lora", run=merge),
+    Row(f"{LAUNCH} {CARDS} finetune_generation.py {LARGE}", check=whole_model(3, shortest=55)),
+    Row(f'{LAUNCH} --gpus "0,1" ', SMALL, adapter),
+    Row(f"{LAUNCH} {CARDS} finetune_generation.py --model_name_or_path THUDM/glm-10b", SMALL, whole_model(3)),
+    Row(f"{LAUNCH} --master", run=start_two_machines),
+    Row("visualdl --logdir", run=serve_curves),
+    Row("python tests/benchmarks/memory.py", check=memory_tables, slow=False),
+    Row(
+        "python tests/benchmarks/memory.py --check",
+        f"{TINY} --source 32 --target 16",
+        prints("ratio", "evaluate"),
+    ),
+    Row(
+        "python tests/benchmarks/decode.py",
+        f"{DECODE} {ONE_BATCH}",
+        prints("PaddleNLP generate()", "ours / products"),
+    ),
+    Row("python tests/benchmarks/decode.py --growth", DECODE, prints("source cache MB")),
+    Row(
+        "python tests/benchmarks/train.py",
+        f"{TINY} --records 2 --batch_size 1 --peer_steps 1",
+        prints("PaddleNLP's recipe", "products / ours"),
+    ),
+    Row("python tests/fixtures/make_", run=make_fixtures),
+]
+COMMANDS = list(dict.fromkeys(command for text in TEXTS.values() for command in find_commands(text)))
+
+
+def find_row(command):
+    """The row with the longest beginning of the command, or None."""
+    rows = [row for row in ROWS if command.startswith(row.start)]
+    return max(rows, key=lambda row: len(row.start), default=None)
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        pytest.param(command, marks=pytest.mark.slow if (row := find_row(command)) and row.slow else ())
+        for command in COMMANDS
+    ],
+)
+def test_command(command, tmp_path):
+    row = find_row(command)
+    assert row, "no row of ROWS knows this command"
+    command = localise(f"{command} {row.add}".rstrip(), tmp_path)
+    if "predict_file -" in command:
+        command = command.replace("--predict_file", f"{SHORT} --predict_file")
+    printed = row.run(command, tmp_path)
+    row.check(tmp_path, printed)
+
+
+def test_each_row_has_a_command():
+    assert {row.start for row in ROWS} == {find_row(command).start for command in COMMANDS}
+
+
+def test_both_languages_have_the_same_commands():
+    assert find_commands(TEXTS["README.md"]) == find_commands(TEXTS["README_zh.md"])
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_links(name):
+    for path, anchor in re.findall(r"\]\((?!https?://)([^)#]*)(?:#([^)]*))?\)", TEXTS[name]):
+        target = (ROOT / name).parent / path if path else ROOT / name
+        assert target.exists(), path
+        titles = re.findall(r"^#+ (.*)", target.read_text(encoding="utf-8"), re.M) if anchor else []
+        assert not anchor or anchor in [re.sub(r"[^\w -]", "", t).lower().replace(" ", "-") for t in titles]
+
+
+@pytest.mark.parametrize("name", ["README.md", "README_zh.md"])
+def test_the_folder_is_shown_as_it_is(name):
+    shown = set(re.findall(r"^((?:glm/)?\w+\.py) ", TEXTS[name], re.M))
+    files = {str(path.relative_to(ROOT)) for path in [*ROOT.glob("*.py"), *ROOT.glob("glm/[!_]*.py")]}
+    assert shown == files
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_flag_is_one(name, capsys, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["finetune_generation.py", "--help"])
+    with pytest.raises(SystemExit):
+        parse_arguments()
+    known = set(re.findall(r"--\w+", capsys.readouterr().out))
+    others = {
+        "--gpus",
+        "--master",
+        "--nnodes",
+        "--rank",
+        "--logdir",
+        "--check",
+        "--layers",
+        "--growth",
+        "--help",
+    }
+    assert set(re.findall(r"(?<![\w-])--[a-z]\w+", TEXTS[name])) <= known | others
