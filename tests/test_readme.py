@@ -38,6 +38,7 @@ from glm.arguments import parse_arguments
 NAMES = ("README.md", "README_zh.md", "docs/reference.md", "docs/benchmarks.md")
 TEXTS = {name: (ROOT / name).read_text(encoding="utf-8") for name in NAMES}
 SHORT = "--tgt_length 24 --src_length 160 --num_beams 2"
+SMALL = f"{SHORT} --min_tgt_length 0 --max_steps 2"
 
 
 def find_commands(text):
@@ -74,7 +75,7 @@ def localise(command, folder):
 
 
 def run_in_shell(command, folder):
-    """Run a command at the root, with a pip that only looks whether its file exists. Returns what it prints."""
+    """Run a command at the root; pip only looks whether its file is there. Returns what is printed."""
     binaries = folder / "bin"
     binaries.mkdir()
     (binaries / "python").write_text(f'#!/bin/sh\nexec {shlex.quote(sys.executable)} "$@"\n')
@@ -89,11 +90,22 @@ def run_in_shell(command, folder):
     return result.stdout
 
 
+def train_two_steps(folder, output, *flags):
+    """Train tiny-glm on the records of ``folder``/data, with the results in ``folder``/``output``."""
+    paths = [
+        "--model_name_or_path",
+        TINY_GLM,
+        "--task_name",
+        folder / "data",
+        "--output_dir",
+        folder / output,
+    ]
+    run(*paths, *SMALL.split(), "--logging_steps", 1, "--do_train", "--do_eval", *flags)
+
+
 def serve_curves(command, folder):
     """Ask VisualDL's server for the curves of a short run."""
-    data = small_data(folder / "data", train=4, dev=2)
-    run("--model_name_or_path", TINY_GLM, "--task_name", data, "--output_dir", folder / "out",
-        *SHORT.split(), "--min_tgt_length", 0, "--do_train", "--max_steps", 2, "--logging_steps", 1)  # fmt: skip
+    train_two_steps(folder, "out")
     program, flag, logs = shlex.split(command)
     logs, port = logs.replace("./checkpoints/glm-large-chinese", f"{folder}/out"), free_port()
     server = subprocess.Popen(
@@ -129,8 +141,8 @@ def start_two_machines(command, folder):
     ]
     codes, outputs = run_processes([[sys.executable, *shlex.split(node)[1:], *flags] for node in nodes])
     assert codes == [0, 0], outputs
-    run("--model_name_or_path", TINY_GLM, *COMMON, "--task_name", folder / "data",
-        "--output_dir", folder / "one", "--per_device_train_batch_size", 4)  # fmt: skip
+    paths = ["--model_name_or_path", TINY_GLM, "--task_name", folder / "data", "--output_dir", folder / "one"]
+    run(*paths, *COMMON, "--per_device_train_batch_size", 4)
     losses, predictions, _ = outcome(folder / "out")
     expected = outcome(folder / "one")
     np.testing.assert_allclose(losses, expected[0], atol=2e-4)
@@ -139,10 +151,8 @@ def start_two_machines(command, folder):
 
 def merge(command, folder):
     """Merge an adapter that two steps made: the whole model predicts what both predict together."""
-    flags = ["--task_name", folder / "data", *SHORT.split(), "--min_tgt_length", 0, "--do_eval"]
-    run("--model_name_or_path", TINY_GLM, "--lora", True, "--do_train", "--max_steps", 2,
-        "--output_dir", folder / "glm-10b-lora", *flags)  # fmt: skip
-    run_in_shell(f"{command} {' '.join(map(str, flags))}", folder)
+    train_two_steps(folder, "glm-10b-lora", "--lora", True)
+    run_in_shell(f"{command} --task_name {folder}/data --do_eval {SHORT} --min_tgt_length 0", folder)
     assert (folder / "out/model_state.pdparams").exists()
     expected, merged = (
         [row["token_ids"] for row in read_jsonl(folder / name / "eval_predictions.jsonl")]
@@ -241,7 +251,6 @@ class Row:
 SCRIPT, LAUNCH = "python finetune_generation.py", "python -m paddle.distributed.launch"
 LARGE, CARDS = "--model_name_or_path THUDM/glm-large-chinese", '--gpus "0,1,2,3,4,5,6,7"'
 DEMO = f"{SCRIPT} tests/fixtures/demo.json"
-SMALL = f"{SHORT} --max_steps 2"
 TINY = "--layers 1 --width 64"
 DECODE = f"{TINY} --tokens 4 --source 64"
 ONE_BATCH = "--batch_size 1 --beams 2 --peer_tokens 3"
