@@ -23,7 +23,13 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 
 from data import DataCollator, build_dataset, parse_lines, read_in_batches, read_records
 from glm.arguments import parse_arguments
-from glm.checkpoints import check_output_dir, find_last_checkpoint, where_to_resume
+from glm.checkpoints import (
+    check_output_dir,
+    find_last_checkpoint,
+    finishing,
+    where_to_resume,
+    write_results,
+)
 from glm.checks import check_accumulation, check_config, check_tokenizer
 from glm.device import use_the_whole_cpu
 from glm.errors import Fault, InputError
@@ -124,26 +130,30 @@ def load_model(base, adapter, args):
 def train_and_evaluate(trainer, checkpoint, merge_lora, test_dataset):
     """Do what the arguments say, in this order, and write it. Returns the metrics, a dict."""
     args, results = trainer.args, {}
+    first = trainer.is_world_process_zero()
     if args.do_train:
         metrics = trainer.train(resume_from_checkpoint=checkpoint).metrics
-        with trainer.finishing():
-            trainer.save_model(merge_tensor_parallel=args.tensor_parallel_degree > 1)
-            if metrics:  # there are none if the checkpoint was of the last step
-                trainer.save_metrics("train", metrics)
-            trainer.save_state()
+        with finishing(args.output_dir) as folder:
+            trainer.save_model(str(folder), merge_tensor_parallel=args.tensor_parallel_degree > 1)
+            if first and metrics:  # there are none if the checkpoint was of the last step
+                write_results(folder, "train", metrics)
+            if first:
+                trainer.state.save_to_json(folder / "trainer_state.json")
         results.update(metrics)
     if merge_lora:
-        with trainer.finishing():
-            trainer.save_merged()
+        with finishing(args.output_dir) as folder:
+            trainer.save_merged(str(folder))
     if args.do_eval:
         metrics = trainer.evaluate()
-        with trainer.finishing():
-            trainer.save_metrics("eval", metrics)
+        with finishing(args.output_dir) as folder:
+            if first:
+                write_results(folder, "eval", metrics)
         results.update(metrics)
     if args.do_predict:
         metrics = trainer.predict(test_dataset).metrics
-        with trainer.finishing():
-            trainer.save_metrics("test", metrics)
+        with finishing(args.output_dir) as folder:
+            if first:
+                write_results(folder, "test", metrics)
         results.update(metrics)
     return results
 
@@ -259,8 +269,8 @@ def main():
         model_args, data_args, generation, args = parse_arguments()
         use_the_whole_cpu()
         if args.world_size > 1:
-            again = "the same command starts again"
-            peers = Peers(lambda: where_to_resume(args) if args.do_train else again)
+            resume, again = (args.output_dir, args.overwrite_output_dir), "the same command starts again"
+            peers = Peers(lambda: where_to_resume(*resume) if args.do_train else again)
         # On a terminal a log line goes above the bar that is there.
         terminal = sys.stderr.isatty()
         bars = logging_redirect_tqdm([logger.logger]) if terminal else contextlib.nullcontext()
@@ -278,7 +288,7 @@ def main():
     except Exception as error:
         if getattr(error, "errno", None) not in NO_ROOM:
             if peers:
-                peers.explain()
+                peers.wait_to_be_ended()
             raise
         code, told = 1, True
         message = (

@@ -7,7 +7,7 @@ import numpy as np
 import paddle
 import paddle.distributed as dist
 from paddle.distributed.fleet.meta_parallel import get_rng_state_tracker
-from paddlenlp.trainer.trainer_callback import TrainerCallback
+from paddlenlp.trainer.trainer_callback import EarlyStoppingCallback, TrainerCallback
 from paddlenlp.trainer.trainer_utils import IntervalStrategy
 from paddlenlp.utils.log import logger
 from tqdm import tqdm
@@ -21,12 +21,17 @@ ADVICE = "lower --learning_rate, or look at the data of that step"
 
 
 class TrainingProgress(TrainerCallback):
-    """A bar with loss and samples/s on a terminal; elsewhere a line for each log."""
+    """Shows a bar with loss and samples/s on a terminal; elsewhere a line for each log."""
 
     def on_train_begin(self, args, state, control, **kwargs):
-        disable = args.disable_tqdm or not state.is_world_process_zero
-        steps = {"total": state.max_steps, "initial": state.global_step, "unit": "step"}
-        self.bar = tqdm(desc="train", disable=disable, dynamic_ncols=True, **steps)
+        self.bar = tqdm(
+            desc="train",
+            total=state.max_steps,
+            initial=state.global_step,
+            unit="step",
+            disable=args.disable_tqdm or not state.is_world_process_zero,
+            dynamic_ncols=True,
+        )
 
     def on_step_end(self, args, state, control, **kwargs):
         self.bar.update(state.global_step - self.bar.n)
@@ -34,33 +39,38 @@ class TrainingProgress(TrainerCallback):
     def on_log(self, args, state, control, logs=None, **kwargs):
         if "loss" not in logs or not state.is_world_process_zero:
             return
-        rate = f"{logs['interval_samples_per_second']:.2f} samples/s"
+        loss, rate = f"loss {logs['loss']:.4f}", f"{logs['interval_samples_per_second']:.2f} samples/s"
         if self.bar.disable:
-            learning_rate = f"learning rate {logs['learning_rate']:.3g}"
-            logger.train(
-                f"step {state.global_step}/{state.max_steps}: loss {logs['loss']:.4f}, {learning_rate}, {rate}"
-            )
+            step = f"step {state.global_step}/{state.max_steps}"
+            logger.train(f"{step}: {loss}, learning rate {logs['learning_rate']:.3g}, {rate}")
         else:
-            self.bar.set_postfix_str(f"loss {logs['loss']:.4f}, {rate}")
+            self.bar.set_postfix_str(f"{loss}, {rate}")
 
     def on_train_end(self, args, state, control, **kwargs):
         self.bar.close()
 
 
-class SeedEachStep(TrainerCallback):
-    """Each step draws from generators that are seeded by --seed and its number, so that a resumed run draws alike.
+class EarlyStopping(EarlyStoppingCallback):
+    """Ends training after ``patience`` evaluations in a row that were no better than the best."""
 
-    A checkpoint can't hold the generators' states: pickling loses that of Paddle's generator on a CPU.
+    def on_train_begin(self, args, state, control, **kwargs):
+        """Nothing: PaddleNLP's wants load_best_model_at_end, which GLMTrainer does itself."""
+
+
+class SeedEachStep(TrainerCallback):
+    """Seeds all generators at each step by --seed and its number, so that a resumed run draws alike.
+
+    A checkpoint can't hold the generators' states: pickling loses that of Paddle's generator on
+    a CPU.
     """
 
     def on_step_begin(self, args, state, control, **kwargs):
-        seed = (
-            int(np.random.default_rng([args.seed, state.global_step, args.dataset_rank]).integers(2**40))
-            * 1024
-        )
+        rng = np.random.default_rng([args.seed, state.global_step, args.dataset_rank])
+        seed = int(rng.integers(2**40)) * 1024
         tracker = get_rng_state_tracker()
         tracker.reset()
-        # Alike on all processes of tensor parallelism, but for the last, which drops in heads that are split over them.
+        # The processes of tensor parallelism draw alike, but for what is dropped in the heads that
+        # are split over them.
         tracker.add("embedding_seed", seed + 1)
         tracker.add("global_seed", seed + 2)
         tracker.add("local_seed", seed + 3 + max(args.tensor_parallel_rank, 0))
@@ -68,15 +78,16 @@ class SeedEachStep(TrainerCallback):
 
 
 class StopBySignal(TrainerCallback):
-    """SIGINT and SIGTERM end training within a step, of several processes within two, with a checkpoint of it.
+    """Ends training by SIGINT or SIGTERM within a step, with a checkpoint of it.
 
-    At once where evaluation takes long, or by a second signal.
+    Several processes take a second step, in which they agree on it. A second signal, or one in
+    evaluation, which may take long, ends the run at once.
     """
 
-    number = None  # of the signal that training is to end by, the same on all processes
-    received = 0  # the number that this process has got
-    asked = None  # the largest that any has got, being exchanged since the step before
-    previous = None  # the handlers before training began
+    signal_number = None  # of the signal that training is to end by, the same on all processes
+    received = 0  # the number of the signal that this process has got
+    pending_exchange = None  # of the largest number received, begun the step before
+    handlers_before = None  # those before training began
 
     def on_train_begin(self, args, state, control, model=None, **kwargs):
         self.received, first = 0, time.monotonic()
@@ -90,62 +101,70 @@ class StopBySignal(TrainerCallback):
                 self.stop(number, args, state)
             self.received, first = number, time.monotonic()
 
-        self.previous = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
+        numbers = (signal.SIGINT, signal.SIGTERM)
+        self.handlers_before = {number: signal.signal(number, note) for number in numbers}
 
-    def agree(self, args):
-        """Let ``number`` be what any process had got when this was called last, and ask what they have got now."""
-        if args.world_size == 1:
-            self.number = self.received or None
+    def exchange(self, world_size):
+        """Take the largest number that any process had received a call ago, and send this one's.
+
+        The answer to what is sent now is taken at the next call, so that no step waits for it.
+        """
+        if world_size == 1:
+            self.signal_number = self.received or None
             return
-        if self.asked is not None:
-            exchange, numbers = self.asked
-            exchange.wait()
-            self.number = numbers.item() or None
-        numbers = paddle.to_tensor(self.received)
-        self.asked = dist.all_reduce(numbers, dist.ReduceOp.MAX, sync_op=False), numbers
+        if self.pending_exchange is not None:
+            self.pending_exchange.wait()
+            self.signal_number = self.largest.item() or None
+        self.largest = paddle.to_tensor(self.received)
+        self.pending_exchange = dist.all_reduce(self.largest, dist.ReduceOp.MAX, sync_op=False)
 
     def on_optimizer_end(self, args, state, control, **kwargs):
-        self.agree(args)  # where a GradScaler has just waited for the device, which this then need not do
-        if self.number is not None:  # before on_step_end, where others act on what is to be saved
+        # Here a GradScaler has just waited for the device, so that this need not.
+        self.exchange(args.world_size)
+        if self.signal_number is not None:  # before the others' on_step_end, where they look at should_save
             control.should_save = args.save_strategy != IntervalStrategy.NO
 
     def on_step_end(self, args, state, control, **kwargs):
-        if self.number is not None:
+        if self.signal_number is not None:
             control.should_evaluate = False
             if args.save_strategy == IntervalStrategy.NO:
-                self.stop(self.number, args, state)
+                self.stop(self.signal_number, args, state)
 
     def on_save(self, args, state, control, **kwargs):
-        if self.number is not None:
-            self.stop(self.number, args, state)
+        if self.signal_number is not None:
+            self.stop(self.signal_number, args, state)
 
     def on_train_end(self, args, state, control, **kwargs):
-        for _ in range(2):  # what was asked before, and what is asked now
-            self.agree(args)
+        for _ in range(2):  # what was sent before, and what is sent now
+            self.exchange(args.world_size)
         self.on_save(args, state, control)
-        for number, handler in self.previous.items():
+        for number, handler in self.handlers_before.items():
             signal.signal(number, handler)
 
     @staticmethod
     def stop(number, args, state):
-        name = signal.Signals(number).name
-        raise Fault(f"stopped by {name} at step {state.global_step}: {where_to_resume(args)}", 128 + number)
+        """Raise the Fault that ends the run by the signal ``number``."""
+        stopped = f"stopped by {signal.Signals(number).name} at step {state.global_step}"
+        resume = where_to_resume(args.output_dir, args.overwrite_output_dir)
+        raise Fault(f"{stopped}: {resume}", 128 + number)
 
 
 class Gradients(TrainerCallback):
-    """Gradients give their memory back after each step; in half precision, by default, they are used in float32.
+    """Frees the gradients after each step, and makes them float32 before they are used, if ``master``.
 
-    In float16 what is small would vanish when it is unscaled, and a squared norm past 65504 overflow, so that clipping
-    makes the update zero.
+    In float16 small gradients would vanish when they are unscaled, and a squared norm past 65504
+    would overflow, so that clipping makes the update zero.
     """
 
     def __init__(self, master):
-        self.master = master  # whether they become float32 before they are unscaled, clipped and used
+        self.master = master
 
     def on_optimizer_begin(self, args, state, control, model=None, **kwargs):
         if self.master:
-            # What paddle.amp.decorate(master_grad=True) does after a backward pass, of which recompute has many.
-            paddle.base.core.eager.set_master_grads([p for p in model.parameters() if p.grad is not None])
+            # As paddle.amp.decorate(master_grad=True) does after a backward pass, of which
+            # recompute has many.
+            parameters = [weight for weight in model.parameters() if weight.grad is not None]
+            paddle.base.core.eager.set_master_grads(parameters)
 
     def on_step_end(self, args, state, control, model=None, **kwargs):
         for weight in model.parameters():  # the Trainer has only filled them with zeros
@@ -153,14 +172,14 @@ class Gradients(TrainerCallback):
 
 
 class CheckFinite(TrainerCallback):
-    """A loss or a weight that is no number ends the run before anything is logged, evaluated or saved after it.
+    """Ends the run at a loss or a weight that is no number, before anything is logged or saved after it.
 
-    Where gradients are scaled (fp16), the GradScaler leaves out the update of such a step, as of one whose gradients
-    overflow: the run then ends after MOST_SKIPPED losses in a row that are no numbers.
+    Where gradients are scaled (fp16), the GradScaler leaves out the update of such a step, as of
+    one whose gradients overflow. The run then ends after MOST_SKIPPED such losses in a row.
     """
 
     def __init__(self):
-        self.skipped = self.in_a_row = 0  # steps without an update, since training began or was resumed
+        self.skipped = self.in_a_row = 0  # steps without an update in this process
         self.last_loss = paddle.zeros([])
         self.forget()
 
@@ -168,47 +187,53 @@ class CheckFinite(TrainerCallback):
         self.first_bad_step = paddle.full([], NEVER, dtype="int64")
 
     def note(self, loss, step):
-        """Remember the first ``step`` whose ``loss`` is no number, on the device, where nothing waits for it.
+        """Keep the first ``step`` whose ``loss`` is no number, on the device, where nothing waits for it.
 
-        Returns the loss, or the last that was a number, for with it all that is logged afterwards would be none.
+        Returns the loss, or the last one that was a number, for the Trainer adds them up.
         """
         finite = paddle.isfinite(loss)
-        self.first_bad_step = paddle.minimum(
-            self.first_bad_step, paddle.where(finite, NEVER, step).reshape([])
-        )
+        bad_step = paddle.where(finite, NEVER, step).reshape([])
+        self.first_bad_step = paddle.minimum(self.first_bad_step, bad_step)
         self.last_loss = paddle.where(finite, loss, self.last_loss.astype(loss.dtype))
         return self.last_loss
 
     def on_step_begin(self, args, state, control, lr_scheduler=None, **kwargs):
-        self.rate_step = lr_scheduler.last_epoch
+        self.scheduler_step = lr_scheduler.last_epoch
 
     def on_optimizer_end(self, args, state, control, lr_scheduler=None, scaler=None, **kwargs):
         if scaler is None:
             return
-        if lr_scheduler.last_epoch != self.rate_step:  # the Trainer steps the rate after an update alone
+        if lr_scheduler.last_epoch != self.scheduler_step:  # the Trainer steps it after an update alone
             self.in_a_row = 0
             return
-        lr_scheduler.step()  # the rate depends on the step, and ends where it is to end, however many are left out
+        lr_scheduler.step()  # so that the schedule ends at the last step, whatever is skipped
         self.skipped += 1
         bad = (self.first_bad_step != NEVER).astype("int64")
-        if args.world_size > 1:  # of all, for they must end together
+        if args.world_size > 1:  # they must end together
             dist.all_reduce(bad, dist.ReduceOp.MAX)
         self.in_a_row = self.in_a_row + 1 if bad.item() else 0
         self.forget()
         if self.in_a_row == MOST_SKIPPED:
-            where = f"in {MOST_SKIPPED} steps in a row, the last of them step {state.global_step + 1}"
-            raise Fault(f"the loss is not finite {where}: {ADVICE}; {where_to_resume(args)}")
+            last = state.global_step + 1
+            self.stop(
+                f"loss is not finite in {MOST_SKIPPED} steps in a row, the last of them step {last}", args
+            )
 
     def on_step_end(self, args, state, control, model=None, **kwargs):
         if not (control.should_log or control.should_evaluate or control.should_save):
             return
         step = self.first_bad_step.item()
         if step != NEVER:
-            raise Fault(f"the loss is not finite at step {step}: {ADVICE}; {where_to_resume(args)}")
-        if control.should_save and not all(
-            weight.stop_gradient or paddle.isfinite(weight).all().item() for weight in model.parameters()
-        ):
-            step = state.global_step
-            raise Fault(f"the weights are not finite after step {step}: {ADVICE}; {where_to_resume(args)}")
+            self.stop(f"loss is not finite at step {step}", args)
+        if control.should_save:
+            trained = [weight for weight in model.parameters() if not weight.stop_gradient]
+            if not all(paddle.isfinite(weight).all().item() for weight in trained):
+                self.stop(f"weights are not finite after step {state.global_step}", args)
 
     on_epoch_end = on_step_end
+
+    @staticmethod
+    def stop(what, args):
+        """Raise the Fault that says ``what`` is not finite, and where to go on."""
+        resume = where_to_resume(args.output_dir, args.overwrite_output_dir)
+        raise Fault(f"the {what}: {ADVICE}; {resume}")

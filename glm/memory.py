@@ -13,7 +13,7 @@ from paddlenlp.utils.log import logger
 
 from glm.device import on_cpu
 from glm.lora import adapter_shapes, is_split_adapter, new_lora_config
-from glm.processes import of_all
+from glm.processes import gather_objects
 
 
 def count_parameters(config, degree=1, lora_config=None):
@@ -214,7 +214,7 @@ def memory_metrics(kind, estimate, peak):
         kind (str): train, eval or test. estimate (int): bytes, or None. peak (int):
         bytes of this process, or None; the largest process's is what the results hold.
     """
-    peak = max((peak for peak in of_all(peak) if peak is not None), default=None)
+    peak = max((peak for peak in gather_objects(peak) if peak is not None), default=None)
     sizes = {"estimated": estimate, "peak": peak}
     return {f"{kind}_memory_{name}_gb": size and round(size / 1e9, 3) for name, size in sizes.items()}
 

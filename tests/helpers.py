@@ -8,7 +8,6 @@ import subprocess
 import sys
 import threading
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import paddle
@@ -231,9 +230,7 @@ def lora_config(modules=lora.LORA_MODULES, **changes):
 
 
 def last_whole_checkpoint(folder):
-    return checkpoints.last_whole_checkpoint(
-        SimpleNamespace(output_dir=str(folder), world_size=1, local_rank=-1)
-    )
+    return checkpoints.last_whole_checkpoint(str(folder))
 
 
 FLAGS = ["--task_name", MINI, "--src_length", 160, "--tgt_length", 24, "--min_tgt_length", 0, "--num_beams", 2,

@@ -51,7 +51,7 @@ def test_when_a_signal_ends_at_once(tmp_path, world_size, training, seconds, mon
             os.kill(os.getpid(), signal.SIGTERM)
         assert fault.value.exit_code == 143
     finally:
-        for number, handler in callback.previous.items():
+        for number, handler in callback.handlers_before.items():
             signal.signal(number, handler)
 
 
