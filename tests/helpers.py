@@ -1,14 +1,20 @@
 """What several test files need: the fixtures' folders, the command line, small random models."""
 
+import contextlib
 import json
+import multiprocessing
 import os
 import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import threading
+import time
 from pathlib import Path
+from unittest import mock
 
+import hooks
 import numpy as np
 import paddle
 from paddlenlp.peft import LoRAConfig
@@ -23,21 +29,50 @@ from glm.generation import beam_search
 from utils import GLMTrainer
 
 ROOT = Path(__file__).resolve().parent.parent
-
-
 TINY_GLM = ROOT / "tests/fixtures/tiny-glm"
-
-
 MINI = ROOT / "tests/fixtures/dureader_qg_mini"
 
 
-FAST = ["--src_length", 160, "--tgt_length", 24, "--min_tgt_length", 0, "--num_beams", 3, "--learning_rate", 1e-3,
-        "--per_device_train_batch_size", 4, "--per_device_eval_batch_size", 2, "--length_penalty", 1.0]  # fmt: skip
+def flags(**values):
+    """The command line of arguments by their names, list of str."""
+    return [text for name, value in values.items() for text in (f"--{name}", str(value))]
 
 
-COMMON = ["--src_length", 160, "--tgt_length", 20, "--min_tgt_length", 2, "--num_beams", 3, "--learning_rate", 1e-3,
-          "--label_smoothing", 0.1, "--recompute", "--per_device_eval_batch_size", 3, "--do_train", "--do_eval",
-          "--max_steps", 6, "--logging_steps", 1, "--seed", 7]  # fmt: skip
+FAST = flags(
+    src_length=160,
+    tgt_length=24,
+    min_tgt_length=0,
+    num_beams=3,
+    learning_rate=1e-3,
+    per_device_train_batch_size=4,
+    per_device_eval_batch_size=2,
+    length_penalty=1.0,
+)
+COMMON = [
+    "--src_length",
+    160,
+    "--tgt_length",
+    20,
+    "--min_tgt_length",
+    2,
+    "--num_beams",
+    3,
+    "--learning_rate",
+    1e-3,
+    "--label_smoothing",
+    0.1,
+    "--recompute",
+    "--per_device_eval_batch_size",
+    3,
+    "--do_train",
+    "--do_eval",
+    "--max_steps",
+    6,
+    "--logging_steps",
+    1,
+    "--seed",
+    7,
+]
 
 
 def small_data(folder, train=12, dev=5, test=3):
@@ -51,11 +86,59 @@ def read_jsonl(path):
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
-def run(*args, check=True):
-    command = [sys.executable, "finetune_generation.py", *map(str, args)]
-    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
-    assert not check or result.returncode == 0, result.stderr[-3000:]
-    return result
+FORK = multiprocessing.get_context("forkserver")
+FORK.set_forkserver_preload(["helpers"])
+
+
+def run_script(args, log, folder, environment):
+    """The script, in a process that was just forked; standard error goes to the file ``log``."""
+    os.setsid()
+    os.chdir(folder)
+    os.environ.clear()
+    os.environ.update(environment)
+    os.dup2(os.open(os.devnull, os.O_RDWR), 1)
+    os.dup2(os.open(log, os.O_WRONLY), 2)
+    hooks.install()
+    sys.argv = ["finetune_generation.py", *args]
+    finetune_generation.main()
+
+
+class Run:
+    """finetune_generation.py in a process of its own, forked in a tenth of a second from one that has imported it."""
+
+    def __init__(self, *args, hook=("nothing",), folder=ROOT):
+        self.log = tempfile.NamedTemporaryFile()
+        environment = {**os.environ, "HOOK": json.dumps(hook)}
+        args = list(map(str, args)), self.log.name, folder, environment
+        self.process = FORK.Process(target=run_script, args=args, daemon=True)
+        with mock.patch.dict(os.environ, PYTHONPATH=f"{ROOT}{os.pathsep}{ROOT}/tests"):  # for the server
+            self.process.start()
+
+    def lines(self):
+        """What the run has written to standard error, list of str."""
+        return Path(self.log.name).read_text(encoding="utf-8", errors="replace").splitlines()
+
+    def wait_for(self, text):
+        while not any(text in line for line in self.lines()):
+            assert self.process.is_alive(), self.lines()
+            time.sleep(0.01)
+
+    def finish(self, seconds=120):
+        """Wait for its end. Returns its exit code, negative for a signal, and the lines of its standard error."""
+        self.process.join(seconds)
+        code = self.process.exitcode
+        with contextlib.suppress(ProcessLookupError):  # what it has started, too
+            os.killpg(self.process.pid, signal.SIGKILL)
+        self.process.join()
+        assert code is not None, f"it did not end within {seconds} s"
+        return code, self.lines()
+
+
+def run(*args, code=0, **options):
+    """Run the script to its end, with that exit ``code``. Returns the lines of its standard error."""
+    found, lines = Run(*args, **options).finish()
+    assert found == code, "\n".join(lines[-40:])
+    return lines
 
 
 def main(monkeypatch, capsys, *args):
@@ -85,29 +168,37 @@ def free_port():
 
 
 def run_processes(commands, timeout=240, **environment):
-    """Run launchers side by side, each in a session of its own so that none of their processes survives them."""
-    env = {**os.environ, **environment}
-    started = [
-        subprocess.Popen(list(map(str, command)), cwd=ROOT, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-                         text=True, start_new_session=True)
-        for command in commands
-    ]  # fmt: skip
+    """Run commands side by side, each in a session of its own so that none of their processes survives them.
+
+    Returns their exit codes and what they wrote.
+    """
+    options = {
+        "stdout": subprocess.PIPE,
+        "stderr": subprocess.STDOUT,
+        "text": True,
+        "start_new_session": True,
+    }
+    options.update(cwd=ROOT, env={**os.environ, **environment})
+    started = [subprocess.Popen(list(map(str, command)), **options) for command in commands]
     try:
         outputs = [process.communicate(timeout=timeout)[0] for process in started]
     finally:
         for process in started:
-            try:
+            with contextlib.suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)
-            except ProcessLookupError:
-                pass
             process.wait()
     return [process.returncode for process in started], outputs
 
 
-def launch(processes, log_dir, *args, check=True, **environment):
-    command = [sys.executable, "-m", "paddle.distributed.launch", "--nproc_per_node", processes, "--log_dir", log_dir,
-               "tests/parallel_worker.py", *args]  # fmt: skip
-    codes, _ = run_processes([command], **environment)
+def launcher(processes, log_dir):
+    """The start of a command that runs the script on several CPU processes."""
+    launch = [sys.executable, "-m", "paddle.distributed.launch", "--nproc_per_node", processes]
+    return [*launch, "--log_dir", log_dir, "tests/parallel_worker.py"]
+
+
+def launch(processes, log_dir, *args, check=True, hook=("nothing",)):
+    """Run the script on several processes to its end. Returns what they wrote."""
+    codes, _ = run_processes([[*launcher(processes, log_dir), *args]], HOOK=json.dumps(hook))
     logs = "\n".join(path.read_text(errors="replace") for path in sorted(log_dir.glob("workerlog.*")))
     assert not check or codes == [0], logs[-4000:]
     return logs
@@ -233,20 +324,21 @@ def last_whole_checkpoint(folder):
     return checkpoints.last_whole_checkpoint(str(folder))
 
 
-FLAGS = ["--task_name", MINI, "--src_length", 160, "--tgt_length", 24, "--min_tgt_length", 0, "--num_beams", 2,
-         "--do_train", "--learning_rate", 1e-3, "--per_device_train_batch_size", 4, "--logging_steps", 1]  # fmt: skip
-
-
-def start(*args, code=None, **options):
-    program = ["-c", code] if code else ["finetune_generation.py"]
-    command = [sys.executable, *program, *map(str, [*FLAGS, *args])]
-    return subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True, **options)
-
-
-def finish(process):
-    """Exit code and lines of standard error."""
-    error = process.communicate(timeout=120)[1]
-    return process.returncode, error.splitlines()
+# What the tests of faults train with.
+TRAIN = [
+    *flags(
+        model_name_or_path=TINY_GLM,
+        task_name=MINI,
+        src_length=160,
+        tgt_length=24,
+        min_tgt_length=0,
+        num_beams=2,
+        learning_rate=1e-3,
+        per_device_train_batch_size=4,
+        logging_steps=1,
+    ),
+    "--do_train",
+]
 
 
 def repeats_ngram(tokens, n):

@@ -43,22 +43,62 @@ def test_master_gradients_are_what_o2_does(monkeypatch, tmp_path):
     assert make_arguments(monkeypatch, tmp_path, fp16_opt_level="O2").amp_master_grad is False
 
 
-def test_defaults():
-    sys_argv, sys.argv = (
-        sys.argv,
-        ["finetune_generation.py", "--output_dir", "unused", "--do_eval", "--eval_steps", "4"],
-    )
-    try:
-        model_args, data_args, generation, training_args = arguments.parse_arguments()
-    finally:
-        sys.argv = sys_argv
+def parse(monkeypatch, text):
+    monkeypatch.setattr(sys, "argv", ["finetune_generation.py", *text.split()])
+    return arguments.parse_arguments()
+
+
+def test_defaults(monkeypatch):
+    parsed = parse(monkeypatch, "--output_dir unused --do_eval --eval_steps 4")
+    model_args, data_args, generation, args = parsed[0], *parsed[-3:]
     assert model_args.model_name_or_path == "THUDM/glm-large-chinese" and data_args.src_length == 608
     assert (generation.tgt_length, generation.min_tgt_length, generation.num_beams) == (160, 55, 5)
     assert (generation.length_penalty, generation.select_topk) == (0.7, True)
-    assert (training_args.label_smoothing, training_args.lr_decay_ratio) == (0.1, 0.1)
+    assert (args.label_smoothing, args.lr_decay_ratio) == (0.1, 0.1)
     # --do_eval alone evaluates after training; PaddleNLP would every eval_steps.
-    assert training_args.do_eval and training_args.evaluation_strategy.value == "no"
-    assert training_args.device == "cpu" or training_args.device.startswith("gpu")
+    assert args.do_eval and args.evaluation_strategy.value == "no"
+    assert args.device == "cpu" or args.device.startswith("gpu")
+
+
+# A value on either side of each limit that is refused, with what has to stand beside it.
+OUTSIDE = """
+    label_smoothing 1 -0.1 nan, lr_decay_ratio -0.1 1.1, src_length 0, tgt_length 0, min_tgt_length -1,
+    num_beams 0, length_penalty inf, no_repeat_ngram_size -1, top_k -1, top_p -0.1 1.5, learning_rate -1e-5,
+    num_train_epochs 0, max_steps 0, warmup_ratio 2 nan, warmup_steps -1, weight_decay -1, adam_beta2 1,
+    adam_epsilon 0, max_grad_norm -1, per_device_train_batch_size 0, per_device_eval_batch_size 0,
+    gradient_accumulation_steps 0, logging_steps 0, save_steps 0, eval_steps 0, save_total_limit 0,
+    seed -1 2147483648, early_stopping_patience 0, max_train_samples 0, max_eval_samples 0,
+    max_predict_samples -3, dataloader_num_workers -1 1000, lora_rank 0, lora_alpha nan,
+    num_return_sequences 0, pipeline_parallel_degree 2
+"""
+INSIDE = """
+    label_smoothing 0, lr_decay_ratio 0 1, src_length 1, min_tgt_length 0 160, num_beams 1,
+    no_repeat_ngram_size 0, learning_rate 0, warmup_ratio 0 1, warmup_steps 0, weight_decay 0,
+    max_grad_norm 0, max_steps 1 -1, per_device_train_batch_size 1, gradient_accumulation_steps 1,
+    save_total_limit 1, seed 0 2147483647, max_train_samples 1, dataloader_num_workers 0, lora_rank 1,
+    num_return_sequences 1 5
+"""
+
+
+def cases(text):
+    rows = [row.split() for row in text.replace("\n", " ").split(",")]
+    return [(name, value) for name, *values in rows for value in values]
+
+
+@pytest.mark.parametrize("name, value", cases(OUTSIDE))
+def test_a_limit_is_named(monkeypatch, name, value):
+    needed = {"top_k": "--select_topk False", "top_p": "--select_topk False", "lora_rank": "--lora True"}
+    needed["lora_alpha"] = needed["lora_rank"]
+    with pytest.raises(InputError, match=f"--{name} is .*: "):
+        parse(monkeypatch, f"--output_dir unused --do_train --{name}={value} {needed.get(name, '')}")
+
+
+@pytest.mark.parametrize("name, value", cases(INSIDE))
+def test_a_limit_itself_is_allowed(monkeypatch, name, value):
+    args = {"num_beams": "--num_return_sequences 1"}.get(name, "")
+    parsed = parse(monkeypatch, f"--output_dir unused --do_train --{name}={value} {args}")
+    (found,) = [group for group in parsed if hasattr(group, name)]
+    assert getattr(found, name) == float(value)
 
 
 def test_the_edges_of_what_fits_a_model():

@@ -7,17 +7,7 @@ import shutil
 from types import SimpleNamespace
 
 import pytest
-from helpers import (
-    MINI,
-    TINY_GLM,
-    finish,
-    last_whole_checkpoint,
-    losses,
-    make_trainer,
-    random_glm,
-    run,
-    start,
-)
+from helpers import TRAIN, flags, last_whole_checkpoint, losses, make_trainer, random_glm, run
 
 from glm import checkpoints
 from glm.checkpoints import CHECKPOINT_DONE, WholeCheckpoints
@@ -142,8 +132,7 @@ def damaged(folder, name, how):
 def two_checkpoints(tmp_path_factory):
     """The output of a run with checkpoints at steps 1 and 2."""
     folder = tmp_path_factory.mktemp("checkpoints")
-    args = ["--model_name_or_path", TINY_GLM, "--output_dir", folder, "--max_steps", 2, "--save_steps", 1]
-    assert finish(start(*args))[0] == 0
+    run(*TRAIN, *flags(output_dir=folder, max_steps=2, save_steps=1))
     return folder
 
 
@@ -165,57 +154,40 @@ def test_a_damaged_checkpoint_is_named(two_checkpoints, tmp_path, name):
     path = tmp_path / "out/checkpoint-2" / name
     os.truncate(path, path.stat().st_size // 2)
     (tmp_path / "out/checkpoint-2" / CHECKPOINT_DONE).write_text("")
-    args = ["--model_name_or_path", TINY_GLM, "--output_dir", tmp_path / "out", "--max_steps", 3]
-    code, lines = finish(start(*args))
-    assert code == 2 and "Traceback" not in "".join(lines)
-    assert f"{tmp_path}/out/checkpoint-2 can't be loaded (" in lines[-1] and lines[-1].endswith(
-        "the checkpoint before it"
-    )
+    lines = run(*TRAIN, *flags(output_dir=tmp_path / "out", max_steps=3), code=2)
+    assert "Traceback" not in "".join(lines) and f"{tmp_path}/out/checkpoint-2 can't be loaded (" in lines[-1]
+    assert lines[-1].endswith("the checkpoint before it")
 
 
 def test_a_damaged_checkpoint_is_skipped(two_checkpoints, tmp_path):
     shutil.copytree(two_checkpoints, tmp_path / "out")
     damaged(tmp_path / "out/checkpoint-2", "optimizer.pdopt", "changed")
-    args = ["--model_name_or_path", TINY_GLM, "--output_dir", tmp_path / "out", "--max_steps", 2]
     size = (tmp_path / "out/checkpoint-2/optimizer.pdopt").stat().st_size
-    skipping = (
-        f"skipping {tmp_path}/out/checkpoint-2, which is damaged: its optimizer.pdopt is not what was written"
-    )
-    code, lines = finish(start(*args))
-    assert code == 0 and any(f"{skipping} ({size} bytes)" in line for line in lines)
+    lines = run(*TRAIN, *flags(output_dir=tmp_path / "out", max_steps=2))
+    damage = f"is damaged: its optimizer.pdopt is not what was written ({size} bytes)"
+    assert any(f"skipping {tmp_path}/out/checkpoint-2, which {damage}" in line for line in lines)
     assert any(f"resuming from {tmp_path}/out/checkpoint-1" in line for line in lines)
     assert losses(tmp_path / "out") == pytest.approx(losses(two_checkpoints), abs=1e-5)
-    # Asked for by name, it is a mistake.
-    code, lines = finish(
-        start(*args, "--resume_from_checkpoint", tmp_path / "out/checkpoint-1", "--max_steps", 3)
-    )
-    assert code == 0
-    damaged(tmp_path / "out/checkpoint-1", "scheduler.pdparams", "cut short")
-    code, lines = finish(
-        start(*args, "--resume_from_checkpoint", tmp_path / "out/checkpoint-1", "--max_steps", 3)
-    )
-    assert (
-        code == 2 and "checkpoint-1 is damaged: its scheduler.pdparams is not what was written" in lines[-1]
-    )
+    # By name, it is a mistake.
+    first = tmp_path / "out/checkpoint-1"
+    args = [*TRAIN, *flags(output_dir=tmp_path / "out", max_steps=3, resume_from_checkpoint=first)]
+    run(*args)
+    damaged(first, "scheduler.pdparams", "cut short")
+    line = run(*args, code=2)[-1]
+    assert "checkpoint-1 is damaged: its scheduler.pdparams is not what was written" in line
 
 
 def test_only_as_many_checkpoints_as_wanted_stay(tmp_path):
-    assert finish(start("--model_name_or_path", TINY_GLM, "--output_dir", tmp_path, "--save_steps", 1, "--max_steps", 4,
-                        "--save_total_limit", 2))[0] == 0  # fmt: skip
+    run(*TRAIN, *flags(output_dir=tmp_path, save_steps=1, max_steps=4, save_total_limit=2))
     assert sorted(path.name for path in tmp_path.glob("checkpoint-*")) == ["checkpoint-3", "checkpoint-4"]
 
 
 def test_a_model_beside_a_torn_checkpoint_is_not_written_over(tmp_path):
     (tmp_path / "checkpoint-2").mkdir()
     (tmp_path / "model_state.pdparams").write_text("mine")
-    code, lines = finish(start("--model_name_or_path", TINY_GLM, "--output_dir", tmp_path, "--max_steps", 1))
-    assert code == 2 and "holds a model and no checkpoint to resume from" in lines[-1]
-    assert (tmp_path / "model_state.pdparams").read_text() == "mine"
-
-
-def test_a_finished_run_is_not_written_over(tmp_path):
-    (tmp_path / "model_state.pdparams").write_text("mine")
-    args = ["--model_name_or_path", TINY_GLM, "--task_name", MINI, "--output_dir", tmp_path, "--do_train"]
-    result = run(*args, check=False)
-    assert result.returncode == 2 and "--overwrite_output_dir" in result.stderr.splitlines()[-1]
+    lines = run(*TRAIN, *flags(output_dir=tmp_path, max_steps=1), code=2)
+    assert (
+        "--overwrite_output_dir" in lines[-1]
+        and "holds a model and no checkpoint to resume from" in lines[-1]
+    )
     assert (tmp_path / "model_state.pdparams").read_text() == "mine"

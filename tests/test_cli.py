@@ -1,12 +1,10 @@
 """The command line, run as a user would."""
 
 import json
-import subprocess
-import sys
 
 import numpy as np
 import pytest
-from helpers import FAST, TINY_GLM, log_softmax, read_jsonl, run, small_data
+from helpers import FAST, TINY_GLM, flags, log_softmax, read_jsonl, run, small_data
 
 from glm.metrics import compute_metrics
 
@@ -21,15 +19,30 @@ def finished_run(tmp_path_factory):
     rows = read_jsonl(test_file)
     del rows[1]["question"]
     test_file.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    result = run("--model_name_or_path", TINY_GLM, "--task_name", data, "--output_dir", folder / "out", *FAST,
-                 "--do_train", "--do_eval", "--do_predict", "--max_steps", 6, "--logging_steps", 1,
-                 "--evaluation_strategy", "steps", "--eval_steps", 2, "--save_steps", 2, "--load_best_model_at_end",
-                 "--metric_for_best_model", "rougel", "--bf16")  # fmt: skip
-    return folder, result
+    lines = run(
+        *FAST,
+        "--do_train",
+        "--do_eval",
+        "--do_predict",
+        "--load_best_model_at_end",
+        "--bf16",
+        *flags(
+            model_name_or_path=TINY_GLM,
+            task_name=data,
+            output_dir=folder / "out",
+            max_steps=6,
+            logging_steps=1,
+            evaluation_strategy="steps",
+            eval_steps=2,
+            save_steps=2,
+            metric_for_best_model="rougel",
+        ),
+    )
+    return folder, lines
 
 
 def test_what_a_run_leaves_behind(finished_run):
-    folder, result = finished_run
+    folder, lines = finished_run
     out = folder / "out"
     metrics = json.loads((out / "eval_results.json").read_text())
     for name in ("rouge1", "rouge2", "rougel", "bleu4", "loss", "samples", "runtime", "tokens_per_second"):
@@ -37,7 +50,7 @@ def test_what_a_run_leaves_behind(finished_run):
     everything = json.loads((out / "all_results.json").read_text())
     assert {"train_loss", "eval_rougel", "test_rougel"} <= set(everything)
     assert (out / "model_state.pdparams").exists() and (out / "checkpoint-6/optimizer.pdopt").exists()
-    assert "bf16 needs a GPU: running in float32" in result.stdout + result.stderr
+    assert any("bf16 needs a GPU: running in float32" in line for line in lines)
     state = json.loads((out / "trainer_state.json").read_text())
     history = [row["eval_rougel"] for row in state["log_history"] if "eval_rougel" in row]
     assert len(history) >= 3 and state["best_metric"] == max(history[:3])
@@ -122,9 +135,19 @@ def test_eval_loss_is_the_mean_over_tokens(finished_run):
 def test_candidates_and_fewer_records(finished_run, tmp_path):
     """The first is the row's own prediction, and the one that there is without candidates."""
     folder, _ = finished_run
-    result = run("--model_name_or_path", folder / "out", "--task_name", folder / "data", *FAST,
-                 "--output_dir", tmp_path, "--do_eval", "--do_predict", "--num_return_sequences", 3,
-                 "--max_eval_samples", 2, "--max_predict_samples", 1)  # fmt: skip
+    lines = run(
+        *FAST,
+        "--do_eval",
+        "--do_predict",
+        *flags(
+            model_name_or_path=folder / "out",
+            task_name=folder / "data",
+            output_dir=tmp_path,
+            num_return_sequences=3,
+            max_eval_samples=2,
+            max_predict_samples=1,
+        ),
+    )
     rows, expected = (
         read_jsonl(tmp_path / "eval_predictions.jsonl"),
         read_jsonl(folder / "out/eval_predictions.jsonl"),
@@ -146,7 +169,7 @@ def test_candidates_and_fewer_records(finished_run, tmp_path):
         assert row["rougel"] == pytest.approx(
             compute_metrics([row["prediction"]], [row["reference"]])["rougel"]
         )
-    lines = [line.split("] - ")[-1] for line in result.stderr.splitlines()]
+    lines = [line.split("] - ")[-1] for line in lines]
     value = json.loads((tmp_path / "eval_results.json").read_text())["eval_rougel"]
     assert any(line.split() == ["eval_rougel", f"{value:.4g}"] for line in lines)
     assert sum(line.startswith("prediction  ") for line in lines) == 1  # of the test set, which came last
@@ -154,79 +177,67 @@ def test_candidates_and_fewer_records(finished_run, tmp_path):
 
 def test_early_stopping(finished_run, tmp_path):
     """Without a step that could help, the second evaluation is the last."""
-    flags = [
+    run(
+        *FAST,
         "--do_train",
-        "--max_steps",
-        8,
-        "--max_train_samples",
-        4,
-        "--learning_rate",
-        0,
-        "--save_steps",
-        1,
-    ]
-    flags += [
-        "--evaluation_strategy",
-        "steps",
-        "--eval_steps",
-        1,
         "--load_best_model_at_end",
-        "--max_eval_samples",
-        1,
-    ]
-    run("--model_name_or_path", TINY_GLM, "--task_name", finished_run[0] / "data", "--output_dir", tmp_path, *FAST,
-        *flags, "--early_stopping_patience", 1)  # fmt: skip
+        *flags(
+            model_name_or_path=TINY_GLM,
+            task_name=finished_run[0] / "data",
+            output_dir=tmp_path,
+            max_steps=8,
+            max_train_samples=4,
+            learning_rate=0,
+            save_steps=1,
+            evaluation_strategy="steps",
+            eval_steps=1,
+            max_eval_samples=1,
+            early_stopping_patience=1,
+        ),
+    )
     state = json.loads((tmp_path / "trainer_state.json").read_text())
     assert state["global_step"] == 2 and state["max_steps"] == 8
     assert sum("eval_loss" in row for row in state["log_history"]) == 2
 
 
 def test_the_last_step_is_evaluated_once(finished_run, tmp_path):
-    folder, result = finished_run
+    folder, lines = finished_run
     state = json.loads((folder / "out/trainer_state.json").read_text())
     # Again where load_best_model_at_end has brought the weights of another step.
     expected = 1 if state["best_model_checkpoint"].endswith("checkpoint-6") else 2
-    assert result.stderr.count("eval at step 6:") == expected
-    result = run("--model_name_or_path", TINY_GLM, "--task_name", folder / "data", "--output_dir", tmp_path, *FAST,
-                 "--do_train", "--do_eval", "--max_steps", 2, "--evaluation_strategy", "steps", "--eval_steps", 1,
-                 "--save_strategy", "no")  # fmt: skip
-    assert [result.stderr.count(f"eval at step {step}:") for step in (1, 2)] == [1, 1]
+    assert sum("eval at step 6:" in line for line in lines) == expected
+    lines = run(
+        *FAST,
+        "--do_train",
+        "--do_eval",
+        *flags(
+            model_name_or_path=TINY_GLM,
+            task_name=folder / "data",
+            output_dir=tmp_path,
+            max_steps=2,
+            logging_steps=1,
+            evaluation_strategy="steps",
+            eval_steps=1,
+            save_strategy="no",
+        ),
+    )
+    assert [sum(f"eval at step {step}:" in line for line in lines) for step in (1, 2)] == [1, 1]
     results = json.loads((tmp_path / "eval_results.json").read_text())
     rows = read_jsonl(tmp_path / "eval_predictions.jsonl")
     scores = compute_metrics([row["prediction"] for row in rows], [row["reference"] for row in rows])
     assert results["eval_rougel"] == pytest.approx(scores["rougel"]) and results["eval_samples"] == 5
 
 
-def test_resuming_equals_an_unbroken_run(finished_run, tmp_path):
-    folder, _ = finished_run
-    common = ["--model_name_or_path", TINY_GLM, "--task_name", folder / "data", "--do_train", "--logging_steps", 1,
-              *FAST, "--save_steps", 3]  # fmt: skip
-    run(*common, "--output_dir", tmp_path, "--max_steps", 6)
-    losses = json.loads((tmp_path / "trainer_state.json").read_text())["log_history"]
-    for name in ("model_state.pdparams", "trainer_state.json"):
-        (tmp_path / name).unlink()
-    subprocess.run(["rm", "-r", str(tmp_path / "checkpoint-6")], check=True)
-    result = run(*common, "--output_dir", tmp_path, "--max_steps", 6)
-    assert "resuming from" in result.stdout + result.stderr
-    resumed = json.loads((tmp_path / "trainer_state.json").read_text())["log_history"]
-    for before, after in zip(losses, resumed):
-        assert before["step"] == after["step"]
-        if "loss" in before:
-            assert after["loss"] == pytest.approx(before["loss"], abs=1e-5)
-    assert len(losses) == len(resumed)
-
-
 def test_predict_alone_from_a_fine_tuned_folder(finished_run, tmp_path):
     folder, _ = finished_run
     out = tmp_path / "predicted"
-    config = {"model_name_or_path": str(folder / "out"), "task_name": str(folder / "data"), "output_dir": str(out),
-              "do_predict": True, **{str(k)[2:]: v for k, v in zip(FAST[::2], FAST[1::2])}}  # fmt: skip
+    config = {
+        "model_name_or_path": str(folder / "out"),
+        "task_name": str(folder / "data"),
+        "output_dir": str(out),
+        "do_predict": True,
+        **{name[2:]: value for name, value in zip(FAST[::2], FAST[1::2])},
+    }
     (tmp_path / "predict.json").write_text(json.dumps(config))
     run(tmp_path / "predict.json", "--num_beams", 3)
     assert read_jsonl(out / "test_predictions.jsonl") == read_jsonl(folder / "out/test_predictions.jsonl")
-
-
-def test_packages_import_after_paddle():
-    """libpaddle's zlib symbols break packages imported after it, unless they are the pinned ones."""
-    code = "import paddle, scipy.stats, sklearn.metrics, pandas, datasets, aiohttp, yarl, paddlenlp"
-    subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, timeout=120)

@@ -9,6 +9,7 @@ import pytest
 from helpers import (
     FAST,
     TINY_GLM,
+    flags,
     lora_config,
     losses,
     main,
@@ -101,10 +102,20 @@ def test_a_step_moves_every_adapter_weight_and_no_other(tmp_path, recompute):
     assert len(inputs) == (2 if recompute else 1)
 
 
-TRAIN = ["--model_name_or_path", TINY_GLM, "--lora", "True", "--lora_rank", 4, "--do_train", "--max_steps", 6]
-
-
-TRAIN += ["--save_steps", 3, "--logging_steps", 1, *FAST, "--learning_rate", 1e-2]
+LORA = [
+    *FAST,
+    "--lora",
+    "True",
+    "--do_train",
+    *flags(
+        model_name_or_path=TINY_GLM,
+        lora_rank=4,
+        max_steps=6,
+        save_steps=3,
+        logging_steps=1,
+        learning_rate=1e-2,
+    ),
+]
 
 
 @pytest.fixture(scope="module")
@@ -112,7 +123,7 @@ def adapter(tmp_path_factory):
     folder = tmp_path_factory.mktemp("lora")
     (folder / "data").mkdir()
     data = small_data(folder / "data")
-    run(*TRAIN, "--task_name", data, "--do_eval", "--output_dir", folder / "out")
+    run(*LORA, "--task_name", data, "--do_eval", "--output_dir", folder / "out")
     return folder
 
 
@@ -148,11 +159,22 @@ def test_resuming_and_going_on(adapter, tmp_path):
     """A checkpoint of step 3 gives the same steps 4 to 6; an adapter folder is trained on from where it is."""
     (tmp_path / "out").mkdir()
     shutil.copytree(adapter / "out/checkpoint-3", tmp_path / "out/checkpoint-3")
-    run(*TRAIN, "--task_name", adapter / "data", "--output_dir", tmp_path / "out")
+    run(*LORA, "--task_name", adapter / "data", "--output_dir", tmp_path / "out")
     resumed, unbroken = losses(tmp_path / "out"), losses(adapter / "out")
     assert {step: resumed[step] for step in (4, 5, 6)} == {step: unbroken[step] for step in (4, 5, 6)}
-    flags = [*TRAIN[6:], "--task_name", adapter / "data", "--max_steps", 1, "--merge_lora", "True"]
-    run("--model_name_or_path", adapter / "out", *flags, "--output_dir", tmp_path / "more")
+    run(
+        *FAST,
+        "--do_train",
+        *flags(
+            model_name_or_path=adapter / "out",
+            task_name=adapter / "data",
+            output_dir=tmp_path / "more",
+            max_steps=1,
+            logging_steps=1,
+            learning_rate=1e-2,
+            merge_lora=True,
+        ),
+    )
     first, last = losses(adapter / "out")[1], losses(tmp_path / "more")[1]
     assert last < first - 0.1  # the same batch as the first run's first
     assert {"model_state.pdparams", "lora_model_state.pdparams"} <= {
@@ -193,7 +215,7 @@ def test_mistakes(adapter, tmp_path, monkeypatch, capsys):
     ):
         (full / "checkpoint-1" / name).write_text("{}")
     glm, new = ["--model_name_or_path", TINY_GLM], ["--output_dir", tmp_path / "new"]
-    for flags, expected in (
+    for args, expected in (
         ([*glm, *new, "--lora", "True", "--lora_rank", 0], "--lora_rank is 0: it must be a finite number of at"),
         ([*glm, *new, "--lora", "True", "--lora_alpha", "nan"], "--lora_alpha is nan: it must be a finite number"),
         ([*glm, *new, "--lora", "True", "--lora_target_modules", "query"], "--lora_target_modules: invalid choice: 'query'"),
@@ -206,7 +228,7 @@ def test_mistakes(adapter, tmp_path, monkeypatch, capsys):
         (["--model_name_or_path", broken, *new], "lora_model_state.pdparams can't be loaded"),
         ([*glm, "--lora", "True", "--output_dir", full], "has no lora_model_state*: give a run's checkpoint-N folder"),
     ):  # fmt: skip
-        code, lines = main(monkeypatch, capsys, *flags, "--task_name", data, *FAST, "--do_train", "--do_eval")
+        code, lines = main(monkeypatch, capsys, *args, "--task_name", data, *FAST, "--do_train", "--do_eval")
         assert code == 2, lines
         assert lines[-1].startswith("finetune_generation.py: error: ") and expected in lines[-1], lines[-1]
         assert not any("Traceback" in line for line in lines) and not (tmp_path / "new").exists()

@@ -2,18 +2,18 @@
 
 import re
 import shutil
-import sys
 
 import numpy as np
 import pytest
 from helpers import (
     COMMON,
     TINY_GLM,
+    flags,
     launch,
     outcome,
     read_jsonl,
     reference_loss,
-    run_processes,
+    run,
     small_data,
     tiny_glm,
 )
@@ -26,6 +26,7 @@ def data(tmp_path_factory):
     return small_data(tmp_path_factory.mktemp("data"), train=26, dev=7)
 
 
+pytestmark = pytest.mark.slow
 LAYOUTS = {
     "one": (1, ["--per_device_train_batch_size", 4]),
     "TP 2": (2, ["--tensor_parallel_degree", 2, "--per_device_train_batch_size", 4]),
@@ -40,23 +41,16 @@ LAYOUTS = {
 
 def train(name, folder, *args):
     """Train on a layout, with the output in ``folder``/out. Returns what was logged."""
-    processes, flags = LAYOUTS[name]
+    processes, layout = LAYOUTS[name]
     args = [
-        "--model_name_or_path",
-        TINY_GLM,
         *COMMON,
-        "--save_steps",
-        3,
-        "--output_dir",
-        folder / "out",
-        *flags,
+        *flags(model_name_or_path=TINY_GLM, save_steps=3, output_dir=folder / "out"),
+        *layout,
         *args,
     ]
     if processes > 1:
         return launch(processes, folder / "log", *args)
-    codes, outputs = run_processes([[sys.executable, "finetune_generation.py", *args]])
-    assert codes == [0], outputs[0][-3000:]
-    return outputs[0]
+    return "\n".join(run(*args))
 
 
 @pytest.fixture(scope="module")
@@ -120,12 +114,8 @@ def test_a_checkpoint_without_names_of_its_weights(data, trained, tmp_path):
     (tmp_path / "out").mkdir()
     shutil.copytree(trained("TP 2") / "checkpoint-3", tmp_path / "out/checkpoint-3")
     (tmp_path / "out/checkpoint-3" / CHECKPOINT_DONE).write_text("")
-    command = [sys.executable, "finetune_generation.py", "--model_name_or_path", TINY_GLM, "--task_name", data, *COMMON,
-               "--output_dir", tmp_path / "out"]  # fmt: skip
-    (code,), (output,) = run_processes([command])
-    assert (
-        code == 2 and "was saved with tensor_parallel_degree 2 and no names of its" in output.splitlines()[-1]
-    )
+    args = [*COMMON, *flags(model_name_or_path=TINY_GLM, task_name=data, output_dir=tmp_path / "out")]
+    assert "was saved with tensor_parallel_degree 2 and no names of its" in run(*args, code=2)[-1]
     train("TP 2", tmp_path, "--task_name", data)
     losses, expected = outcome(tmp_path / "out")[0], outcome(trained("TP 2"))[0]
     np.testing.assert_allclose(losses, expected, atol=1e-5)
@@ -135,10 +125,7 @@ def test_lora_on_two_processes(data, tmp_path):
     """The same adapter as on one, and the same whole model; the adapter is split over two again to evaluate it."""
     name, lora = "lora_model_state.pdparams", ["--lora", "True", "--lora_rank", 4, "--learning_rate", 1e-2]
     common = ["--model_name_or_path", TINY_GLM, "--task_name", data, *COMMON, *lora, "--merge_lora", "True"]
-    command = [sys.executable, "finetune_generation.py", *common, "--output_dir", tmp_path / "one",
-               "--per_device_train_batch_size", 4]  # fmt: skip
-    codes, outputs = run_processes([command])
-    assert codes == [0], outputs[0][-3000:]
+    run(*common, *flags(output_dir=tmp_path / "one", per_device_train_batch_size=4))
     losses, predictions, adapter = outcome(tmp_path / "one", name)
     whole = outcome(tmp_path / "one")[2]
     assert any(weight.any() for key, weight in adapter.items() if key.endswith("query_key_value.lora_B"))
@@ -162,26 +149,9 @@ def test_lora_on_two_processes(data, tmp_path):
 def test_tensor_parallel_processes_drop_alike(data, tmp_path):
     """With dropout on, what the processes hold in common stays the same on all of them."""
     model = tiny_glm(tmp_path / "model", embedding_dropout_prob=0.2, output_dropout_prob=0.2, num_layers=1)
-    hook = tmp_path / "hook.py"
-    hook.write_text("""
-from utils import GLMTrainer
-compute_loss = GLMTrainer.compute_loss
-
-def checked(self, model, inputs):
-    seen = []
-    hook = self.model.glm.register_forward_post_hook(lambda layer, args, output: seen.append(output[0].detach()))
-    loss = compute_loss(self, model, inputs)
-    hook.remove()
-    parts = []
-    dist.all_gather(parts, seen[0])
-    print("LARGEST DIFFERENCE", float((parts[0] - parts[1]).abs().max()), flush=True)
-    return loss
-
-GLMTrainer.compute_loss = checked
-""")
-    logs = launch(2, tmp_path / "log", "--model_name_or_path", model, "--task_name", data, "--output_dir",
-                  tmp_path / "out", "--do_train", "--max_steps", 2, "--tensor_parallel_degree", 2,
-                  WORKER_HOOK=str(hook))  # fmt: skip
+    args = flags(model_name_or_path=model, task_name=data, output_dir=tmp_path / "out", max_steps=2)
+    args += ["--do_train", *flags(tensor_parallel_degree=2)]
+    logs = launch(2, tmp_path / "log", *args, hook=["compare_hidden_states"])
     differences = [float(number) for number in re.findall(r"LARGEST DIFFERENCE (\S+)", logs)]
     assert len(differences) == 4 and max(differences) < 1e-5
 
@@ -194,21 +164,7 @@ def test_split_loss_and_gradients_against_float64(tmp_path):
     )
     labels = np.array([0, 19, 20, 39, *rng.integers(0, 40, [2])])  # the edges of both parts, too
     np.savez(tmp_path / "in.npz", hidden=hidden, weight=weight, labels=labels)
-    hook = tmp_path / "hook.py"
-    hook.write_text(f"""
-import numpy as np
-from glm.modeling import LabelSmoothedLoss
-dist.init_parallel_env()
-group, rank = dist.new_group([0, 1]), dist.get_rank()
-data = np.load({str(tmp_path / "in.npz")!r})
-hidden = paddle.to_tensor(data["hidden"], stop_gradient=False)
-weight = paddle.to_tensor(data["weight"][rank * 20 : rank * 20 + 20], stop_gradient=False)
-losses = LabelSmoothedLoss.apply(hidden, weight, paddle.to_tensor(data["labels"]), 0.1, group)
-losses.sum().backward()
-np.savez(f"{tmp_path}/out{{rank}}.npz", losses=losses.numpy(), hidden=hidden.grad.numpy(), weight=weight.grad.numpy())
-sys.exit(0)
-""")
-    launch(2, tmp_path / "log", WORKER_HOOK=str(hook))
+    launch(2, tmp_path / "log", hook=["split_loss", str(tmp_path)])
     expected = reference_loss(hidden.astype("float64"), weight.astype("float64"), labels, 0.1)
     parts = [np.load(tmp_path / f"out{rank}.npz") for rank in range(2)]
     for part in parts:
@@ -221,40 +177,33 @@ sys.exit(0)
 
 def test_drawn_tokens_are_the_same_on_all_processes(data, tmp_path):
     """Each process generates; were their draws to differ, the decoding would mix up and the ids differ."""
-    hook = tmp_path / "hook.py"
-    hook.write_text("""
-from utils import GLMTrainer
-loop = GLMTrainer.evaluation_loop
-
-def checked(self, *args, **kwargs):
-    gather = dist.all_gather_object
-
-    def compared(parts, value):
-        gather(parts, value)
-        if isinstance(value, dict):
-            drawn = [[result["hypotheses"] for result in part.values()] for part in parts]
-            print("ALIKE", drawn[0] == drawn[1], flush=True)
-
-    dist.all_gather_object = compared
-    output = loop(self, *args, **kwargs)
-    dist.all_gather_object = gather
-    return output
-
-GLMTrainer.evaluation_loop = checked
-""")
-    logs = launch(2, tmp_path / "log", "--model_name_or_path", TINY_GLM, "--task_name", data, *COMMON, "--do_train",
-                  "False", "--output_dir", tmp_path / "out", "--tensor_parallel_degree", 2, "--select_topk", "False",
-                  "--top_k", 50, "--top_p", 0.9, WORKER_HOOK=str(hook))  # fmt: skip
-    assert logs.count("ALIKE True") == 2
+    args = [
+        *COMMON,
+        *flags(
+            model_name_or_path=TINY_GLM,
+            task_name=data,
+            output_dir=tmp_path / "out",
+            do_train=False,
+            tensor_parallel_degree=2,
+            select_topk=False,
+            top_k=50,
+            top_p=0.9,
+        ),
+    ]
+    logs = launch(2, tmp_path / "log", *args, hook=["print_hypotheses"]).splitlines()
+    generated = [line for line in logs if line.startswith("GENERATED")]
+    assert len(generated) == 6 and generated[:3] == generated[3:]  # three batches on each
     assert all(row["token_ids"] for row in read_jsonl(tmp_path / "out/eval_predictions.jsonl"))
 
 
 def test_a_degree_that_does_not_divide(data, tmp_path):
-    args = ["--model_name_or_path", tiny_glm(tmp_path / "model", num_attention_heads=1, num_layers=1), "--task_name",
-            data, "--output_dir", tmp_path / "out", "--do_train", "--tensor_parallel_degree", 2]  # fmt: skip
+    model = tiny_glm(tmp_path / "model", num_attention_heads=1, num_layers=1)
+    args = flags(
+        model_name_or_path=model, task_name=data, output_dir=tmp_path / "out", tensor_parallel_degree=2
+    )
+    args.append("--do_train")
     logs = launch(2, tmp_path / "log", *args, check=False)
     errors = [line for line in logs.splitlines() if line.startswith("finetune_generation.py: error:")]
     assert len(errors) == 1 and "does not divide the 1 attention heads" in errors[0]
     assert "Traceback" not in logs
-    (code,), (output,) = run_processes([[sys.executable, "finetune_generation.py", *args]])
-    assert code == 2 and "does not divide the 1 processes" in output.splitlines()[-1]
+    assert "does not divide the 1 processes" in run(*args, code=2)[-1]

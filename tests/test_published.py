@@ -1,4 +1,4 @@
-"""The published names, downloaded by PaddleNLP itself, from a loopback server in the layout in which it publishes."""
+"""The published names, downloaded by PaddleNLP itself, from a loopback server in its own layout."""
 
 import http.server
 import json
@@ -9,41 +9,7 @@ import sys
 import threading
 
 import pytest
-from helpers import FAST, MINI, ROOT, TINY_GLM, read_jsonl, run
-
-# A tiny model in place of the large one: its bytes, the checksums of its data and, in 2.8.1, its built-in config. What
-# PaddleNLP asks its two hosts for goes to the loopback, whichever of its two HTTP libraries asks.
-RUNNER = """
-import hashlib, json, os, sys
-import httpx, requests
-sys.path.insert(0, ".")
-HOSTS = ("https://bj.bcebos.com/paddlenlp", "https://paddlenlp.bj.bcebos.com")
-
-def here(url):
-    for host in HOSTS:
-        url = url.replace(host, os.environ["SERVER"])
-    return url
-
-def send(self, request, **kwargs):
-    request.url, self.trust_env = here(request.url), False
-    return requests_send(self, request, **{**kwargs, "proxies": {}})
-
-def httpx_send(self, request, **kwargs):
-    request.url = httpx.URL(here(str(request.url)))
-    return client_send(self, request, **kwargs)
-
-requests_send, requests.Session.send = requests.Session.send, send
-client_send, httpx.Client.send = httpx.Client.send, httpx_send
-from paddlenlp.datasets.dureader_qg import DuReaderQG
-from paddlenlp.transformers.glm import configuration
-for split, meta in DuReaderQG.SPLITS.items():
-    with open(os.path.join(os.environ["SITE"], f"datasets/DuReaderQG/{split}.json"), "rb") as file:
-        DuReaderQG.SPLITS[split] = meta._replace(md5=hashlib.md5(file.read()).hexdigest())
-with open(os.path.join(os.environ["SITE"], "models/community/THUDM/glm-large-chinese/config.json")) as file:
-    configuration.GLM_PRETRAINED_INIT_CONFIGURATION["THUDM/glm-large-chinese"].update(json.load(file))
-import finetune_generation
-finetune_generation.main()
-"""
+from helpers import FAST, MINI, ROOT, TINY_GLM, flags, read_jsonl, run
 
 
 class Site:
@@ -72,11 +38,12 @@ class Site:
     def train(self, home, out):
         """The README's names, in a home of its own. Returns the exit code and the lines of standard error."""
         self.asked.clear()
-        env = {**os.environ, "HOME": str(home), "SITE": str(self.folder), "NO_PROXY": "*", "no_proxy": "*",
-               "SERVER": f"http://127.0.0.1:{self.server.server_port}"}  # fmt: skip
-        flags = ["--model_name_or_path", "THUDM/glm-large-chinese", "--task_name", "dureader_qg", "--do_train",
-                 "--do_eval", "--max_steps", 1, "--output_dir", out, *FAST]  # fmt: skip
-        command = [sys.executable, "-c", RUNNER, *map(str, flags)]
+        hook = ["published", f"http://127.0.0.1:{self.server.server_port}", str(self.folder)]
+        env = {**os.environ, "HOME": str(home), "NO_PROXY": "*", "no_proxy": "*", "HOOK": json.dumps(hook)}
+        args = flags(
+            model_name_or_path="THUDM/glm-large-chinese", task_name="dureader_qg", max_steps=1, output_dir=out
+        )
+        command = [sys.executable, "tests/hooks.py", *map(str, FAST), "--do_train", "--do_eval", *args]
         result = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=200)
         return result.returncode, result.stderr.splitlines()
 
@@ -97,6 +64,7 @@ def site(tmp_path):
     site.server.server_close()
 
 
+@pytest.mark.slow
 def test_a_download_the_cache_and_a_server_that_is_gone(site, tmp_path):
     home, out = tmp_path / "home", tmp_path / "out"
     home.mkdir()
@@ -119,6 +87,7 @@ def test_a_download_the_cache_and_a_server_that_is_gone(site, tmp_path):
     assert not (tmp_path / "nothing").exists() and not any("Traceback" in line for line in lines)
 
 
+@pytest.mark.slow
 def test_a_download_cut_short_is_not_taken_for_whole(site, tmp_path):
     home, out = tmp_path / "home", tmp_path / "out"
     home.mkdir()
@@ -142,9 +111,9 @@ def test_safetensors(tmp_path):
     assert (folder / "model.safetensors").is_file() and not (folder / "model_state.pdparams").exists()
     for name in ("cog-pretrain.model", "tokenizer_config.json"):
         shutil.copy(TINY_GLM / name, folder)
-    flags = ["--task_name", MINI, "--do_predict", "--max_predict_samples", 2, *FAST]
+    args = [*FAST, "--do_predict", *flags(task_name=MINI, max_predict_samples=2)]
     for number, model in enumerate((TINY_GLM, folder)):
-        run("--model_name_or_path", model, *flags, "--output_dir", tmp_path / str(number))
+        run(*args, *flags(model_name_or_path=model, output_dir=tmp_path / str(number)))
     rows = [read_jsonl(tmp_path / f"{number}/test_predictions.jsonl") for number in (0, 1)]
     assert [row["token_ids"] for row in rows[0]] == [row["token_ids"] for row in rows[1]]
 
@@ -154,8 +123,11 @@ def test_a_checkpoint_of_pytorch_is_told_apart(tmp_path):
     folder = tmp_path / "model"
     shutil.copytree(TINY_GLM, folder)
     (folder / "model_state.pdparams").rename(folder / "pytorch_model.bin")
-    result = run("--model_name_or_path", folder, "--task_name", MINI, "--do_eval", *FAST, "--output_dir",
-                 tmp_path / "out", check=False)  # fmt: skip
-    line = result.stderr.splitlines()[-1]
-    assert result.returncode == 2 and "model_state.pdparams" in line and "Traceback" not in result.stderr
+    lines = run(
+        *FAST,
+        "--do_eval",
+        *flags(model_name_or_path=folder, task_name=MINI, output_dir=tmp_path / "out"),
+        code=2,
+    )
+    assert "model_state.pdparams" in lines[-1] and "Traceback" not in "".join(lines)
     assert json.loads((folder / "config.json").read_text())["model_type"] == "glm"

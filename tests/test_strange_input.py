@@ -23,6 +23,7 @@ from glm.arguments import (
     ModelArguments,
 )
 
+pytestmark = pytest.mark.slow
 CASES = int(os.environ.get("STRANGE_CASES", 100))
 RECORD = {"context": "北京大学在北京。", "answer": "北京", "question": "北京大学在哪里?"}
 
