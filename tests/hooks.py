@@ -1,7 +1,7 @@
 """What a test does inside the processes of a run: a fault at a chosen moment, or a look at what they compute.
 
-HOOK='["fault", "SIGTERM", "training_step", 3, 0]' tests/parallel_worker.py ...: the name of a function below and
-its arguments, as JSON. ``helpers.Run`` and ``helpers.launch`` take the same as ``hook``.
+HOOK='["fault", "SIGTERM", "training_step", 3, 0]' tests/parallel_worker.py ...: the name of a function below
+and its arguments, as JSON. ``helpers.Run`` and ``helpers.launch`` take the same as ``hook``.
 """
 
 import fnmatch
@@ -75,7 +75,7 @@ def fault(action, method, call=1, rank=0):
 
 
 def fault_at_file(action, event, pattern, call=1):
-    """Act when a file of that pattern is about to be opened ("open") or moved ("os.rename"), the ``call``-th time."""
+    """Act when a file of that pattern is opened ("open") or moved ("os.rename") for the ``call``-th time."""
     calls = []
 
     def watch(name, args):
@@ -131,9 +131,9 @@ def split_loss(folder):
 
 
 def published(server, folder):
-    """What PaddleNLP asks its hosts for comes from the loopback ``server`` of ``folder``, a tiny model among it.
+    """Ask the loopback ``server`` of ``folder``, which has a tiny model, for what PaddleNLP downloads.
 
-    Its bytes take the place of the published ones: the checksums of the data and, in PaddleNLP 2, the built-in config.
+    Its checksums of data and, for PaddleNLP 2, its config take the place of the built-in ones.
     """
     hosts = ("https://bj.bcebos.com/paddlenlp", "https://paddlenlp.bj.bcebos.com")
 

@@ -1,9 +1,9 @@
 """finetune_generation.py over gloo: one process of a launch on CPUs.
 
-Paddle's tensor-parallel layers have no CPU kernels for their collectives. Here, and only here, those are replaced by
-PyLayers over paddle.distributed's all_reduce and all_gather, which gloo has.
+Paddle's tensor-parallel layers have no CPU kernels for their collectives. Here, and only here,
+those are replaced by PyLayers over paddle.distributed's all_reduce and all_gather, which gloo has.
 
-python -m paddle.distributed.launch --nproc_per_node 2 tests/parallel_worker.py (arguments of finetune_generation.py)
+python -m paddle.distributed.launch --nproc_per_node 2 tests/parallel_worker.py ARGUMENTS
 """
 
 import os
@@ -161,8 +161,8 @@ if __name__ == "__main__":
     use_gloo()
     hooks.install()
     finetune_generation.main()
-    # The run is over and what it wrote is closed. Now and then a gloo thread aborts on the way out, when another
-    # process has left before.
+    # The run is over and what it wrote is closed. Now and then a gloo thread aborts on the way out,
+    # when another process has left before.
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(0)

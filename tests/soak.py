@@ -1,14 +1,15 @@
-"""Faults at random, for as long as one likes: a run is killed, stopped, starved and damaged, and each time goes on.
+"""Faults at random, for as long as one likes: a run is killed, stopped, starved, damaged, and goes on.
 
 python tests/soak.py [--times 40] [--processes 1 2] [--seed 0] [--folder FOLDER]
 
-On one process and on two: runs of 24 steps with a checkpoint every second step, whose sessions each meet a fault at a
-random moment of what a session takes, until every fault has come up as often as asked for. A run that has come to its
-end must be like one that was never touched: losses, weights, predictions, and no temporary file left. Then the next run
-begins. Prints a table of the faults, and ends with 1 where anything was otherwise.
+On one process and on two: runs of 24 steps with a checkpoint every second step, whose sessions each
+meet a fault at a random moment of what a session takes, until every fault has come up as often as
+asked for. A run that has come to its end must be like one that was never touched: losses, weights,
+predictions, and no temporary file left. Then the next run begins. Prints a table of the faults, and
+ends with 1 where anything was otherwise.
 
-A full disk is a small tmpfs that is filled up where one can be mounted (root), else a checkpoint's file that is a link
-to /dev/full.
+A full disk is a small tmpfs that is filled up where one can be mounted (root), else a checkpoint's
+file that is a link to /dev/full.
 """
 
 import argparse
@@ -24,7 +25,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from helpers import MINI, ROOT, TINY_GLM
+from helpers import ROOT, TRAIN, flags, launcher
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
@@ -32,16 +33,17 @@ import numpy as np
 import paddle
 
 STEPS, SAVE_STEPS = 24, 2
-ARGS = ["--model_name_or_path", TINY_GLM, "--task_name", MINI, "--src_length", 160, "--tgt_length", 24,
-        "--min_tgt_length", 0, "--num_beams", 2, "--do_train", "--do_eval", "--learning_rate", 1e-3,
-        "--per_device_train_batch_size", 4, "--per_device_eval_batch_size", 30, "--logging_steps", 1,
-        "--max_steps", STEPS, "--save_steps", SAVE_STEPS, "--save_total_limit", 3]  # fmt: skip
+ARGS = [
+    *TRAIN,
+    "--do_eval",
+    *flags(max_steps=STEPS, save_steps=SAVE_STEPS, save_total_limit=3, per_device_eval_batch_size=30),
+]
 FAULTS = ("kill -9", "SIGTERM", "full disk", "damaged checkpoint")
 BEGUN = "each process is about to need"  # said between reading and loading
 
 
 class Session:
-    """One start of the command, on ``processes`` processes, whose standard error goes to files in ``logs``."""
+    """One start of the command on so many processes, whose standard error goes to files in ``logs``."""
 
     def __init__(self, processes, output_dir, logs):
         shutil.rmtree(logs, ignore_errors=True)
@@ -49,12 +51,16 @@ class Session:
         self.log, self.logs, self.output_dir, self.began = logs / "workerlog.0", logs, output_dir, time.time()
         program = ["finetune_generation.py"]
         if processes > 1:
-            program = ["-m", "paddle.distributed.launch", "--nproc_per_node", processes, "--log_dir", logs,
-                       "tests/parallel_worker.py", "--tensor_parallel_degree", processes]  # fmt: skip
+            program = [*launcher(processes, logs)[1:], "--tensor_parallel_degree", processes]
         command = [sys.executable, *program, *ARGS, "--output_dir", output_dir]
         with open(logs / "launcher" if processes > 1 else self.log, "w") as errors:
-            self.process = subprocess.Popen(list(map(str, command)), cwd=ROOT, stdout=errors, stderr=errors,
-                                            env={**os.environ, "SOAK": str(logs)})  # fmt: skip
+            options = {
+                "cwd": ROOT,
+                "stdout": errors,
+                "stderr": errors,
+                "env": {**os.environ, "SOAK": str(logs)},
+            }
+            self.process = subprocess.Popen(list(map(str, command)), **options)
 
     def text(self):
         return self.log.read_text(errors="replace") if self.log.exists() else ""
@@ -120,13 +126,12 @@ def differences(folder, expected):
         found.append(f"weights differ by {worst}")
     if predictions != expected[2]:
         found.append("predictions differ")
-    left = [str(path.relative_to(folder)) for pattern in ("*.tmp", ".unfinished", ".lock") for path in
-            folder.rglob(pattern)]  # fmt: skip
-    return found + [f"{path} is left" for path in left]
+    left = [path for pattern in ("*.tmp", ".unfinished", ".lock") for path in folder.rglob(pattern)]
+    return found + [f"{path.relative_to(folder)} is left" for path in left]
 
 
 def damage_a_checkpoint(folder, draw):
-    """Cut short, or change a byte of, a random file of the newest whole checkpoint. Returns whether there is one."""
+    """Cut short, or change, a random file of the newest whole checkpoint. Returns whether there is one."""
     marks = sorted(folder.glob("checkpoint-*/.checkpoint_done"), key=lambda path: path.stat().st_mtime)
     if not marks:
         return False
@@ -236,8 +241,8 @@ def soak(processes, times, draw, folder):
                 runs, fault, last = runs + 1, None, 0
                 found = differences(run, expected)
                 wrong += found
-                print(f"{processes} processes: run {runs}, {sum(counts.values())} faults so far: "
-                      f"{'; '.join(found) or 'as one never touched'}", flush=True)  # fmt: skip
+                faults, text = sum(counts.values()), "; ".join(found) or "as one never touched"
+                print(f"{processes} processes: run {runs}, {faults} faults so far: {text}", flush=True)
                 shutil.rmtree(run)
                 if not wanted:
                     break
@@ -251,7 +256,7 @@ def soak(processes, times, draw, folder):
             if now == "damaged checkpoint" and not damage_a_checkpoint(run, draw):
                 continue
             counts[now] += 1
-            # Of a run that was stopped again before its first step, the step that it has to get back to stays.
+            # A run that was stopped again before its first step still has to get back to the same step.
             last, fault = max(step, last if not resumed else 0), now
         print(f"\n| {processes} processes | times | steps lost at most | seconds to be back at most |")
         print("| --- | --- | --- | --- |")

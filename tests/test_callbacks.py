@@ -1,4 +1,4 @@
-"""What happens at a step: seeds, signals, gradients, losses that are no numbers and steps that are skipped."""
+"""What happens at a step: seeds, signals, gradients, losses that are no numbers, skipped steps."""
 
 import math
 import os
@@ -34,8 +34,10 @@ def test_each_step_draws_anew_and_a_resumed_one_alike():
     assert first[:3] == other_rank[:3] and first[3] != other_rank[3]
 
 
-@pytest.mark.parametrize("world_size, training, seconds", [(1, True, [0, 0]), (1, False, [0]), (2, False, [0]),
-                                                           (2, True, [0, 0.6, 1.9, 2.1])])  # fmt: skip
+@pytest.mark.parametrize(
+    "world_size, training, seconds",
+    [(1, True, [0, 0]), (1, False, [0]), (2, False, [0]), (2, True, [0, 0.6, 1.9, 2.1])],
+)
 def test_when_a_signal_ends_at_once(tmp_path, world_size, training, seconds, monkeypatch):
     """A second one; the first in an evaluation. A launcher's, which sends three in 0.6 seconds, are one."""
     args = SimpleNamespace(world_size=world_size, output_dir=str(tmp_path), overwrite_output_dir=False)

@@ -50,8 +50,17 @@ def test_a_checkpoint_that_is_written_anew_is_not_whole_meanwhile(tmp_path):
     assert json.loads((done.parent / "trainer_state.json").read_text()) == {"global_step": 4}
 
 
-@pytest.mark.parametrize("limit, best, kept", [(2, None, [3, 4]), (2, 1, [1, 4]), (1, 1, [1, 4]), (1, None, [4]),
-                                               (3, 2, [2, 3, 4]), (9, None, [1, 2, 3, 4])])  # fmt: skip
+LIMITS = [
+    (2, None, [3, 4]),
+    (2, 1, [1, 4]),
+    (1, 1, [1, 4]),
+    (1, None, [4]),
+    (3, 2, [2, 3, 4]),
+    (9, None, [1, 2, 3, 4]),
+]
+
+
+@pytest.mark.parametrize("limit, best, kept", LIMITS)
 def test_the_newest_and_the_best_checkpoint_stay(tmp_path, limit, best, kept):
     for number in range(1, 5):
         (tmp_path / f"checkpoint-{number}").mkdir()

@@ -11,7 +11,7 @@ from glm.metrics import compute_metrics
 
 @pytest.fixture(scope="module")
 def finished_run(tmp_path_factory):
-    """Six steps with an evaluation and a checkpoint every two, the best model kept; then evaluation and prediction."""
+    """Six steps with an evaluation and a checkpoint every two, the best one kept; then evaluate, predict."""
     folder = tmp_path_factory.mktemp("run")
     (folder / "data").mkdir()
     data = small_data(folder / "data")
@@ -103,7 +103,7 @@ def test_scores_are_those_of_the_plain_forward_in_float64(finished_run):
 
 
 def test_eval_loss_is_the_mean_over_tokens(finished_run):
-    """Of all dev records' targets, by PaddleNLP's own forward of the saved weights; not the mean of records' means."""
+    """Of all dev records, by PaddleNLP's own forward of the saved weights; not the mean of records' means."""
     import paddle
     from paddlenlp.transformers import AutoModelForConditionalGeneration, GLMTokenizer
 

@@ -73,7 +73,7 @@ def test_features_equal_paddlenlp(tokenizer):
 
 
 def test_features_equal_paddlenlp_with_the_real_tokenizer(tmp_path):
-    """The published sentencepiece model: in the environment's GLM_CHINESE_TOKENIZER, or in an installed sat package."""
+    """The published sentencepiece model: GLM_CHINESE_TOKENIZER's, or that of an installed sat package."""
     path = os.environ.get("GLM_CHINESE_TOKENIZER")
     spec = importlib.util.find_spec("sat")
     if not path and spec is not None:
@@ -256,7 +256,7 @@ def test_missing_files():
 
 
 def test_fixture_records(tokenizer):
-    """The shipped data is what its README line says: sizes, no leaks, mostly unseen names, at least 12 relations."""
+    """The shipped data is what is said of it: sizes, no leaks, mostly unseen names, 12 relations or more."""
     splits = {split: read_records(str(MINI), split) for split in ("train", "dev", "test")}
     assert [len(records) for records in splits.values()] == [2000, 60, 20]
     train = {record["context"] for record in splits["train"]}

@@ -132,7 +132,7 @@ def test_a_process_that_dies_ends_all(tmp_path, processes, rank, method, call):
 
 @pytest.mark.parametrize("method, call", [("training_step", 4), ("on_save", 2)])
 def test_a_process_that_ends_alone_ends_all(tmp_path, method, call):
-    """For a reason of its own, which it says: the other names it, and shows no traceback of its collective."""
+    """For a reason of its own, which it says: the other names it, and shows no traceback."""
     out, log = tmp_path / "out", tmp_path / "log"
     args = flags(output_dir=out, max_steps=4, save_steps=2)
     assert finish(start(2, log, *args, hook=["fault", "Fault", method, call, 1])) != 0

@@ -6,7 +6,7 @@ import subprocess
 import sys
 
 import pytest
-from helpers import ROOT, lora_config, random_glm
+from helpers import ROOT, flags, lora_config, random_glm
 from paddlenlp.transformers import GLMConfig, GLMForConditionalGeneration
 
 from glm import arguments, lora, memory
@@ -24,7 +24,7 @@ def test_parameters_are_counted(config):
 
 
 def test_memory_of_several_processes_by_hand():
-    """Of GLM-10B's layout on 8 processes: an eighth of each linear and of the embedding, norms and positions whole."""
+    """GLM-10B on 8 processes: an eighth of each linear and of the embedding, norms and positions whole."""
     config = GLMConfig(num_layers=48, hidden_size=4096, num_attention_heads=64, vocab_size=50048)
     linears = 48 * (4096 * (3 + 1 + 4 + 4) * 4096 + (3 + 4) * 4096) + 50048 * 4096
     whole = 48 * (2 + 4) * 4096 + 2 * (config.max_sequence_length + 1) * 4096 + 2 * 4096
@@ -46,8 +46,8 @@ def test_estimates_are_close_to_peaks(tmp_path, setting):
         num_layers=4, hidden_size=256, num_attention_heads=8, vocab_size=2000, max_sequence_length=1024
     )
     GLMForConditionalGeneration(config).save_pretrained(str(tmp_path))
-    command = [sys.executable, "tests/benchmarks/memory.py", "--check", "--model", tmp_path, "--worker", "batch 4",
-               "--setting", setting, "--source", 384, "--target", 64]  # fmt: skip
+    command = [sys.executable, "tests/benchmarks/memory.py", "--check", "--worker", "batch 4"]
+    command += flags(model=tmp_path, setting=setting, source=384, target=64)
     result = subprocess.run(list(map(str, command)), cwd=ROOT, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr[-2000:]
     printed = json.loads(result.stdout.splitlines()[-1])

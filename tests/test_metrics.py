@@ -21,8 +21,8 @@ def test_repeated_characters_count_as_often_as_they_stand():
 
 
 def test_bleu_by_hand():
-    # Corpus of two: 甲乙丙丁戊 against 甲乙丙丁己, 子丑寅卯 against itself. Matches 4+4 of 9, 3+3 of 7, 2+2 of 5,
-    # 1+1 of 3; both lengths are 9, so no brevity penalty.
+    # Corpus of two: 甲乙丙丁戊 against 甲乙丙丁己, 子丑寅卯 against itself. Matches 4+4 of 9, 3+3 of 7,
+    # 2+2 of 5, 1+1 of 3; both lengths are 9, so no brevity penalty.
     metrics = compute_metrics(["甲乙丙丁戊", "子丑寅卯"], ["甲乙丙丁己", "子丑寅卯"])
     assert metrics["bleu4"] == pytest.approx((8 / 9 * 6 / 7 * 4 / 5 * 2 / 3) ** 0.25, abs=1e-9)
     # A prediction of 4 for a reference of 6: all its n-grams match, and brevity costs e ** (1 - 6 / 4).
@@ -52,7 +52,7 @@ def test_long_texts():
 
 
 def test_a_run_of_latin_letters_or_digits_counts_once():
-    """As the published figures count, whatever its case and width: here 在 2023 年 的 nature 上 against 在 2024 年."""
+    """As the published figures count, in any case and width: 在 2023 年 的 nature 上 against 在 2024 年."""
     metrics = compute_metrics(["在２０２３年的Nature上"], ["在2024年"])
     assert metrics["rouge1"] == pytest.approx(2 * (2 / 6) * (2 / 3) / (2 / 6 + 2 / 3), abs=1e-6)
     assert compute_metrics(["NATURE"], ["nature"])["rouge1"] == pytest.approx(1, abs=1e-6)

@@ -86,8 +86,11 @@ def test_any_layout_gives_what_one_process_gives(name, single, trained):
     assert worst_weight < 1e-3
 
 
-@pytest.mark.parametrize("before, after", [("one", "TP 2"), ("TP 2", "one"), ("TP 4", "TP 2"), ("DP 2", "accumulating"),
-                                           ("sharding stage 1", "TP 2"), ("one", "sharding stage 1")])  # fmt: skip
+CHANGES = [("one", "TP 2"), ("TP 2", "one"), ("TP 4", "TP 2"), ("DP 2", "accumulating")]
+CHANGES += [("sharding stage 1", "TP 2"), ("one", "sharding stage 1")]
+
+
+@pytest.mark.parametrize("before, after", CHANGES)
 def test_going_on_on_another_layout(before, after, data, single, trained, tmp_path):
     """From a checkpoint of the third step: as the run on one process that never stopped."""
     (tmp_path / "out").mkdir()
@@ -101,7 +104,7 @@ def test_going_on_on_another_layout(before, after, data, single, trained, tmp_pa
 
 
 def test_going_on_on_fewer_processes(data, single, trained, tmp_path):
-    """Half of the data-parallel processes take twice as many passes a step, so that the order of the data stays."""
+    """Half of the data-parallel processes take twice as many passes a step: the order of the data stays."""
     (tmp_path / "out").mkdir()
     shutil.copytree(trained("DP 2") / "checkpoint-3", tmp_path / "out/checkpoint-3")
     output = train("one", tmp_path, "--task_name", data, "--per_device_train_batch_size", 2)
@@ -122,7 +125,7 @@ def test_a_checkpoint_without_names_of_its_weights(data, trained, tmp_path):
 
 
 def test_lora_on_two_processes(data, tmp_path):
-    """The same adapter as on one, and the same whole model; the adapter is split over two again to evaluate it."""
+    """The same adapter as on one, and the same whole model; the adapter is split again to evaluate it."""
     name, lora = "lora_model_state.pdparams", ["--lora", "True", "--lora_rank", 4, "--learning_rate", 1e-2]
     common = ["--model_name_or_path", TINY_GLM, "--task_name", data, *COMMON, *lora, "--merge_lora", "True"]
     run(*common, *flags(output_dir=tmp_path / "one", per_device_train_batch_size=4))
@@ -130,8 +133,8 @@ def test_lora_on_two_processes(data, tmp_path):
     whole = outcome(tmp_path / "one")[2]
     assert any(weight.any() for key, weight in adapter.items() if key.endswith("query_key_value.lora_B"))
     out = tmp_path / "two"
-    launch(2, tmp_path / "log2", *common, "--output_dir", out, "--tensor_parallel_degree", 2,
-           "--per_device_train_batch_size", 4)  # fmt: skip
+    split = flags(tensor_parallel_degree=2, per_device_train_batch_size=4)
+    launch(2, tmp_path / "log2", *common, "--output_dir", out, *split)
     other_losses, other_predictions, other_adapter = outcome(out, name)
     assert np.abs(np.subtract(losses, other_losses)).max() < 2e-4 and other_predictions == predictions
     for ours, theirs in ((other_adapter, adapter), (outcome(out)[2], whole)):
@@ -139,8 +142,8 @@ def test_lora_on_two_processes(data, tmp_path):
         assert max(np.abs(ours[key] - theirs[key]).max() for key in theirs) < 1e-3
     for path in (tmp_path / "one").glob("model_state*"):
         path.unlink()  # what is left is an adapter
-    launch(2, tmp_path / "log", "--model_name_or_path", tmp_path / "one", "--task_name", data, *COMMON[:8],
-           "--do_eval", "--output_dir", tmp_path / "reloaded", "--tensor_parallel_degree", 2)  # fmt: skip
+    args = flags(model_name_or_path=tmp_path / "one", task_name=data, output_dir=tmp_path / "reloaded")
+    launch(2, tmp_path / "log", *COMMON[:8], "--do_eval", *args, *split)
     assert [
         row["token_ids"] for row in read_jsonl(tmp_path / "reloaded/eval_predictions.jsonl")
     ] == predictions

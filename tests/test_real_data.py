@@ -77,7 +77,7 @@ def words(text):
 
 
 def test_metrics_against_an_independent_count(records):
-    """Each question against another record's: n-grams counted here, the subsequence by dynamic programming."""
+    """Each question against another's: n-grams counted here, the subsequence by dynamic programming."""
     plain = [
         record["question"]
         for record in records

@@ -1,18 +1,16 @@
 """Input that nobody would write, by chance: the run ends with 0 or 2, without a traceback, and in time.
 
-STRANGE_CASES=2000 python -m pytest tests/test_strange_input.py tries as many; by default they are 100. The cases that
-failed once are examples of their own.
+STRANGE_CASES=2000 python -m pytest tests/test_strange_input.py tries as many; by default they are 100. What
+failed once is an example of its own.
 """
 
 import json
 import os
 import shutil
-import subprocess
-import sys
 from dataclasses import fields
 
 import pytest
-from helpers import ROOT, TINY_GLM
+from helpers import TINY_GLM, Run, flags
 from hypothesis import HealthCheck, Phase, assume, example, given, settings
 from hypothesis import strategies as st
 
@@ -28,44 +26,28 @@ CASES = int(os.environ.get("STRANGE_CASES", 100))
 RECORD = {"context": "北京大学在北京。", "answer": "北京", "question": "北京大学在哪里?"}
 
 
-class Server:
-    def __init__(self, folder):
-        self.folder = folder
-        command, pipe = [sys.executable, ROOT / "tests/fork_server.py"], subprocess.PIPE
-        self.process = subprocess.Popen(
-            command, stdin=pipe, stdout=pipe, stderr=subprocess.DEVNULL, text=True, cwd=folder
-        )
-
-    def run(self, *arguments):
-        print(json.dumps(list(map(str, arguments))), file=self.process.stdin, flush=True)
-        return json.loads(self.process.stdout.readline())
-
-    def check(self, *arguments):
-        code, text = self.run(*arguments)
-        assert code in (0, 2) and "Traceback" not in text, f"{code}\n{text[-3000:]}"
-        if code == 2:  # it says what is wrong, by the script's name
-            assert any("finetune_generation.py: error: " in line for line in text.splitlines()[-3:]), text[
-                -2000:
-            ]
-        return code, text
+def check(folder, *args):
+    """Run the script in ``folder``: it ends with 0 or 2, and in the second case says what is wrong."""
+    code, lines = Run(*args, folder=folder).finish(30)
+    assert code in (0, 2) and not any("Traceback" in line for line in lines), f"{code}\n{lines[-30:]}"
+    if code == 2:
+        assert any("finetune_generation.py: error: " in line for line in lines[-3:]), lines[-30:]
 
 
 @pytest.fixture(scope="module")
-def server(tmp_path_factory):
+def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("strange")
     (folder / "data").mkdir()
     for split in ("train", "dev", "test"):
         (folder / f"data/{split}.json").write_text(json.dumps(RECORD) + "\n", encoding="utf-8")
-    server = Server(folder)
-    yield server
-    server.process.stdin.close()
-    server.process.wait(60)
+    return folder
 
 
 def cases(share):
     checks = [HealthCheck.too_slow, HealthCheck.function_scoped_fixture, HealthCheck.data_too_large]
-    return settings(max_examples=max(int(CASES * share), 1), deadline=None, suppress_health_check=checks,
-                    database=None, phases=(Phase.explicit, Phase.generate), derandomize=CASES == 100)  # fmt: skip
+    options = {"deadline": None, "database": None, "phases": (Phase.explicit, Phase.generate)}
+    examples = max(int(CASES * share), 1)
+    return settings(max_examples=examples, suppress_health_check=checks, derandomize=CASES == 100, **options)
 
 
 anything = st.text(st.characters(), max_size=20)  # lone surrogates and NUL among them
@@ -96,31 +78,56 @@ line = st.one_of(
 
 @cases(0.3)
 @given(lines=st.lists(line, max_size=3), split=st.sampled_from(["train", "test"]))
-def test_any_records(server, lines, split):
-    (server.folder / "records.json").write_bytes(b"\n".join(lines))
-    arguments = ["--model_name_or_path", TINY_GLM, "--output_dir", server.folder / "out", "--overwrite_output_dir",
-                 "--src_length", 40, "--tgt_length", 16, "--min_tgt_length", 0, "--num_beams", 1]  # fmt: skip
+def test_any_records(folder, lines, split):
+    (folder / "records.json").write_bytes(b"\n".join(lines))
+    args = flags(
+        model_name_or_path=TINY_GLM,
+        output_dir=folder / "out",
+        src_length=40,
+        tgt_length=16,
+        min_tgt_length=0,
+        num_beams=1,
+    )
+    args.append("--overwrite_output_dir")
     if split == "test":
-        server.check(*arguments, "--predict_file", server.folder / "records.json")
+        check(folder, *args, "--predict_file", folder / "records.json")
     else:
-        shutil.rmtree(server.folder / "task", ignore_errors=True)
-        (server.folder / "task").mkdir()
-        shutil.copy(server.folder / "records.json", server.folder / "task/train.json")
-        server.check(*arguments, "--do_train", "--max_steps", 1, "--task_name", server.folder / "task")
+        shutil.rmtree(folder / "task", ignore_errors=True)
+        (folder / "task").mkdir()
+        shutil.copy(folder / "records.json", folder / "task/train.json")
+        check(folder, *args, "--do_train", "--max_steps", 1, "--task_name", folder / "task")
 
 
 GROUPS = (ModelArguments, DataArguments, GenerationArguments, GLMTrainingArguments)
 FLAGS = {field.name: str(field.type) for group in GROUPS for field in fields(group) if field.init}
 
+STRANGE = (
+    "|a b|~|..|/|/dev/null|--do_eval|[]|{}|None|null|all|none|no|true|False|-1|0|1|2|１|1,5|1_000|0x10".split(
+        "|"
+    )
+)
+STRANGE += [
+    "1e400",
+    "-1e400",
+    "1e-400",
+    "9" * 20,
+    "nan",
+    "inf",
+    "-inf",
+    "O1",
+    "O2",
+    "gpu",
+    "cpu",
+    "xpu:0",
+    "gpu:99",
+]
+STRANGE += ["steps", "epoch", "linear", "stage1"]
 strange_value = st.one_of(
-    st.sampled_from(["", "-1", "0", "1", "2", "1e400", "-1e400", "nan", "inf", "-inf", "1e-400", "99999999999999999999",
-                     "true", "False", "None", "null", "[]", "{}", "..", "/", "/dev/null", "~", "O1", "O2", "gpu", "cpu",
-                     "xpu:0", "gpu:99", "steps", "epoch", "no", "linear", "stage1", "all", "none", "--do_eval", "0x10",
-                     "1_000", "１", "1,5", "a b"]),
+    st.sampled_from(STRANGE),
     anything.filter(lambda text: "\0" not in text),
     st.integers().map(str),
     st.floats().map(str),
-)  # fmt: skip
+)
 
 
 def flag_and_value(any_value):
@@ -140,9 +147,19 @@ def flag_and_value(any_value):
 
 
 def training(folder):
-    return {"model_name_or_path": str(TINY_GLM), "task_name": str(folder / "data"), "output_dir": str(folder / "out"),
-            "src_length": 40, "tgt_length": 16, "min_tgt_length": 0, "num_beams": 1, "max_steps": 1, "do_train": True,
-            "do_eval": True, "overwrite_output_dir": True}  # fmt: skip
+    return {
+        "model_name_or_path": str(TINY_GLM),
+        "task_name": str(folder / "data"),
+        "output_dir": str(folder / "out"),
+        "src_length": 40,
+        "tgt_length": 16,
+        "min_tgt_length": 0,
+        "num_beams": 1,
+        "max_steps": 1,
+        "do_train": True,
+        "do_eval": True,
+        "overwrite_output_dir": True,
+    }
 
 
 def is_long(name, value):
@@ -160,11 +177,11 @@ def is_long(name, value):
 @example(flag=("save_steps", 2**63))
 @example(flag=("gradient_accumulation_steps", 2**31 - 1))
 @example(flag=("per_device_train_batch_size", 2**31 - 1))
-def test_any_value_of_any_flag(server, flag):
+def test_any_value_of_any_flag(folder, flag):
     name, value = flag
     assume(not is_long(name, value))
-    arguments = {**training(server.folder), name: value}
-    server.check(*(text for name, value in arguments.items() for text in (f"--{name}", value)))
+    args = {**training(folder), name: value}
+    check(folder, *(text for name, value in args.items() for text in (f"--{name}", value)))
 
 
 @cases(0.2)
@@ -174,11 +191,11 @@ def test_any_value_of_any_flag(server, flag):
 @example(flag=("run_name", "\ud800"))
 @example(flag=("predict_file", "a\0b"))
 @example(flag=("dataloader_num_workers", 10))
-def test_any_json_value_of_any_flag(server, flag):
+def test_any_json_value_of_any_flag(folder, flag):
     name, value = flag
     assume(not is_long(name, value))
-    (server.folder / "arguments.json").write_text(json.dumps({**training(server.folder), name: value}))
-    server.check(server.folder / "arguments.json")
+    (folder / "arguments.json").write_text(json.dumps({**training(folder), name: value}))
+    check(folder, folder / "arguments.json")
 
 
 FILES = sorted(path.name for path in TINY_GLM.iterdir())
@@ -186,7 +203,7 @@ FILES = sorted(path.name for path in TINY_GLM.iterdir())
 
 @st.composite
 def damages(draw):
-    """What is done to a file of the model folder: its name, and a function of its bytes; None: it is taken away."""
+    """What is done to a file of the model folder: its name and its new bytes; None takes it away."""
     name = draw(st.sampled_from(FILES))
     kind = draw(st.sampled_from(["gone", "cut", "changed", "other", "json"]))
     if kind == "json" and name.endswith(".json"):
@@ -215,12 +232,12 @@ def config(**changes):
 @example(damage=config(num_layers=8336))
 @example(damage=config(block_position_encoding=False))
 @example(damage=config(num_attention_heads=3))
-def test_any_damage_to_a_model_folder(server, damage):
-    model, (name, content) = server.folder / "model", damage
+def test_any_damage_to_a_model_folder(folder, damage):
+    model, (name, content) = folder / "model", damage
     shutil.rmtree(model, ignore_errors=True)
     shutil.copytree(TINY_GLM, model)
     (model / name).unlink()
     if content is not None:
         (model / name).write_bytes(content)
-    arguments = {**training(server.folder), "model_name_or_path": model, "do_train": False}
-    server.check(*(text for name, value in arguments.items() for text in (f"--{name}", value)))
+    args = {**training(folder), "model_name_or_path": model, "do_train": False}
+    check(folder, *(text for name, value in args.items() for text in (f"--{name}", value)))

@@ -11,7 +11,7 @@ from data import DataCollator
 
 
 def test_trainer_loss_is_the_mean_over_target_tokens(tmp_path):
-    """A padded batch, against each record alone and unpadded through PaddleNLP's own forward with its logits."""
+    """A padded batch, against each record alone, unpadded, through PaddleNLP's own forward."""
     model = random_glm()
     features, batch = make_batch()
     losses = []

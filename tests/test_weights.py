@@ -1,4 +1,4 @@
-"""A checkpoint's weights and optimizer states in other precisions, without half-precision kernels, which a CPU lacks."""
+"""A checkpoint's weights and optimizer states in other precisions, without half-precision kernels."""
 
 from types import SimpleNamespace
 
@@ -61,8 +61,8 @@ def test_weights_of_every_type_in_every_other(saved, wanted):
 
 def moments(masters):
     end = "_fp32_master_0" if masters else ""
-    names = [f"{name}{end}_{kind}_0" for name in ("linear_0.w_0", "linear_0.b_0")
-             for kind in ("moment1", "moment2", "beta1_pow_acc", "beta2_pow_acc")]  # fmt: skip
+    kinds = ("moment1", "moment2", "beta1_pow_acc", "beta2_pow_acc")
+    names = [f"{name}{end}_{kind}_0" for name in ("linear_0.w_0", "linear_0.b_0") for kind in kinds]
     state = {name: np.full([2], number, "float32") for number, name in enumerate(names)}
     state["LR_Scheduler"] = {"last_epoch": 3}
     if masters:
