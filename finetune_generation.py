@@ -292,7 +292,7 @@ def main():
             raise
         code, told = 1, True
         message = (
-            f"can't write {error.filename or ''}: {error.strerror}: give it room and start again, "
+            f"can't write {error.filename or 'a file'}: {error.strerror}: give it room and start again, "
             "checkpoints and predictions written before are whole"
         )
     if told:
