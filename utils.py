@@ -9,13 +9,22 @@ import numpy as np
 import paddle
 from paddle.distributed import fleet
 from paddlenlp.trainer import Trainer
+from paddlenlp.trainer.integrations import VisualDLCallback
 from paddlenlp.trainer.trainer_callback import PrinterCallback, ProgressCallback, TrainerState
 from paddlenlp.trainer.trainer_utils import SchedulerType, TrainOutput
 from paddlenlp.utils.log import logger
 from tqdm import tqdm
 
 from data import decode_target
-from glm.callbacks import CheckFinite, EarlyStopping, Gradients, SeedEachStep, StopBySignal, TrainingProgress
+from glm.callbacks import (
+    CheckFinite,
+    Curves,
+    EarlyStopping,
+    Gradients,
+    SeedEachStep,
+    StopBySignal,
+    TrainingProgress,
+)
 from glm.checkpoints import WholeCheckpoints, read_mark, write_whole
 from glm.errors import mistakes
 from glm.generation import beam_search
@@ -63,6 +72,8 @@ class GLMTrainer(Trainer):
             self.tensor_parallel_group = fleet.get_hybrid_communicate_group().get_model_parallel_group()
         for callback in (ProgressCallback, PrinterCallback):
             self.pop_callback(callback)
+        if self.pop_callback(VisualDLCallback):  # by --report_to
+            self.add_callback(Curves(lambda: self.rows))
         self.check_finite, self.checkpoints = CheckFinite(), WholeCheckpoints(save_total_limit)
         self.stop_by_signal = StopBySignal()
         if self.args.early_stopping_patience:

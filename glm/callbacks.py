@@ -7,6 +7,7 @@ import numpy as np
 import paddle
 import paddle.distributed as dist
 from paddle.distributed.fleet.meta_parallel import get_rng_state_tracker
+from paddlenlp.trainer.integrations import VisualDLCallback
 from paddlenlp.trainer.trainer_callback import EarlyStoppingCallback, TrainerCallback
 from paddlenlp.trainer.trainer_utils import IntervalStrategy
 from paddlenlp.utils.log import logger
@@ -18,6 +19,7 @@ from glm.errors import Fault
 NEVER = 2**62  # a step that is never reached
 MOST_SKIPPED = 10  # losses in a row that may be no numbers, if gradients are scaled
 ADVICE = "lower --learning_rate, or look at the data of that step"
+SHOWN = 10  # best and worst predictions of an evaluation
 
 
 class TrainingProgress(TrainerCallback):
@@ -48,6 +50,52 @@ class TrainingProgress(TrainerCallback):
 
     def on_train_end(self, args, state, control, **kwargs):
         self.bar.close()
+
+
+class Curves(VisualDLCallback):
+    """Adds an evaluation's best and worst predictions, and all its ROUGE-L, to PaddleNLP's curves.
+
+    Args: get_rows (callable): returns the rows of the last evaluation, as its predictions file has them.
+    """
+
+    def __init__(self, get_rows):
+        super().__init__()
+        self.get_rows, self.in_training = get_rows, False
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        super().on_train_begin(args, state, control, **kwargs)
+        self.in_training = True
+
+    def on_train_end(self, args, state, control, **kwargs):
+        """Leave the writer open, which PaddleNLP closes: an evaluation may follow."""
+        self.in_training = False
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        """Leave out what was not measured (None), of which PaddleNLP would warn each time."""
+        logs = {name: value for name, value in logs.items() if value is not None}
+        super().on_log(args, state, control, logs=logs, **kwargs)
+
+    def on_evaluate(self, args, state, control, **kwargs):
+        rows = [row for row in self.get_rows() if row["rougel"] is not None]
+        if not (rows and state.is_world_process_zero):
+            return
+        if self.vdl_writer is None:  # nothing was trained
+            self._init_summary_writer(args)  # PaddleNLP's: in logging_dir
+        rows.sort(key=lambda row: row["rougel"])
+        when = f"step {state.global_step}" if self.in_training else "at the end"
+        self.show(f"worst predictions/{when}", rows[:SHOWN])
+        self.show(f"best predictions/{when}", rows[::-1][:SHOWN])
+        # Not eval/rougel, which is a curve: VisualDL's server takes one kind of value a tag.
+        scores = [row["rougel"] for row in rows]
+        self.vdl_writer.add_histogram("eval/rougel of the records", scores, state.global_step)
+        self.vdl_writer.flush()
+
+    def show(self, tag, rows):
+        """Write a text for each row. VisualDL takes out line breaks, and calls a text's rank its step."""
+        for rank, row in enumerate(rows, 1):
+            fields = ("answer", "prediction", "reference")
+            text = " | ".join([f"ROUGE-L {row['rougel']:.2f}", *(f"{name}: {row[name]}" for name in fields)])
+            self.vdl_writer.add_text(tag, text, rank)
 
 
 class EarlyStopping(EarlyStoppingCallback):
