@@ -1,149 +1,17 @@
-"""From a record to a padded batch: reading, prompt, 2D positions, collation.
+"""From a record to a padded batch: prompt, 2D positions, mask, collation.
 
 Nothing here needs a model or a device: features and batches are numpy arrays.
 """
 
-import json
-import queue
-import threading
-from pathlib import Path
-
 import numpy as np
+from paddlenlp.utils.log import logger
 from tqdm import tqdm
 
-from glm.errors import InputError, mistakes
+from glm.errors import InputError
 
 SOURCE_OPENING = "答案：{answer}，上下文："
 TARGET_OPENING = "在已知答案的前提下，问题："
 PAD_MULTIPLE = 8  # matrix units want lengths that are multiples of 8
-
-
-def read_records(task_name, split, require_question=True):
-    """Read one split. Returns a list of records, see ``parse_lines``.
-
-    Args:
-        task_name (str): ``dureader_qg``, a folder that holds ``{split}.json``, or a file.
-        split (str): ``train``, ``dev`` or ``test``.
-        require_question (bool): whether a record without a question is a mistake.
-
-    Raises:
-        InputError: also for a file that is missing or empty.
-    """
-    source = Path(task_name)
-    if task_name == "dureader_qg" and not source.is_dir():
-        name = f"the {split} split of dureader_qg"
-        records = [
-            parse_record(row, f"{name}, record {number}", number, require_question)
-            for number, row in enumerate(load_dureader_qg(split))
-        ]
-    else:
-        if not source.is_dir() and split != "test":
-            raise InputError(
-                f"--task_name {task_name} is neither dureader_qg nor a folder: give one of the two",
-            )
-        name = str(source / f"{split}.json" if source.is_dir() else source)
-        try:
-            with open(name, "rb") as file:
-                records = list(parse_lines(file, name, require_question))
-        except OSError as error:
-            raise InputError(
-                f"{name}: {error.strerror}: give a file that can be read",
-            ) from error
-    if not records:
-        raise InputError(f"{name} has no records: at least one is needed")
-    return records
-
-
-def load_dureader_qg(split):
-    """Download a split of DuReaderQG. Returns its rows, dicts with source, title and target."""
-    from paddlenlp.datasets import (
-        load_dataset,
-    )  # takes seconds, which readers of folders save
-
-    if split not in ("train", "dev"):
-        raise InputError(
-            f"dureader_qg has no {split} split: give --task_name a folder with {split}.json",
-        )
-    advice = "check the connection, or give --task_name a folder with train.json and dev.json"
-    with mistakes("dureader_qg could not be downloaded", advice):
-        return load_dataset("dureader_qg", splits=split)
-
-
-def parse_lines(lines, name, require_question):
-    """Parse JSON lines one at a time; blank lines are left out.
-
-    Args:
-        lines: iterable of bytes, such as a file. name (str): what messages call it.
-        require_question (bool): whether a record without a question is a mistake.
-
-    Yields:
-        dict: ``id`` (as given, or the record's number from 0), ``context``, ``answer``,
-        ``question`` (str, or None where there is none) and ``where`` (file and line).
-
-    Raises:
-        InputError: with file and line, for a line that is not UTF-8 or not a JSON object, or a
-            field that is missing, empty or of another type.
-    """
-    count = 0
-    for number, line in enumerate(lines, start=1):
-        where = f"{name}:{number}"
-        try:
-            text = line.decode("utf-8-sig" if number == 1 else "utf-8").strip()
-            row = json.loads(text) if text else None
-        except UnicodeDecodeError as error:
-            raise InputError(
-                f"{where}: byte {error.start + 1} is not UTF-8: save the file as UTF-8",
-            ) from error
-        except (ValueError, RecursionError) as error:
-            raise InputError(
-                f"{where}: not JSON ({error}): each line must be one JSON object",
-            ) from error
-        if text:
-            yield parse_record(row, where, count, require_question)
-            count += 1
-
-
-def parse_record(row, where, number, require_question):
-    """Bring a record of either published form into one.
-
-    Args:
-        row: what JSON holds. where (str): file and line. number (int): of the record, from 0.
-        require_question (bool): whether a record without a question is a mistake.
-
-    Returns:
-        dict: see ``parse_lines``.
-    """
-    if not isinstance(row, dict):
-        kind = type(row).__name__
-        raise InputError(f"{where}: a {kind}: each line must be one JSON object")
-    record = {"id": row.get("id", number), "where": where}
-    if not isinstance(record["id"], (str, int)):
-        kind = type(record["id"]).__name__
-        raise InputError(
-            f"{where}: 'id' is a {kind}: it must be a string or a whole number",
-        )
-    other_names = {"context": "source", "answer": "title", "question": "target"}
-    for name, other_name in other_names.items():
-        value = row.get(name, row.get(other_name))
-        if name == "question" and not require_question and value in (None, ""):
-            record[name] = None
-            continue
-        if value is None:
-            raise InputError(
-                f"{where}: the field '{name}' is missing: a record needs context, answer and question"
-            )
-        if not isinstance(value, str):
-            kind = type(value).__name__
-            raise InputError(
-                f"{where}: the field '{name}' is a {kind}: it must be a string",
-            )
-        if name == "question" and not value.strip():
-            raise InputError(
-                f"{where}: the field 'question' is empty: it is what the model learns to write",
-            )
-        # Half of a surrogate pair is legal JSON, but neither the tokenizer nor a file can hold it.
-        record[name] = value.encode("utf-8", "replace").decode("utf-8")
-    return record
 
 
 def encode_text(tokenizer, text):
@@ -151,10 +19,15 @@ def encode_text(tokenizer, text):
 
     The name of a special token in the text stays ordinary text.
     """
-    # tokenizer(text) would turn a passage's own "[gMASK]" into the mask itself.
+    return tokenizer.convert_tokens_to_ids(split_text(tokenizer, text)) if text else []
+
+
+def split_text(tokenizer, text):
+    """Returns the pieces of ``text`` alone, list[str]."""
     if getattr(tokenizer, "do_lower_case", False):
         text = text.lower()
-    return tokenizer.convert_tokens_to_ids(tokenizer._tokenize(text)) if text else []
+    # tokenizer.tokenize would turn a passage's own "[gMASK]" into the mask itself.
+    return tokenizer._tokenize(text)
 
 
 def encode_source(tokenizer, record, src_length):
@@ -248,67 +121,81 @@ def build_position_ids(source_length, length, padded_length):
     return position_ids * (column < np.asarray(length)[:, None])[:, None]
 
 
-def build_dataset(tokenizer, records, src_length, tgt_length, quiet=True):
-    """Build the features of every record, before training starts.
-
-    So a mistake in the last record shows at once. Unless ``quiet``, there is a bar if it takes
-    longer than two seconds.
-
-    Returns:
-        list[dict]: see ``build_features``, and ``record`` and its ``index`` in the list.
-
-    Raises:
-        InputError: where the lengths have no room for a prompt or a question.
-    """
+def check_target_length(tokenizer, tgt_length):
+    """Raise InputError unless ``tgt_length`` has room for the opening and a question."""
     opening = len(encode_text(tokenizer, TARGET_OPENING))
     if tgt_length < opening + 2:
         raise InputError(
             f"--tgt_length {tgt_length} has no room for a question: its fixed opening takes "
             f"{opening} tokens and the end token one, so give at least {opening + 2}"
         )
-    dataset = []
+
+
+def build_dataset(tokenizer, records, src_length, tgt_length, quiet=True):
+    """Build the features of every record, before training starts.
+
+    So a mistake in the last record shows at once. What the features lose of the records is
+    counted in a line for each kind. Unless ``quiet``, there is a bar if it takes longer than
+    two seconds.
+
+    Returns:
+        list[dict]: see ``build_features``, and ``record`` and its ``index`` in the list.
+
+    Raises:
+        InputError: where a prompt and its answer take more than ``src_length`` tokens.
+    """
+    dataset, losses = [], {}
     bar = tqdm(records, "features", delay=2, disable=quiet, dynamic_ncols=True)
     for index, record in enumerate(bar):
         source_ids, labels = encode_source(tokenizer, record, src_length), []
         if record["question"] is not None:
             labels = encode_target(tokenizer, record["question"], tgt_length)
+        for loss in find_losses(
+            tokenizer,
+            record,
+            source_ids,
+            labels,
+            src_length,
+            tgt_length,
+        ):
+            losses.setdefault(loss, []).append(record["where"])
         features = build_features(tokenizer, source_ids, labels)
         dataset.append({**features, "index": index, "record": record})
+    for loss, places in losses.items():
+        logger.warning(
+            f"{len(places)} of {len(records)} {loss}, the first at {places[0]}",
+        )
     return dataset
 
 
-def read_in_batches(records, batch_size):
-    """Yield lists of 1 to ``batch_size`` of those ``records`` that are there already.
+def find_losses(tokenizer, record, source_ids, labels, src_length, tgt_length):
+    """Yield what the features have lost of their record, each as the end of a sentence."""
+    # What has as many ids as it may have can still be whole.
+    if len(source_ids) == src_length < len(encode_source(tokenizer, record, src_length + 1)):
+        yield f"passages are cut at --src_length {src_length}"
+        if is_answer_cut(tokenizer, record, src_length):
+            yield f"passages lose their answer, cut at --src_length {src_length}"
+    longer = tgt_length + 1
+    if len(labels) == tgt_length < len(encode_target(tokenizer, record["question"], longer)):
+        yield f"questions are cut at --tgt_length {tgt_length}"
+    if tokenizer.unk_token_id in labels:
+        yield "questions have characters that the tokenizer does not know"
+    if tokenizer.unk_token_id in source_ids:
+        yield "passages or answers have characters that the tokenizer does not know"
 
-    Only the first of a list is waited for. What ends ``records``, an exception too, comes after
-    all that came before it.
-    """
-    ready = queue.Queue(maxsize=batch_size)
 
-    def read():
-        try:
-            for record in records:
-                ready.put(record)
-            ready.put(None)
-        except BaseException as error:
-            ready.put(error)
+def is_answer_cut(tokenizer, record, src_length):
+    """Whether the answer stands in the context, but not in what ``src_length`` leaves of it."""
 
-    threading.Thread(target=read, daemon=True).start()
-    end = False
-    while end is False:
-        batch, item = [], ready.get()
-        while True:
-            if item is None or isinstance(item, BaseException):
-                end = item
-                break
-            batch.append(item)
-            if len(batch) == batch_size or ready.empty():
-                break
-            item = ready.get()
-        if batch:
-            yield batch
-    if end is not None:
-        raise end
+    def normalize(pieces):
+        return tokenizer.convert_tokens_to_string(pieces)
+
+    opening = SOURCE_OPENING.format(answer=record["answer"])
+    pieces = split_text(tokenizer, opening + record["context"])
+    start = len(normalize(split_text(tokenizer, opening)))
+    answer = normalize(split_text(tokenizer, record["answer"]))
+    whole, kept = normalize(pieces), normalize(pieces[: src_length - 3])
+    return answer in whole[start:] and answer not in kept[start:]
 
 
 def build_attention_mask(source_length, length, padded_length):

@@ -21,7 +21,13 @@ from paddlenlp.transformers import (
 from paddlenlp.utils.log import logger
 from tqdm.contrib.logging import logging_redirect_tqdm
 
-from data import DataCollator, build_dataset, parse_lines, read_in_batches, read_records
+from data import (
+    DataCollator,
+    build_dataset,
+    build_features,
+    check_target_length,
+    encode_source,
+)
 from glm.arguments import parse_arguments
 from glm.checkpoints import (
     check_output_dir,
@@ -30,13 +36,20 @@ from glm.checkpoints import (
     where_to_resume,
     write_results,
 )
-from glm.checks import check_accumulation, check_config, check_tokenizer
+from glm.checks import (
+    check_accumulation,
+    check_config,
+    check_min_length,
+    check_tokenizer,
+    check_tokenizer_files,
+)
 from glm.device import use_the_whole_cpu
 from glm.errors import Fault, InputError
 from glm.generation import beam_search
 from glm.lora import LORA_WEIGHTS, adapter_weights, add_lora, prepare
 from glm.memory import estimate_memory
 from glm.processes import Peers, locked
+from glm.records import parse_lines, read_in_batches, read_records
 from glm.weights import load
 from utils import GLMTrainer, prediction_row
 
@@ -59,13 +72,16 @@ def run(model_args, data_args, generation, args, output=None):
         check_output_dir(args, checkpoint)
     config = load(AutoConfig, base, "config.json", adapter)
     check_config(config, base, data_args.src_length, generation, degree)
-    tokenizer = load(GLMTokenizer, name, "tokenizer")  # unknown to PaddleNLP 3's AutoTokenizer
+    check_tokenizer_files(name)
+    tokenizer = load(GLMTokenizer, name, "tokenizer")  # PaddleNLP 3's AutoTokenizer has none
     check_tokenizer(tokenizer, config, name)
+    check_target_length(tokenizer, generation.tgt_length)
     train_dataset, dev_dataset, test_dataset = read_datasets(
         tokenizer, data_args, generation.tgt_length, args
     )
     if args.do_train:
         check_accumulation(args, len(train_dataset))
+    check_min_length(generation.min_tgt_length, train_dataset + dev_dataset)
     if lora_config:
         weights = adapter_weights(adapter, config, lora_config, args.seed)
     generated = dev_dataset + test_dataset
@@ -202,14 +218,13 @@ def predict_lines(model, tokenizer, src_length, generation, batch_size, output):
 
     def read_features(lines):
         for record in parse_lines(lines, "standard input", require_question=False):
-            unlabelled = {**record, "question": None}
-            (features,) = build_dataset(
-                tokenizer,
-                [unlabelled],
-                src_length,
-                generation.tgt_length,
-            )
-            yield {**features, "record": record}
+            if record["answer"] is None:
+                raise InputError(
+                    f"{record['where']}: there is no answer to ask for: give one",
+                )
+            source_ids = encode_source(tokenizer, record, src_length)
+            features = build_features(tokenizer, source_ids, labels=[])
+            yield {**features, "index": None, "record": record}
 
     model.eval()
     collate = DataCollator(tokenizer.pad_token_id)
@@ -296,11 +311,8 @@ def main():
             "checkpoints and predictions written before are whole"
         )
     if told:
-        print(
-            "finetune_generation.py: error:",
-            " ".join(message.split()),
-            file=sys.stderr,
-        )
+        message = " ".join(message.split())
+        print(f"finetune_generation.py: error: {message}", file=sys.stderr)
     if peers:
         peers.leave(b"ending")
     sys.exit(code)

@@ -1,15 +1,17 @@
 """The arguments of a run, and how they are read."""
 
+import json
 import sys
-from dataclasses import dataclass, field
-from typing import List, Optional
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import List, Optional, get_origin
 
 from paddle.distributed.fleet.utils import log_util
 from paddlenlp.trainer import PdArgumentParser, TrainingArguments
 from paddlenlp.trainer.trainer_utils import SchedulerType
 from paddlenlp.utils.log import logger
 
-from glm.checks import check_arguments
+from glm.checks import check_argument, check_together
 from glm.device import supports_dtype, use_device
 from glm.errors import InputError, mistakes
 from glm.lora import LORA_MODULES
@@ -219,13 +221,56 @@ class ArgumentParser(PdArgumentParser):
         """Raise InputError; argparse's own prints a hundred lines of usage first."""
         raise InputError(message)
 
+    def read_json(self, json_file):
+        """Read an argument file. Returns a command line; each entry is checked by itself."""
+        with mistakes(
+            f"{json_file} can't be read",
+            "give a JSON object, without comments",
+        ):
+            entries = json.loads(Path(json_file).read_text("utf-8-sig"))
+        if not isinstance(entries, dict):
+            self.error(
+                f"{json_file} is a {type(entries).__name__}: it must be a JSON object",
+            )
+        types = {item.name: item.type for group in self.dataclass_types for item in fields(group)}
+        command_line = []
+        for name, value in entries.items():
+            if name not in types:
+                self.error(f"{json_file}: --{name}: there is no such argument: see --help")
+            if value is None:  # as if it were not there
+                continue
+            try:
+                command_line += self.parse_entry(name, value, types[name])
+            except InputError as error:
+                raise InputError(f"{json_file}: {error}") from error
+        return command_line
+
+    def parse_entry(self, name, value, kind):
+        """Turn an entry of an argument file, whose field is of the type ``kind``, into words."""
+        several = get_origin(kind) is list
+        values = value if several and isinstance(value, list) else [value]
+        if any(isinstance(item, (list, dict)) for item in values):
+            self.error(
+                f"--{name} is {json.dumps(value)}: it takes one value, and no group",
+            )
+        if kind is str and not isinstance(value, str):
+            self.error(f"--{name} is {json.dumps(value)}: it must be a string")
+        # With "=" a value may begin with a minus.
+        words = [f"--{name}", *map(str, values)] if several else [f"--{name}={value}"]
+        parsed, unknown = super().parse_known_args(words)
+        if unknown:
+            self.error(f"--{name} is {json.dumps(value)}: it can't be read")
+        check_argument(name, getattr(parsed, name), self.get_default(name))
+        return words
+
     def parse_known_args(self, args=None, namespace=None):
         values, unknown = super().parse_known_args(args, namespace)
         if unknown:
             self.error(f"{' '.join(unknown)}: there is no such argument: see --help")
         values.do_predict = values.do_predict or bool(values.predict_file)
-        defaults = {name: self.get_default(name) for name in vars(values)}
-        check_arguments(values, defaults)
+        for name, value in vars(values).items():
+            check_argument(name, value, self.get_default(name))
+        check_together(values)
         return values, unknown
 
 

@@ -245,19 +245,24 @@ def check_output_dir(args, checkpoint):
         raise InputError(
             "--output_dir is missing: give the folder for checkpoints, the model and the results"
         )
-    for name in ("output_dir", "logging_dir"):
-        parts = os.fsencode(getattr(args, name, None) or "").split(b"/")
-        if max(map(len, parts)) > NAME_MAX:
-            raise InputError(f"--{name} is longer than a folder's name may be: give a shorter one")
+    _check_writable("--output_dir", folder)
+    if getattr(args, "logging_dir", None):
+        _check_writable("--logging_dir", args.logging_dir)
+    if args.do_train and not args.overwrite_output_dir and os.path.isdir(folder):
+        _check_contents(folder, checkpoint)
+
+
+def _check_writable(flag, folder):
+    """Raise InputError where ``folder`` can't be made, or can't be written to."""
+    if max(map(len, os.fsencode(folder).split(b"/"))) > NAME_MAX:
+        raise InputError(f"{flag} is longer than a folder's name may be: give a shorter one")
     existing = os.path.abspath(folder)
     while not os.path.lexists(existing):
         existing = os.path.dirname(existing)
     if not os.path.isdir(existing):
-        raise InputError(f"--output_dir {folder}: {existing} is not a folder: give another one")
+        raise InputError(f"{flag} {folder}: {existing} is not a folder: give another one")
     if not os.access(existing, os.W_OK | os.X_OK):
-        raise InputError(f"--output_dir {folder}: {existing} can't be written to: give another one")
-    if args.do_train and not args.overwrite_output_dir and os.path.isdir(folder):
-        _check_contents(folder, checkpoint)
+        raise InputError(f"{flag} {folder}: {existing} can't be written to: give another one")
 
 
 # What a run leaves in output_dir, and what its launcher does.

@@ -1,13 +1,17 @@
 """What a run can't be given: limits, refusals, and arguments that don't fit each other or the model."""
 
+import contextlib
+import json
 import re
 from math import inf
 from pathlib import Path
 from typing import NamedTuple
 
 import paddle.distributed as dist
+from paddlenlp import transformers
 from paddlenlp.trainer.integrations import get_available_reporting_integrations
 from paddlenlp.transformers import GLMConfig
+from paddlenlp.utils.log import logger
 
 from glm.errors import InputError
 from glm.memory import count_parameters
@@ -99,23 +103,26 @@ CONFIG_LIMITS = {
 }
 
 
-def check_arguments(values, defaults):
-    """Raise InputError where an argument is out of its limits, or does not fit the others.
+def check_argument(name, value, default):
+    """Raise InputError where the value of an argument is out of its limits, or refused."""
+    if value == default:
+        return
+    if isinstance(value, (int, float)):
+        LIMITS.get(name, ANY).check(value, f"--{name}")
+    if name in REFUSED:
+        raise InputError(f"--{name}: {REFUSED[name]}, leave it out")
+    # NUL and halves of characters, which neither a file's name nor a log can hold
+    if isinstance(value, str) and re.search("[\0\ud800-\udfff]", value):
+        raise InputError(
+            f"--{name} is {value!r}, which is no text in UTF-8: give it in UTF-8",
+        )
 
-    Args: values (argparse.Namespace), defaults (dict): the arguments of all groups by name.
+
+def check_together(values):
+    """Raise InputError where arguments do not fit each other.
+
+    Args: values (argparse.Namespace): the arguments of all groups by name.
     """
-    for name, value in vars(values).items():
-        if value == defaults[name]:
-            continue
-        if isinstance(value, (int, float)):
-            LIMITS.get(name, ANY).check(value, f"--{name}")
-        if name in REFUSED:
-            raise InputError(f"--{name}: {REFUSED[name]}, leave it out")
-        # NUL and halves of characters, which neither a file's name nor a log can hold
-        if isinstance(value, str) and re.search("[\0\ud800-\udfff]", value):
-            raise InputError(
-                f"--{name} is {value!r}, which is no text in UTF-8: give it in UTF-8",
-            )
     check_tasks(values)
     check_generation(values)
     check_steps(values)
@@ -161,11 +168,22 @@ def check_steps(values):
         raise InputError(
             "--minimum_eval_times needs --evaluation_strategy steps and --eval_steps: add them",
         )
+    checkpoint = values.resume_from_checkpoint
+    if checkpoint is not None and not Path(checkpoint).is_dir():
+        raise InputError(
+            f"--resume_from_checkpoint {checkpoint}: there is no such folder: give a run's "
+            "checkpoint-N, or leave it out to go on from the last one in --output_dir"
+        )
     if values.early_stopping_patience and not values.load_best_model_at_end:
         raise InputError(
             "--early_stopping_patience needs --load_best_model_at_end and --evaluation_strategy: add them"
         )
-    for name in values.report_to or []:
+    reports = values.report_to or []
+    if len(reports) > 1 and {"all", "none"} & {*reports}:
+        raise InputError(
+            f"--report_to {' '.join(reports)}: all and none go alone: give one of them, or names"
+        )
+    for name in reports:
         if name not in ("all", "none", *get_available_reporting_integrations()):
             raise InputError(
                 f"--report_to {name} is not installed here, or unknown: give visualdl or none",
@@ -236,6 +254,26 @@ def check_config(config, name, src_length, generation, degree):
         )
 
 
+def check_tokenizer_files(name):
+    """Raise InputError where the folder ``name`` lacks a file that its tokenizer is made of."""
+    folder, needed = Path(name), ["tokenizer_config.json"]
+    if not folder.is_dir():  # a published name
+        return
+    with contextlib.suppress(
+        OSError,
+        ValueError,
+        AttributeError,
+    ):  # told when it is loaded
+        class_name = json.loads((folder / needed[0]).read_bytes())["tokenizer_class"]
+        needed += getattr(transformers, class_name).resource_files_names.values()
+    for file in needed:
+        if not (folder / file).is_file():
+            raise InputError(
+                f"--model_name_or_path {name}: its tokenizer can't be loaded: {file} is missing: "
+                "copy it from the folder or the published model that this one was made from"
+            )
+
+
 def check_tokenizer(tokenizer, config, name):
     """Raise InputError where the tokenizer has more entries than the model."""
     if len(tokenizer) > config.vocab_size:
@@ -252,4 +290,15 @@ def check_accumulation(args, records):
         raise InputError(
             f"--gradient_accumulation_steps {args.gradient_accumulation_steps}: the {records} "
             f"records are seen in {passes} passes: give at most as many"
+        )
+
+
+def check_min_length(min_tgt_length, dataset):
+    """Warn where all predictions are made longer than any question of the ``dataset``."""
+    # The labels hold the fixed opening, which is generated too, and the end token, which is not.
+    longest = max((len(features["labels"]) - 1 for features in dataset), default=-1)
+    if 0 <= longest < min_tgt_length:
+        logger.warning(
+            f"--min_tgt_length {min_tgt_length} is over the longest question of the data, which "
+            f"has {longest} tokens with its opening: predictions will go on after their question"
         )

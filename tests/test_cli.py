@@ -107,7 +107,8 @@ def test_eval_loss_is_the_mean_over_tokens(finished_run):
     import paddle
     from paddlenlp.transformers import AutoModelForConditionalGeneration, GLMTokenizer
 
-    from data import DataCollator, build_dataset, read_records
+    from data import DataCollator, build_dataset
+    from glm.records import read_records
 
     folder, out = finished_run[0], finished_run[0] / "out"
     dataset = build_dataset(

@@ -25,11 +25,9 @@ from data import (
     encode_source,
     encode_target,
     encode_text,
-    parse_lines,
-    read_in_batches,
-    read_records,
 )
 from glm.errors import InputError
+from glm.records import parse_lines, read_in_batches, read_records
 from glm.sampler import GroupedBatchSampler
 
 RECORD = {

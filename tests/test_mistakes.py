@@ -183,7 +183,7 @@ def test_a_folder_that_cannot_be_written_to(folder, monkeypatch, capsys):
 @pytest.mark.parametrize(
     "content, message",
     [
-        (None, "arguments.json does not exist"),
+        (None, "arguments.json can't be read"),
         ("{", "Expecting property name"),
         ('{"num_beems": 5}', "--num_beems"),
         ('{"num_beams": "many"}', "argument --num_beams: invalid int value: 'many'"),

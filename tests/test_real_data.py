@@ -12,8 +12,9 @@ import pytest
 from helpers import ROOT
 from paddlenlp.datasets import dureader_qg
 
-from data import build_dataset, decode_target, encode_text, read_records
+from data import build_dataset, decode_target, encode_text
 from glm.metrics import compute_metrics
+from glm.records import read_records
 
 DEV = ROOT.parent / "shared/data/DuReaderQG/dev.json"
 pytestmark = pytest.mark.skipif(not DEV.is_file(), reason="the published DuReaderQG dev file is not here")
