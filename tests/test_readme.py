@@ -267,6 +267,7 @@ ROWS = [
     Row(DEMO, "--output_dir out --max_steps 20 --eval_steps 10 --logging_steps 5", predictions(60)),
     Row(f"{SCRIPT} {LARGE} --task_name", SMALL, whole_model(3), slow=False),
     Row(f"{SCRIPT} {LARGE} --num_train_epochs", check=single_card),
+    Row(f"{SCRIPT} {LARGE} --output_dir ./checkpoints/glm-large-dureader_qg", SMALL, whole_model(3)),
     Row(
         f"{SCRIPT} {LARGE} --output_dir", f"{SHORT} --max_steps 8 --learning_rate 1e-3", evaluated_in_training
     ),
