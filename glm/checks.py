@@ -296,8 +296,8 @@ def check_accumulation(args, records):
 def check_min_length(min_tgt_length, dataset):
     """Warn where all predictions are made longer than any question of the ``dataset``."""
     # The labels hold the fixed opening, which is generated too, and the end token, which is not.
-    longest = max((len(features["labels"]) - 1 for features in dataset), default=-1)
-    if 0 <= longest < min_tgt_length:
+    longest = max((len(features["labels"]) - 1 for features in dataset), default=0)
+    if 0 < longest < min_tgt_length:
         logger.warning(
             f"--min_tgt_length {min_tgt_length} is over the longest question of the data, which "
             f"has {longest} tokens with its opening: predictions will go on after their question"

@@ -118,7 +118,7 @@ def describe_json_error(error):
     character = error.doc[error.pos : error.pos + 1] if hasattr(error, "doc") else ""
     if character and not character.isprintable():
         ends = ", DOS's mark of a file's end" if character == "\x1a" else ""
-        return f"not JSON: it holds the character U+{ord(character):04X}{ends}: take it out"
+        return f"not JSON: it holds the character U+{ord(character):04X}{ends}: take it out, or escape it"
     return f"not JSON ({error}): each line must be one JSON object"
 
 

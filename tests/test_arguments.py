@@ -1,5 +1,6 @@
 """The arguments alone: defaults, precisions, and what fits a model."""
 
+import json
 import sys
 
 import pytest
@@ -80,6 +81,23 @@ INSIDE = """
 """
 
 
+@pytest.mark.parametrize("mark", ["", "\ufeff"])
+def test_an_argument_file(monkeypatch, tmp_path, mark):
+    """Each entry in the type of its flag; null as if it were not there; flags behind the file win."""
+    content = {"output_dir": "unused", "do_train": True, "learning_rate": 1e-5, "report_to": "none"}
+    content.update(max_steps=3, select_topk=False, lora_target_modules=["dense"], predict_file="-x")
+    content.update(dict.fromkeys(("logging_dir", "run_name", "save_total_limit", "eval_steps")))
+    (tmp_path / "a.json").write_text(mark + json.dumps(content), encoding="utf-8")
+    model_args, data_args, generation, args = parse(monkeypatch, f"{tmp_path}/a.json --max_steps 4")
+    assert (args.do_train, args.learning_rate, args.report_to) == (True, 1e-5, [])
+    assert (args.max_steps, generation.select_topk) == (4, False)
+    assert (model_args.lora_target_modules, data_args.predict_file) == (["dense"], "-x")
+    nothing = parse(monkeypatch, "--output_dir unused --do_train")[-1]
+    for name in ("run_name", "save_total_limit", "eval_steps"):
+        assert getattr(args, name) == getattr(nothing, name)
+    assert args.logging_dir.startswith("unused/")
+
+
 def cases(text):
     rows = [row.split() for row in text.replace("\n", " ").split(",")]
     return [(name, value) for name, *values in rows for value in values]
@@ -116,3 +134,16 @@ def test_the_edges_of_what_fits_a_model():
     ):
         with pytest.raises(InputError, match=message):
             check(**changes)
+
+
+def test_a_minimum_over_every_question_is_told(monkeypatch):
+    """The labels' end token is not counted: the minimum is of tokens before it."""
+    told = []
+    monkeypatch.setattr(checks.logger, "warning", told.append)
+    dataset = [{"labels": [1] * 5}, {"labels": [1] * 9}, {"labels": []}]
+    checks.check_min_length(8, dataset)
+    checks.check_min_length(8, [])
+    checks.check_min_length(8, dataset[2:])
+    assert not told
+    checks.check_min_length(9, dataset)
+    assert len(told) == 1 and "--min_tgt_length 9" in told[0] and "8 tokens" in told[0]

@@ -1,6 +1,7 @@
 import importlib.util
 import json
 import os
+import re
 import threading
 import time
 import tracemalloc
@@ -8,11 +9,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from helpers import MINI
+from helpers import MINI, ROOT
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from paddlenlp.transformers import GLMTokenizer
 
+import data
 from data import (
     SOURCE_OPENING,
     TARGET_OPENING,
@@ -70,9 +72,10 @@ def test_features_equal_paddlenlp(tokenizer):
     check_against_peer(tokenizer, read_records(str(MINI), "dev"))
 
 
-def test_features_equal_paddlenlp_with_the_real_tokenizer(tmp_path):
+@pytest.fixture(scope="module")
+def real_tokenizer(tmp_path_factory):
     """The published sentencepiece model: GLM_CHINESE_TOKENIZER's, or that of an installed sat package."""
-    path = os.environ.get("GLM_CHINESE_TOKENIZER")
+    path, folder = os.environ.get("GLM_CHINESE_TOKENIZER"), tmp_path_factory.mktemp("tokenizer")
     spec = importlib.util.find_spec("sat")
     if not path and spec is not None:
         path = Path(spec.origin).parent / "tokenization/embed_assets/chinese_sentencepiece/cog-pretrain.model"
@@ -80,9 +83,13 @@ def test_features_equal_paddlenlp_with_the_real_tokenizer(tmp_path):
         pytest.skip(
             "no cog-pretrain.model: set GLM_CHINESE_TOKENIZER to it, or pip install SwissArmyTransformer"
         )
-    (tmp_path / "cog-pretrain.model").write_bytes(Path(path).read_bytes())
-    (tmp_path / "tokenizer_config.json").write_text('{"tokenizer_class": "GLMChineseTokenizer"}')
-    tokenizer = GLMTokenizer.from_pretrained(str(tmp_path))
+    (folder / "cog-pretrain.model").write_bytes(Path(path).read_bytes())
+    (folder / "tokenizer_config.json").write_text('{"tokenizer_class": "GLMChineseTokenizer"}')
+    return GLMTokenizer.from_pretrained(str(folder))
+
+
+def test_features_equal_paddlenlp_with_the_real_tokenizer(real_tokenizer):
+    tokenizer = real_tokenizer
     assert (tokenizer.sop_token_id, tokenizer.eop_token_id, tokenizer.gmask_token_id) == (50006, 50007, 50009)
     check_against_peer(tokenizer, read_records(str(MINI), "dev"))
     labels = encode_target(tokenizer, "谁写了Hello World 2020？", 160)
@@ -92,6 +99,48 @@ def test_features_equal_paddlenlp_with_the_real_tokenizer(tmp_path):
     source_ids = encode_source(tokenizer, record, 608)
     whole = encode_source(tokenizer, record, 10**6)
     assert len(source_ids) == 608 and source_ids[:606] == whole[:606] and source_ids[606:] == [50009, 50000]
+
+
+def losses_of(monkeypatch, tokenizer, records, src_length, tgt_length):
+    """What build_dataset says that it lost: (number, sentence, place) of each line."""
+    told = []
+    monkeypatch.setattr(data.logger, "warning", told.append)
+    build_dataset(tokenizer, records, src_length, tgt_length)
+    pattern = rf"(\d+) of {len(records)} (.*), the first at (.*)"
+    return [re.fullmatch(pattern, line).groups() for line in told]
+
+
+def test_what_is_lost_is_counted(monkeypatch, tokenizer):
+    long = {**RECORD, "context": "白云山。" * 30 + RECORD["context"], "where": "f:2"}
+    records = [RECORD, long, {**long, "where": "f:3"}, {**RECORD, "question": "龘？", "where": "f:4"}]
+    whole = len(encode_source(tokenizer, long, 10**6))
+    longest = len(encode_target(tokenizer, RECORD["question"], 160))
+    unknown = ("1", "questions have characters that the tokenizer does not know", "f:4")
+    # Lengths that are just enough lose nothing.
+    assert losses_of(monkeypatch, tokenizer, records, whole, longest) == [unknown]
+    assert losses_of(monkeypatch, tokenizer, records, whole - 1, longest - 1) == [
+        ("3", f"questions are cut at --tgt_length {longest - 1}", "here:1"),
+        ("2", f"passages are cut at --src_length {whole - 1}", "f:2"),
+        unknown,
+    ]
+    found = losses_of(monkeypatch, tokenizer, records, 60, longest)
+    assert ("2", "passages lose their answer, cut at --src_length 60", "f:2") in found
+    rows = [{**RECORD, "context": "龘" + RECORD["context"], "question": None}]
+    ((number, sentence, _),) = losses_of(monkeypatch, tokenizer, rows, 60, longest)
+    assert number == "1" and sentence.startswith("passages or answers have characters")
+
+
+@pytest.mark.parametrize("name, lost, unknown", [("DuReaderQG/dev", 31, 2), ("cmrc2018/train", 423, 105)])
+def test_what_real_records_lose(monkeypatch, real_tokenizer, name, lost, unknown):
+    """DuReaderQG's and CMRC 2018's records at --src_length 256."""
+    path = ROOT.parent / f"shared/data/{name}.json"
+    if not path.is_file():
+        pytest.skip(f"{name}.json is not here")
+    records = read_records(str(path), "test")
+    found = losses_of(monkeypatch, real_tokenizer, records, 256, 160)
+    numbers = {sentence.split(",")[0]: int(number) for number, sentence, _ in found}
+    assert numbers["passages lose their answer"] == lost
+    assert numbers["questions have characters that the tokenizer does not know"] == unknown
 
 
 def test_truncation_keeps_answer_mask_and_end(tokenizer):

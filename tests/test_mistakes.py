@@ -91,6 +91,10 @@ MISTAKES = [
     ("--past_index 0", None, "--past_index"),
     ("--hybrid_parallel_topo_order up", None, "hybrid_parallel_topo_order"),
     ("--do_train maybe", None, "maybe"),
+    ("--disable_tqdm", None, "--disable_tqdm"),
+    ("--save_steps 0.5", None, "--save_steps"),
+    ("--report_to visualdl none", None, "--report_to visualdl none"),
+    ("--logging_dir {folder}/data/dev.json/x", None, "--logging_dir {folder}/data/dev.json/x"),
     ("--num_beems 5", None, "--num_beems"),
     ("--predict_file -", None, "--predict_file -"),
     ("--predict_file {folder}/none.json", None, "none.json"),
@@ -102,6 +106,8 @@ MISTAKES = [
     ("--output_dir {folder}/texts", write("texts/notes.log", "mine"), "notes.log"),
     ("--output_dir=", None, "--output_dir"),
     ("--resume_from_checkpoint {folder}/data", None, "--resume_from_checkpoint"),
+    ("--resume_from_checkpoint {folder}/gone", None, "gone: there is no such folder"),
+    ("--resume_from_checkpoint True", None, "True: there is no such folder"),
     # the data, whose lines tests/test_data.py has
     ("--task_name {folder}/nowhere", None, "nowhere"),
     ("--do_predict", remove("data/test.json"), "test.json"),
@@ -114,6 +120,7 @@ MISTAKES = [
     ("", write("model/config.json", "{"), "config.json"),
     ("", remove("model/tokenizer_config.json"), "tokenizer"),
     ("", write("model/cog-pretrain.model", "x"), "tokenizer"),
+    ("", remove("model/cog-pretrain.model"), "cog-pretrain.model is missing"),
     ("", config(vocab_size=800), "tokenizer"),
     ("", remove("model/model_state.pdparams"), "weights"),
     ("", torn_weights, "weights"),
@@ -150,8 +157,9 @@ def test_a_mistake_ends_with_one_line(folder, monkeypatch, capsys, given, damage
     args += ["--output_dir", folder / "out", *given.format(folder=folder).split()]
     code, lines = main(monkeypatch, capsys, *args)
     assert code == 2, lines
-    assert lines[-1].startswith("finetune_generation.py: error: ") and name in lines[-1]
-    assert not any("Traceback" in line for line in lines)
+    assert lines[-1].startswith("finetune_generation.py: error: ")
+    assert name.format(folder=folder) in lines[-1]
+    assert not any("Traceback" in line or "usage" in line for line in lines)
     assert files(folder) == before and not (folder / "out").exists()
 
 
@@ -180,21 +188,42 @@ def test_a_folder_that_cannot_be_written_to(folder, monkeypatch, capsys):
     assert code == 2 and "can't be written to: give another one" in lines[-1]
 
 
-@pytest.mark.parametrize(
-    "content, message",
-    [
-        (None, "arguments.json can't be read"),
-        ("{", "Expecting property name"),
-        ('{"num_beems": 5}', "--num_beems"),
-        ('{"num_beams": "many"}', "argument --num_beams: invalid int value: 'many'"),
-        ('{"do_train": true, "label_smoothing": 7}', "--label_smoothing is 7.0"),
-    ],
-)
-def test_mistakes_in_a_json_file_of_arguments(tmp_path, monkeypatch, capsys, content, message):
+# What an argument file says, and what the line has to have beside the file's name.
+ARGUMENT_FILES = [
+    (None, "can't be read"),
+    ("{", "Expecting property name"),
+    ('{\n  // steps\n  "max_steps": 1}', "line 2 column 3"),
+    ('["--do_train"]', "is a list"),
+    ("7", "is a int"),
+    ('{"num_beems": 5}', "--num_beems"),
+    ('{"num_beems": null}', "--num_beems"),
+    ('{"optimizer": {"learning_rate": 1}}', "--optimizer"),
+    ('{"learning_rate": {"value": 1}}', "--learning_rate is {"),
+    ('{"num_beams": [1, 2]}', "--num_beams is [1, 2]"),
+    ('{"report_to": [["none"]]}', "--report_to is [["),
+    ('{"num_beams": "many"}', "--num_beams: invalid int value: 'many'"),
+    ('{"save_steps": 0.5}', "--save_steps: invalid int value: '0.5'"),
+    ('{"max_steps": true}', "--max_steps: invalid int value: 'True'"),
+    ('{"do_train": 0.5}', "--do_train"),
+    ('{"logging_dir": 5}', "--logging_dir is 5"),
+    ('{"resume_from_checkpoint": true}', "--resume_from_checkpoint is true"),
+    ('{"learning_rate": -1e-5}', "--learning_rate is -1e-05"),
+    ('{"label_smoothing": 7}', "--label_smoothing is 7.0"),
+    ('{"run_name": "\\ud800"}', "--run_name"),
+    ('{"to_static": true}', "--to_static"),
+]
+
+
+@pytest.mark.parametrize("content, message", ARGUMENT_FILES)
+def test_mistakes_in_an_argument_file(tmp_path, monkeypatch, capsys, content, message):
     if content is not None:
         (tmp_path / "arguments.json").write_text(content)
-    code, lines = main(monkeypatch, capsys, tmp_path / "arguments.json", "--output_dir", tmp_path / "out")
-    assert code == 2 and lines[-1].startswith("finetune_generation.py: error: ") and message in lines[-1]
+    code, lines = main(
+        monkeypatch, capsys, tmp_path / "arguments.json", "--output_dir", tmp_path / "out", "--do_train"
+    )
+    start = f"finetune_generation.py: error: {tmp_path}/arguments.json"
+    assert code == 2 and lines[-1].startswith(start) and message in lines[-1]
+    assert len(lines) == 1
 
 
 def test_a_host_that_cannot_be_reached(tmp_path, monkeypatch, capsys):
