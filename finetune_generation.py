@@ -15,7 +15,6 @@ import paddle
 from paddlenlp.trainer import set_seed
 from paddlenlp.transformers import (
     AutoConfig,
-    AutoModelForConditionalGeneration,
     GLMTokenizer,
 )
 from paddlenlp.utils.log import logger
@@ -50,7 +49,7 @@ from glm.lora import LORA_WEIGHTS, adapter_weights, add_lora, prepare
 from glm.memory import estimate_memory
 from glm.processes import Peers, locked
 from glm.records import parse_lines, read_in_batches, read_records
-from glm.weights import load
+from glm.weights import load, load_model
 from utils import GLMTrainer, prediction_row
 
 # What the system says where nothing more can be written.
@@ -87,7 +86,8 @@ def run(model_args, data_args, generation, args, output=None):
     generated = dev_dataset + test_dataset
     memory = estimate_memory(args, config, lora_config, generation, train_dataset, generated)
 
-    model = load_model(base, adapter, args)
+    rank = max(args.tensor_parallel_rank, 0)
+    model = load_model(base, config, args.weights_dtype(), degree, rank, adapter)
     if lora_config:
         model = add_lora(model, lora_config, weights)
     if output:
@@ -128,19 +128,6 @@ def read_datasets(tokenizer, data_args, tgt_length, args):
         source = data_args.predict_file or data_args.task_name
         test_dataset = read("test", source, data_args.max_predict_samples)
     return train_dataset, dev_dataset, test_dataset
-
-
-def load_model(base, adapter, args):
-    """Returns the GLM ``base``, to which the folder ``adapter`` belongs where there is one."""
-    return load(
-        AutoModelForConditionalGeneration,
-        base,
-        "weights",
-        adapter,
-        dtype=args.weights_dtype(),
-        tensor_parallel_degree=max(args.tensor_parallel_degree, 1),
-        tensor_parallel_rank=max(args.tensor_parallel_rank, 0),
-    )
 
 
 def train_and_evaluate(trainer, checkpoint, merge_lora, test_dataset):

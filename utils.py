@@ -34,7 +34,7 @@ from glm.metrics import compute_metrics, rouge
 from glm.modeling import prepare_for_training, target_losses
 from glm.processes import gather_objects
 from glm.sampler import GroupedBatchSampler
-from glm.weights import cast_weights, read_optimizer_state, read_weights
+from glm.weights import load_checkpoint, read_optimizer_state
 
 
 def prediction_row(tokenizer, record, hypotheses, candidates=False):
@@ -349,7 +349,7 @@ class GLMTrainer(Trainer):
     # A checkpoint may be of another precision and layout than this run. Theirs know the layout at hand alone.
     def _load_from_checkpoint(self, checkpoint=None):
         if checkpoint is not None:
-            self.model.set_state_dict(cast_weights(read_weights(checkpoint, self.model), self.model))
+            load_checkpoint(checkpoint, self.model)
 
     def _load_optimizer_and_scheduler(self, checkpoint):
         if checkpoint is None or self.args.ignore_load_lr_and_optim:

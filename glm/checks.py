@@ -224,8 +224,8 @@ def check_config(config, name, src_length, generation, degree):
         raise InputError(
             f"{model}: block_position_encoding in its config.json is not true",
         )
-    kinds = (".pdparams", ".safetensors")
-    files = [path for path in Path(name).glob("model*") if path.suffix in kinds and path.is_file()]
+    kinds = (".pdparams", ".safetensors", ".bin")
+    files = [path for path in Path(name).glob("*model*") if path.suffix in kinds and path.is_file()]
     size, count = sum(path.stat().st_size for path in files), count_parameters(config)[0]
     if 0 < size < 1.9 * count:  # float16 has two bytes
         raise InputError(

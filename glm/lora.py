@@ -11,7 +11,8 @@ from paddlenlp.peft import LoRAConfig, LoRAModel
 from paddlenlp.transformers.conversion_utils import split_or_merge_func
 
 from glm.errors import InputError, mistakes
-from glm.weights import cast_weights, load, read_arrays
+from glm.formats import find_forms, read_arrays
+from glm.weights import fill, load, without_random_weights
 
 LORA_WEIGHTS = "lora_model_state.pdparams"  # as PaddleNLP calls the file
 LORA_MODULES = (
@@ -55,18 +56,12 @@ class LoRA(LoRAModel):
         return self._get_tensor_parallel_convert_actions(names, is_split, config=config)
 
     def read_checkpoint(self, checkpoint):
-        """Return this process's weights in a checkpoint, numpy by name. Every layout has one file."""
-        return self.split(read_arrays(Path(checkpoint, LORA_WEIGHTS)))
+        """Return what weights.fill needs of a checkpoint, where every layout has one file."""
+        return [read_arrays(Path(checkpoint, LORA_WEIGHTS))], 1
 
     def state_dict(self, *args, **kwargs):
         """Return the weights by the names that files have, without this wrapper's prefix."""
         return self.model.state_dict(*args, **kwargs)
-
-    def split(self, weights):
-        """Return this process's part of an adapter's ``weights``; both are numpy by name."""
-        if self.lora_config.tensor_parallel_degree > 1:
-            return self._convert_tensor_parallel(dict(weights))
-        return weights
 
 
 def prepare(arguments, name, dtype, degree):
@@ -86,8 +81,7 @@ def prepare(arguments, name, dtype, degree):
     Raises:
         InputError: where the flags contradict the adapter, or there is none for them.
     """
-    whole = any(Path(name).glob("model_state*"))
-    if Path(name, "lora_config.json").is_file() and not whole:
+    if Path(name, "lora_config.json").is_file() and not find_forms(name):
         arguments.lora, folder = True, name
         config = load(LoRAConfig, name, "lora_config.json")
         check_flags(arguments, folder, config)
@@ -211,8 +205,9 @@ def adapter_weights(folder, config, lora_config, seed):
 
 def add_lora(model, lora_config, weights):
     """Freeze ``model`` and put an adapter with ``weights`` beside its linears. Returns the LoRA."""
-    lora = LoRA(model, lora_config)
-    lora.set_state_dict(cast_weights(lora.split(weights), model))
+    with without_random_weights():  # LoRALinear draws a weight before it takes the layer's
+        lora = LoRA(model, lora_config)
+    fill(lora, [weights], 1)
     return lora
 
 

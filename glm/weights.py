@@ -1,135 +1,242 @@
 """Weights and optimizer states on disk: other layouts, other precisions."""
 
+import contextlib
 import copy
-import logging
-import mmap
-import pickle
 import re
+import sys
+import time
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import paddle
+from paddle import nn
+from paddlenlp.transformers import GLMForConditionalGeneration
+from paddlenlp.transformers.model_utils import dtype_guard, no_init_weights
 from paddlenlp.utils.log import logger
+from tqdm import tqdm
 
-from glm.errors import InputError, mistakes
+from glm.errors import mistakes
+from glm.formats import FORMS, find_forms, read_arrays, read_file, release_pages
 
 
-def load(loader, name, what, adapter=None, **kwargs):
-    """Return ``loader.from_pretrained(name, **kwargs)``.
+def where_and_advice(name, adapter=None):
+    """Return the words of a message about the model ``name``, or about the base of the folder ``adapter``."""
+    advice = (
+        "a published model's name, if its host can be reached, or a folder with config.json, "
+        "model_state.pdparams and the tokenizer"
+    )
+    if adapter is None:
+        return f"--model_name_or_path {name}", f"give {advice}"
+    return (
+        f"--model_name_or_path {adapter}: its base {name}",
+        f"give by --lora_base {advice}",
+    )
+
+
+def load(loader, name, what, adapter=None):
+    """Return ``loader.from_pretrained(name)``.
 
     Args:
         what (str): what is loaded, for a message. adapter (str): the folder whose base
         ``name`` is, or None.
 
     Raises:
-        InputError: where it can't be loaded, or only in part.
+        InputError: where it can't be loaded.
     """
-    where, advice = f"--model_name_or_path {name}", "give "
-    if adapter:
-        where, advice = (
-            f"--model_name_or_path {adapter}: its base {name}",
-            "give by --lora_base ",
-        )
-    advice += (
-        "a published model's name, if its host can be reached, or a folder with config.json, "
-        "model_state.pdparams and the tokenizer"
-    )
-    warnings = []
-    collector = logging.Handler()
-    collector.emit = lambda record: warnings.append(record.getMessage())
-    logger.logger.addHandler(collector)
+    where, advice = where_and_advice(name, adapter)
+    with mistakes(f"{where}: its {what} can't be loaded", advice):
+        return loader.from_pretrained(name)
+
+
+@contextlib.contextmanager
+def without_random_weights():
+    """Fill weights that are made within this block with zeros, where drawing them takes longer than reading."""
+    nn.initializer.set_global_initializer(nn.initializer.Constant(0.0))
     try:
-        with mistakes(f"{where}: its {what} can't be loaded", advice):
-            loaded = loader.from_pretrained(name, **kwargs)
+        with no_init_weights():
+            yield
     finally:
-        logger.logger.removeHandler(collector)
-    missing = "".join(warning for warning in warnings if "newly initialized" in warning)
-    if "word_embeddings" in missing or ".layers." in missing:
-        raise InputError(f"{where}: its weights lack some of GLM's: give those of a GLM")
-    return loaded
+        nn.initializer.set_global_initializer(None)
 
 
-class _MappedFile:
-    """A file that pickle reads from without copying it."""
+def load_model(name, config, dtype, degree=1, rank=0, adapter=None):
+    """Return the GLM ``name`` with its weights read from the first form of files that it has.
 
-    def __init__(self, path):
-        with open(path, "rb") as file:
-            self.data = memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
-        self.position = 0
+    Args:
+        config (GLMConfig): its config. dtype (str): of its weights here. degree, rank
+        (int): of tensor parallelism. adapter (str): the folder whose base it is, or
+        None.
 
-    def read(self, size):
-        start, self.position = self.position, self.position + size
-        part = self.data[start : self.position]
-        return part if size > 4096 else bytes(part)  # pickle wants bytes of all but arrays
-
-    def readline(self):
-        raise pickle.UnpicklingError("paddle.save writes no lines")
-
-
-class _MappedArray:
-    """Stands for a numpy array that is unpickled. Its values stay in the file."""
-
-    def __init__(self, *_):
-        """Take the arguments of numpy's own constructor, which say nothing."""
-
-    def __setstate__(self, state):
-        _, shape, dtype, fortran, data = state
-        self.array = np.frombuffer(data, dtype).reshape(shape, order="F" if fortran else "C")
-
-
-class _ArrayReader(pickle._Unpickler):  # the public one, in C, copies all it reads
-    def find_class(self, module, name):
-        return _MappedArray if name == "_reconstruct" else super().find_class(module, name)
-
-
-def read_arrays(path):
-    """Return the dict that paddle.save wrote to ``path``, with numpy arrays that are mapped to the file.
-
-    paddle.load reads all of a file, and one of eight tensor-parallel processes needs an
-    eighth of it.
+    Raises:
+        InputError: where the files can't be read, or are not of exactly this model's
+        weights.
     """
+    where, advice = where_and_advice(name, adapter)
+    with mistakes(f"{where}: its weights can't be loaded", advice):
+        paths = find_weights(name)
+        config = copy.deepcopy(config)
+        config.dtype, config.tensor_parallel_degree, config.tensor_parallel_rank = (
+            dtype,
+            degree,
+            rank,
+        )
+        with without_random_weights(), dtype_guard(dtype):
+            model = GLMForConditionalGeneration(config)
+        saved_degree = len(paths)
+        if saved_degree == degree:
+            paths = [paths[rank]]
+        parts = [with_prefix(read_file(path)) for path in paths]
+        check_names(model, parts[0].keys())
+        fill(model, parts, saved_degree)
+    return model
 
-    def unwrap(value):
-        if isinstance(value, dict):
-            return {name: unwrap(part) for name, part in value.items()}
-        if isinstance(value, tuple) and len(value) == 2:  # a name of Paddle's, and an array
-            value = value[1]
-        return value.array if isinstance(value, _MappedArray) else value
 
-    arrays = unwrap(_ArrayReader(_MappedFile(path)).load())
-    arrays.pop("StructuredToParameterName@@", None)  # Paddle's table of its own names
-    return arrays
+def find_weights(name):
+    """Return the files to read a model from, list of Path: one, or one of each tensor-parallel process."""
+    if not Path(name).is_dir():
+        # The one way to PaddleNLP's cache of published models. PyTorch's files are read
+        # here, not converted.
+        file, *_ = GLMForConditionalGeneration._resolve_model_file_path(name, convert_from_torch=True)
+        return [Path(file)]
+    forms = find_forms(name)
+    if not forms:
+        raise ValueError(f"there is no {', '.join(FORMS[::3])} or shards of them")
+    if len(forms) > 1:
+        ignored = ", ".join(form[0].name for form in forms[1:])
+        logger.train(f"{name} holds {forms[0][0].name}, which is read, and {ignored}, which is not")
+    return forms[0]
+
+
+def with_prefix(arrays):
+    """Return the arrays by a GLMForConditionalGeneration's names, which files of a GLMModel lack the prefix of."""
+    return {name if name.startswith("glm.") else f"glm.{name}": array for name, array in arrays.items()}
+
+
+def check_names(model, names):
+    """Raise ValueError where ``names`` are not exactly those of the model's weights."""
+    expected = model.state_dict().keys()
+    missing, unexpected = sorted(expected - names), sorted(names - expected)
+    if missing:
+        raise ValueError(f"they lack {len(missing)} of the model's weights, the first is {missing[0]}")
+    if unexpected:
+        raise ValueError(f"they hold {len(unexpected)} that the model has not, the first is {unexpected[0]}")
+
+
+def fill(model, parts, saved_degree):
+    """Set those weights of ``model`` that ``parts`` hold, one after the other.
+
+    Beside the model there is never more than one weight in memory.
+
+    Args:
+        parts (list of dict): arrays by name, as convert_layout's function takes them.
+
+    Returns:
+        the types that weights were cast from and to, set of (str, str).
+
+    Raises:
+        ValueError: where a weight has another shape than the model's.
+    """
+    weights, convert, casts = (
+        model.state_dict(),
+        convert_layout(model, saved_degree),
+        set(),
+    )
+    names = [name for name in weights if name in parts[0]]
+    size = sum(part[name].nbytes for part in parts for name in names)
+    start, terminal = time.time(), sys.stderr.isatty()
+    told = terminal
+    with tqdm(
+        total=size,
+        desc="loading the weights",
+        unit="B",
+        unit_scale=True,
+        delay=5,
+        leave=False,
+        disable=not terminal,
+    ) as bar:
+        for name in names:
+            arrays, weight = [part[name] for part in parts], weights[name]
+            array = convert(name, arrays)
+            if list(array.shape) != weight.shape:
+                raise ValueError(f"its {name} is {list(array.shape)}, where this run has {weight.shape}")
+            saved, dtype = _saved_dtype(array), str(weight.dtype).split(".")[-1]
+            if saved != dtype:
+                casts.add((saved, dtype))
+                array = _float32(array).astype(dtype)
+            weight.set_value(np.ascontiguousarray(array) if saved == dtype else array)
+            for array in arrays:
+                release_pages(array)
+                bar.update(array.nbytes)
+            if not told and time.time() - start > 5:
+                told = True
+                logger.train(f"loading {size / 1e9:.2f} GB of weights")
+    return casts
 
 
 def convert_layout(model, saved_degree):
     """Return a function from ``saved_degree`` processes' parts of a weight to this process's part.
 
-    It works by the model's own tensor-parallel mappings.
+    Which weights are split, and how, is what the model's own tensor-parallel mappings
+    say.
 
     Returns:
         convert(name, parts): this process's part of the weight ``name``, or of one of
         its moments, numpy. ``parts`` are those of all processes in their order, or this
         process's alone where the degrees are the same.
     """
-    degree, names = max(model.config.tensor_parallel_degree, 1), model.state_dict().keys()
-
-    def actions(degree, is_split):
-        config = copy.deepcopy(model.config)
-        config.tensor_parallel_degree = degree
-        if degree == 1:
-            return {}
-        return model.get_tensor_parallel_convert_actions(config, names, is_split)
-
-    join, split = actions(saved_degree, is_split=False), actions(degree, is_split=True)
+    config = copy.deepcopy(model.config)
+    degree, rank = (
+        max(config.tensor_parallel_degree, 1),
+        max(config.tensor_parallel_rank, 0),
+    )
+    if saved_degree == degree:
+        return lambda name, parts: parts[0]
+    config.tensor_parallel_degree = max(saved_degree, degree)
+    # PaddleNLP's functions themselves cut a weight into thousands of tensors; here
+    # their arguments are read.
+    actions = model.get_tensor_parallel_convert_actions(config, model.state_dict().keys(), is_split=True)
 
     def convert(name, parts):
-        if saved_degree == degree:
+        if name not in actions:
             return parts[0]
-        whole = join[name](parts) if name in join else parts[0]
-        return np.ascontiguousarray(split[name](whole)) if name in split else whole
+        layout = {
+            "axis": -1 if actions[name].keywords.get("is_column", True) else 0,
+            "by_head": actions[name].keywords.get("is_old_qkv", False),
+            "heads": config.num_attention_heads,
+        }
+        whole = join_parts(parts, **layout) if saved_degree > 1 else parts[0]
+        return take_part(whole, degree, rank, **layout) if degree > 1 else whole
 
     return convert
+
+
+def join_parts(parts, axis, by_head, heads):
+    """Return the whole weight of which tensor-parallel processes have the ``parts``.
+
+    Args:
+        axis (int): which is split. by_head (bool): whether the outputs are [q k v] of
+        one head after the
+            other in the parts, and all q, all k, all v in the whole. heads (int): of
+            all processes.
+    """
+    whole = np.concatenate(parts, axis)
+    if not by_head:
+        return whole
+    *inputs, outputs = whole.shape
+    return np.moveaxis(whole.reshape(*inputs, heads, 3, -1), -2, -3).reshape(*inputs, outputs)
+
+
+def take_part(whole, degree, rank, axis, by_head, heads):
+    """Return the part of process ``rank`` of ``degree``; see join_parts. It copies nothing but the part."""
+    if by_head:
+        *inputs, outputs = whole.shape
+        by_process = whole.reshape(*inputs, 3, degree, heads // degree, -1)
+        part = np.moveaxis(by_process[..., rank, :, :], -3, -2)
+        return part.reshape(*inputs, outputs // degree)
+    size = whole.shape[axis] // degree
+    rows = slice(rank * size, (rank + 1) * size)
+    return whole[rows] if axis == 0 else whole[..., rows]
 
 
 def _saved_dtype(value):
@@ -142,36 +249,6 @@ def _float32(value):
     if _saved_dtype(value) == "bfloat16":
         value = (value.astype("uint32") << 16).view("float32")
     return paddle.to_tensor(value.astype("float32"))
-
-
-def cast_weights(state_dict, model):
-    """Return a checkpoint's weights in the types of the model's.
-
-    Args:
-        state_dict (dict): arrays by the names of the weights, of which some may be no
-        weights of the model.
-
-    Returns:
-        dict: tensors of those that are cast, and the arrays of the others.
-
-    Raises:
-        ValueError: where a weight has another shape than the model's, which Paddle
-        would leave out.
-    """
-    result, casts = dict(state_dict), set()
-    for name, parameter in model.state_dict().items():
-        wanted = str(parameter.dtype).split(".")[-1]
-        if name not in result:
-            continue
-        saved, shape = _saved_dtype(result[name]), list(result[name].shape)
-        if shape != parameter.shape:
-            raise ValueError(f"its {name} is {shape}, where this run has {parameter.shape}")
-        if saved != wanted:
-            casts.add(f"from {saved} to {wanted}")
-            result[name] = _float32(result[name]).astype(wanted)
-    if casts:
-        logger.train(f"the checkpoint's weights are cast {', '.join(sorted(casts))}")
-    return result
 
 
 class OptimizerState(NamedTuple):
@@ -263,13 +340,17 @@ def read_parts(checkpoint, kind, ending, model):
     return joined, degree
 
 
-def read_weights(checkpoint, model):
-    """Return this process's weights in a checkpoint by their names, numpy, in the type they were saved in."""
-    if hasattr(model, "read_checkpoint"):
+def read_checkpoint(checkpoint, model):
+    """Return what ``fill`` needs of the model's weights in a checkpoint of any layout: parts and degree."""
+    if hasattr(model, "read_checkpoint"):  # a LoRA's
         return model.read_checkpoint(checkpoint)
-    parts, degree = read_parts(checkpoint, "model_state", ".pdparams", model)
-    convert = convert_layout(model, degree)
-    return {name: convert(name, [part[name] for part in parts]) for name in parts[0]}
+    return read_parts(checkpoint, "model_state", ".pdparams", model)
+
+
+def load_checkpoint(checkpoint, model):
+    """Set the model's weights to those of a checkpoint of any precision and layout."""
+    for saved, dtype in sorted(fill(model, *read_checkpoint(checkpoint, model))):
+        logger.train(f"the checkpoint's weights are cast from {saved} to {dtype}")
 
 
 def read_optimizer_state(checkpoint, optimizer, model, names, master_weights):
@@ -296,7 +377,8 @@ def read_optimizer_state(checkpoint, optimizer, model, names, master_weights):
     updated = {key for key, weight in weights.items() if weight.name in parameters}
 
     parts, degree = read_parts(checkpoint, "optimizer", ".pdopt", model)
-    saved = sort_optimizer_state(parts, names, convert_layout(model, degree), updated)
+    convert = convert_layout(model, degree)
+    saved = sort_optimizer_state(parts, names, convert, updated)
     for key, master in saved.masters.items():
         weights[key].set_value(paddle.to_tensor(master).astype(weights[key].dtype))
     masters = saved.masters
@@ -305,7 +387,9 @@ def read_optimizer_state(checkpoint, optimizer, model, names, master_weights):
         masters = {}
     elif master_weights and not masters:
         logger.train("the checkpoint has no master weights: they are its weights")
-        trained = {key for key in updated if weights[key].dtype != paddle.float32}
-        found = read_weights(checkpoint, model)
-        masters = {key: found[key] for key in trained & found.keys() if not weights[key].stop_gradient}
+        parts, degree = read_checkpoint(checkpoint, model)
+        convert = convert_layout(model, degree)
+        for key in updated & parts[0].keys():
+            if weights[key].dtype != paddle.float32 and not weights[key].stop_gradient:
+                masters[key] = convert(key, [part[key] for part in parts])
     return name_optimizer_state(saved, model, masters, updated)

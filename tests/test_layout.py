@@ -12,7 +12,15 @@ FLOORS = [
     ["glm.checks", "glm.cache"],
     ["glm.memory", "glm.checkpoints", "glm.modeling", "data"],
     ["glm.lora"],
-    ["glm.weights", "glm.metrics", "glm.processes", "glm.device", "glm.sampler", "glm.records"],
+    ["glm.weights"],
+    [
+        "glm.formats",
+        "glm.metrics",
+        "glm.processes",
+        "glm.device",
+        "glm.sampler",
+        "glm.records",
+    ],
     ["glm.errors"],
 ]
 FLOOR = {room: number for number, rooms in enumerate(FLOORS) for room in rooms}
