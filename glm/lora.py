@@ -12,7 +12,7 @@ from paddlenlp.transformers.conversion_utils import split_or_merge_func
 
 from glm.errors import InputError, mistakes
 from glm.formats import find_forms, read_arrays
-from glm.weights import fill, load, without_random_weights
+from glm.weights import fill, load, without_weights
 
 LORA_WEIGHTS = "lora_model_state.pdparams"  # as PaddleNLP calls the file
 LORA_MODULES = (
@@ -205,7 +205,7 @@ def adapter_weights(folder, config, lora_config, seed):
 
 def add_lora(model, lora_config, weights):
     """Freeze ``model`` and put an adapter with ``weights`` beside its linears. Returns the LoRA."""
-    with without_random_weights():  # LoRALinear draws a weight before it takes the layer's
+    with without_weights():  # LoRALinear draws a weight before it takes the layer's
         lora = LoRA(model, lora_config)
     fill(lora, [weights], 1)
     return lora

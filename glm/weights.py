@@ -10,7 +10,6 @@ from typing import NamedTuple
 
 import numpy as np
 import paddle
-from paddle import nn
 from paddlenlp.transformers import GLMForConditionalGeneration
 from paddlenlp.transformers.model_utils import dtype_guard, no_init_weights
 from paddlenlp.utils.log import logger
@@ -50,14 +49,13 @@ def load(loader, name, what, adapter=None):
 
 
 @contextlib.contextmanager
-def without_random_weights():
-    """Fill weights that are made within this block with zeros, where drawing them takes longer than reading."""
-    nn.initializer.set_global_initializer(nn.initializer.Constant(0.0))
-    try:
-        with no_init_weights():
-            yield
-    finally:
-        nn.initializer.set_global_initializer(None)
+def without_weights():
+    """Make layers within this block whose weights have no memory until they are set.
+
+    Drawing random weights takes longer than reading a file.
+    """
+    with no_init_weights(), paddle.LazyGuard():
+        yield
 
 
 def load_model(name, config, dtype, degree=1, rank=0, adapter=None):
@@ -81,7 +79,7 @@ def load_model(name, config, dtype, degree=1, rank=0, adapter=None):
             degree,
             rank,
         )
-        with without_random_weights(), dtype_guard(dtype):
+        with without_weights(), dtype_guard(dtype):
             model = GLMForConditionalGeneration(config)
         saved_degree = len(paths)
         if saved_degree == degree:
@@ -163,8 +161,10 @@ def fill(model, parts, saved_degree):
             saved, dtype = _saved_dtype(array), str(weight.dtype).split(".")[-1]
             if saved != dtype:
                 casts.add((saved, dtype))
-                array = _float32(array).astype(dtype)
-            weight.set_value(np.ascontiguousarray(array) if saved == dtype else array)
+                array = _float32(array)
+                if dtype != "float32":
+                    array = paddle.to_tensor(array).astype(dtype)  # numpy has no bfloat16
+            weight.set_value(array)
             for array in arrays:
                 release_pages(array)
                 bar.update(array.nbytes)
@@ -245,10 +245,10 @@ def _saved_dtype(value):
 
 
 def _float32(value):
-    """Return a saved array as a float32 tensor."""
+    """Return a saved array in float32."""
     if _saved_dtype(value) == "bfloat16":
-        value = (value.astype("uint32") << 16).view("float32")
-    return paddle.to_tensor(value.astype("float32"))
+        return (value.astype("uint32") << 16).view("float32")
+    return value.astype("float32")
 
 
 class OptimizerState(NamedTuple):
@@ -305,7 +305,7 @@ def name_optimizer_state(saved, model, masters, updated):
         name = weight.name
         if key in masters:
             name = f"{weight.name}_fp32_master_0"  # as the optimizer would call it
-            master_weights[weight.name] = _float32(masters[key])
+            master_weights[weight.name] = paddle.to_tensor(_float32(masters[key]))
             master_weights[weight.name].name = name
         for kind, moment in saved.moments.get(key, {}).items():
             state[f"{name}_{kind}"] = moment
