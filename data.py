@@ -71,7 +71,7 @@ def decode_target(tokenizer, token_ids):
     ids = [int(i) for i in token_ids if i < len(tokenizer) and int(i) not in special]
     text = tokenizer.convert_tokens_to_string(tokenizer.convert_ids_to_tokens(ids)) if ids else ""
     # The opening as the tokenizer writes it.
-    opening = tokenizer.convert_tokens_to_string(tokenizer._tokenize(TARGET_OPENING))
+    opening = tokenizer.convert_tokens_to_string(split_text(tokenizer, TARGET_OPENING))
     return text[len(opening) :].strip() if text.startswith(opening) else text.strip()
 
 
@@ -88,10 +88,8 @@ def build_features(tokenizer, source_ids, labels):
     """
     input_ids = source_ids + ([tokenizer.sop_token_id] + labels[:-1] if labels else [])
     ids = [*input_ids, *labels]
-    ids = np.array(
-        ids,
-        dtype=np.min_scalar_type(max(ids)),
-    )  # one array, of which these are views
+    # One array, of which the two are views.
+    ids = np.array(ids, dtype=np.min_scalar_type(max(ids)))
     return {
         "input_ids": ids[: len(input_ids)],
         "labels": ids[len(input_ids) :],
@@ -144,27 +142,18 @@ def build_dataset(tokenizer, records, src_length, tgt_length, quiet=True):
     Raises:
         InputError: where a prompt and its answer take more than ``src_length`` tokens.
     """
-    dataset, losses = [], {}
+    dataset, losses, limits = [], {}, (src_length, tgt_length)
     bar = tqdm(records, "features", delay=2, disable=quiet, dynamic_ncols=True)
     for index, record in enumerate(bar):
         source_ids, labels = encode_source(tokenizer, record, src_length), []
         if record["question"] is not None:
             labels = encode_target(tokenizer, record["question"], tgt_length)
-        for loss in find_losses(
-            tokenizer,
-            record,
-            source_ids,
-            labels,
-            src_length,
-            tgt_length,
-        ):
+        for loss in find_losses(tokenizer, record, source_ids, labels, *limits):
             losses.setdefault(loss, []).append(record["where"])
         features = build_features(tokenizer, source_ids, labels)
         dataset.append({**features, "index": index, "record": record})
     for loss, places in losses.items():
-        logger.warning(
-            f"{len(places)} of {len(records)} {loss}, the first at {places[0]}",
-        )
+        logger.warning(f"{len(places)} of {len(records)} {loss}, the first at {places[0]}")
     return dataset
 
 

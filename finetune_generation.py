@@ -112,7 +112,7 @@ def run(model_args, data_args, generation, args, output=None):
 
 
 def read_datasets(tokenizer, data_args, tgt_length, args):
-    """Returns the features of train, dev and test: lists, empty where the run needs none."""
+    """Returns the features of train, dev and test, lists, empty where the run needs none."""
 
     def read(split, source, limit):
         records = read_records(source, split, require_question=split != "test")[:limit]
@@ -134,44 +134,36 @@ def train_and_evaluate(trainer, checkpoint, merge_lora, test_dataset):
     """Do what the arguments say, in this order, and write it. Returns the metrics, a dict."""
     args, results = trainer.args, {}
     first = trainer.is_world_process_zero()
+
+    def keep(folder, split, metrics):
+        results.update(metrics)
+        if first and metrics:  # there are none of training if the checkpoint was of the last step
+            write_results(folder, split, metrics)
+
     if args.do_train:
         metrics = trainer.train(resume_from_checkpoint=checkpoint).metrics
         with finishing(args.output_dir) as folder:
             trainer.save_model(str(folder), merge_tensor_parallel=args.tensor_parallel_degree > 1)
-            if first and metrics:  # there are none if the checkpoint was of the last step
-                write_results(folder, "train", metrics)
+            keep(folder, "train", metrics)
             if first:
                 trainer.state.save_to_json(folder / "trainer_state.json")
-        results.update(metrics)
     if merge_lora:
         with finishing(args.output_dir) as folder:
             trainer.save_merged(str(folder))
     if args.do_eval:
         metrics = trainer.evaluate()
         with finishing(args.output_dir) as folder:
-            if first:
-                write_results(folder, "eval", metrics)
-        results.update(metrics)
+            keep(folder, "eval", metrics)
     if args.do_predict:
         metrics = trainer.predict(test_dataset).metrics
         with finishing(args.output_dir) as folder:
-            if first:
-                write_results(folder, "test", metrics)
-        results.update(metrics)
+            keep(folder, "test", metrics)
     return results
 
 
 def show_results(results, rows):
-    """Log a table of the run's ``results``, and three predictions beside their references."""
-    kinds = (
-        "loss",
-        "rouge1",
-        "rouge2",
-        "rougel",
-        "bleu4",
-        "samples_per_second",
-        "memory_peak_gb",
-    )
+    """Log a table of ``results``, and three predictions beside their references."""
+    kinds = ("loss", "rouge1", "rouge2", "rougel", "bleu4", "samples_per_second", "memory_peak_gb")
     for name, value in sorted(results.items()):
         if name.endswith(kinds) and value is not None:
             logger.eval(f"{name:24}  {value:.4g}")
@@ -199,16 +191,14 @@ def written_files(model_args, args):
 def predict_lines(model, tokenizer, src_length, generation, batch_size, output):
     """Answer the lines of standard input by JSON lines in the text stream ``output``.
 
-    Lines that are there already are answered in one batch. A mistake in a line is an InputError,
-    after the answers to the lines before it.
+    Lines that are there already are answered in one batch. A mistake in a line is an
+    InputError, after the answers to the lines before it.
     """
 
     def read_features(lines):
         for record in parse_lines(lines, "standard input", require_question=False):
             if record["answer"] is None:
-                raise InputError(
-                    f"{record['where']}: there is no answer to ask for: give one",
-                )
+                raise InputError(f"{record['where']}: the question has no answer: give one")
             source_ids = encode_source(tokenizer, record, src_length)
             features = build_features(tokenizer, source_ids, labels=[])
             yield {**features, "index": None, "record": record}
@@ -239,10 +229,8 @@ def standard_output(wanted):
     if not wanted:
         yield None
         return
-    signal.signal(
-        signal.SIGPIPE,
-        signal.SIG_DFL,
-    )  # end quietly when the reader of the pipe does
+    # The run ends quietly when the reader of the pipe does.
+    signal.signal(signal.SIGPIPE, signal.SIG_DFL)
     with os.fdopen(os.dup(1), "w", encoding="utf-8") as output:
         os.dup2(2, 1)
         yield output
@@ -266,13 +254,18 @@ def main():
     threading.excepthook = end_the_run
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, stop)
+
+    def advice():
+        if not args.do_train:
+            return "the same command starts again"
+        return where_to_resume(args.output_dir, args.overwrite_output_dir)
+
     peers = None
     try:
         model_args, data_args, generation, args = parse_arguments()
         use_the_whole_cpu()
         if args.world_size > 1:
-            resume, again = (args.output_dir, args.overwrite_output_dir), "the same command starts again"
-            peers = Peers(lambda: where_to_resume(*resume) if args.do_train else again)
+            peers = Peers(advice)
         # On a terminal a log line goes above the bar that is there.
         terminal = sys.stderr.isatty()
         bars = logging_redirect_tqdm([logger.logger]) if terminal else contextlib.nullcontext()
@@ -294,8 +287,8 @@ def main():
             raise
         code, told = 1, True
         message = (
-            f"can't write {error.filename or 'a file'}: {error.strerror}: give it room and start again, "
-            "checkpoints and predictions written before are whole"
+            f"can't write {error.filename or 'a file'}: {error.strerror}: give it room and "
+            "start again, checkpoints and predictions written before are whole"
         )
     if told:
         message = " ".join(message.split())

@@ -1,4 +1,4 @@
-"""What a run can't be given: limits, refusals, and arguments that don't fit each other or the model."""
+"""Limits of arguments, and checks of them against each other, the model and the records."""
 
 import contextlib
 import json
@@ -18,23 +18,22 @@ from glm.memory import count_parameters
 
 
 class Limits(NamedTuple):
-    """The range of a number: from ``least`` to ``most``, or to what is ``under`` a bound."""
+    """The range of a number: at least, at most, and under."""
 
     least: float
     most: float = 2**63 - 1  # which is what logs and files hold
     under: float = inf
 
     def check(self, value, name):
-        """Raise InputError, which calls the number ``name``, unless ``value`` is in the range."""
+        """Raise InputError, which calls ``value`` by its ``name``, unless it is in the range."""
         number = isinstance(value, (int, float))
         if number and self.least <= value <= self.most and value < self.under:
             return
         upper = f" and under {self.under}" if self.under < inf else ""
         if self.most < 2**63 - 1:
             upper = f" and at most {self.most}"
-        raise InputError(
-            f"{name} is {value}: it must be a finite number of at least {self.least}{upper}",
-        )
+        expected = f"a finite number of at least {self.least}{upper}"
+        raise InputError(f"{name} is {value}: it must be {expected}")
 
 
 ANY = Limits(-(2**63))
@@ -76,9 +75,9 @@ REFUSED = {
     "past_index": "PaddleNLP's GLM can't be run this way",
     "enable_auto_parallel": "PaddleNLP's GLM can't be run this way",
     "use_expert_parallel": "GLM has no experts",
-    "unified_checkpoint": "runs here go on from a checkpoint of any layout without it",
-    "save_sharding_stage1_model": "runs here go on from a checkpoint of any layout without it",
-    "load_sharding_stage1_model": "runs here go on from a checkpoint of any layout without it",
+    "unified_checkpoint": "runs here go on from any layout without it",
+    "save_sharding_stage1_model": "runs here go on from any layout without it",
+    "load_sharding_stage1_model": "runs here go on from any layout without it",
     # of PaddleNLP 3
     "skip_data_intervals": "the runs here do without",
     "ordered_save_group_size": "the runs here do without",
@@ -104,7 +103,7 @@ CONFIG_LIMITS = {
 
 
 def check_argument(name, value, default):
-    """Raise InputError where the value of an argument is out of its limits, or refused."""
+    """Raise InputError where an argument is out of its limits, or refused."""
     if value == default:
         return
     if isinstance(value, (int, float)):
@@ -130,7 +129,7 @@ def check_together(values):
 
 
 def check_tasks(values):
-    """Raise InputError where there is nothing to do, or a pipe to answer and something else."""
+    """Raise InputError where there is nothing to do, or a pipe beside other tasks."""
     alone = not (values.do_train or values.do_eval or values.merge_lora)
     if alone and not values.do_predict:
         raise InputError(
@@ -155,9 +154,7 @@ def check_generation(values):
             f"--num_beams {values.num_beams}: lower it or raise that"
         )
     if values.select_topk and (values.top_k or values.top_p):
-        raise InputError(
-            "--top_k and --top_p are for draws: add --select_topk False, or leave them out",
-        )
+        raise InputError("--top_k and --top_p are for draws: add --select_topk False, or leave them out")
 
 
 def check_steps(values):
@@ -165,14 +162,12 @@ def check_steps(values):
     if values.max_steps == 0 or values.max_steps < -1:  # -1: as num_train_epochs says
         raise InputError(f"--max_steps is {values.max_steps}: it must be at least 1")
     if values.minimum_eval_times and not values.eval_steps:
-        raise InputError(
-            "--minimum_eval_times needs --evaluation_strategy steps and --eval_steps: add them",
-        )
+        raise InputError("--minimum_eval_times needs --evaluation_strategy steps and --eval_steps: add them")
     checkpoint = values.resume_from_checkpoint
     if checkpoint is not None and not Path(checkpoint).is_dir():
         raise InputError(
-            f"--resume_from_checkpoint {checkpoint}: there is no such folder: give a run's "
-            "checkpoint-N, or leave it out to go on from the last one in --output_dir"
+            f"--resume_from_checkpoint {checkpoint}: there is no such folder: give a "
+            "run's checkpoint-N, or leave it out to go on from the last in --output_dir"
         )
     if values.early_stopping_patience and not values.load_best_model_at_end:
         raise InputError(
@@ -197,8 +192,8 @@ def check_processes(values):
         raise InputError(f"--device is {values.device}: give gpu, cpu, xpu or npu")
     if processes > 1 and ":" in values.device:
         raise InputError(
-            f"--device {values.device} puts all {processes} processes on one card: leave it out, "
-            "and choose cards by --gpus of python -m paddle.distributed.launch"
+            f"--device {values.device} puts all {processes} processes on one card: leave "
+            "it out, and choose cards by --gpus of python -m paddle.distributed.launch"
         )
     if degree > 1 and processes % degree:
         raise InputError(
@@ -208,7 +203,7 @@ def check_processes(values):
 
 
 def check_config(config, name, src_length, generation, degree):
-    """Raise InputError where the model is no GLM, or not one for these lengths and processes.
+    """Raise InputError where the model is no GLM, or none for these lengths and processes.
 
     Args:
         config: of the model. name (str): the model's folder or published name.
@@ -225,18 +220,19 @@ def check_config(config, name, src_length, generation, degree):
             f"{model}: block_position_encoding in its config.json is not true",
         )
     kinds = (".pdparams", ".safetensors", ".bin")
-    files = [path for path in Path(name).glob("*model*") if path.suffix in kinds and path.is_file()]
-    size, count = sum(path.stat().st_size for path in files), count_parameters(config)[0]
+    files = [path for path in Path(name).glob("*model*") if path.suffix in kinds]
+    size = sum(path.stat().st_size for path in files if path.is_file())
+    count = count_parameters(config)[0]
     if 0 < size < 1.9 * count:  # float16 has two bytes
         raise InputError(
-            f"{model}: its weights can't be loaded: they are {size} bytes, its config.json is of "
-            f"a model of {count} weights: give whole files of one model"
+            f"{model}: its weights can't be loaded: they are {size} bytes, its config.json "
+            f"is of a model of {count} weights: give whole files of one model"
         )
     heads, width = config.num_attention_heads, config.hidden_size
     if heads % degree or config.vocab_size % degree:
         raise InputError(
-            f"--tensor_parallel_degree {degree} does not divide the {heads} attention heads and "
-            f"{config.vocab_size} vocabulary entries of {name}: give one that does"
+            f"--tensor_parallel_degree {degree} does not divide the {heads} attention heads "
+            f"and {config.vocab_size} vocabulary entries of {name}: give one that does"
         )
     if width % heads:
         raise InputError(
@@ -255,7 +251,7 @@ def check_config(config, name, src_length, generation, degree):
 
 
 def check_tokenizer_files(name):
-    """Raise InputError where the folder ``name`` lacks a file that its tokenizer is made of."""
+    """Raise InputError where the folder ``name`` lacks a file of its tokenizer."""
     folder, needed = Path(name), ["tokenizer_config.json"]
     if not folder.is_dir():  # a published name
         return
@@ -269,8 +265,8 @@ def check_tokenizer_files(name):
     for file in needed:
         if not (folder / file).is_file():
             raise InputError(
-                f"--model_name_or_path {name}: its tokenizer can't be loaded: {file} is missing: "
-                "copy it from the folder or the published model that this one was made from"
+                f"--model_name_or_path {name}: its tokenizer can't be loaded: {file} is "
+                "missing: copy it from the model that this one was made from"
             )
 
 
@@ -278,27 +274,27 @@ def check_tokenizer(tokenizer, config, name):
     """Raise InputError where the tokenizer has more entries than the model."""
     if len(tokenizer) > config.vocab_size:
         raise InputError(
-            f"--model_name_or_path {name}: its tokenizer has {len(tokenizer)} entries, its model "
-            f"{config.vocab_size}: they are not of one model"
+            f"--model_name_or_path {name}: its tokenizer has {len(tokenizer)} entries, "
+            f"its model {config.vocab_size}: they are not of one model"
         )
 
 
 def check_accumulation(args, records):
-    """Raise InputError where the last passes of a step could only repeat some of the ``records``."""
+    """Raise InputError where the last passes of a step could only repeat ``records``."""
     passes = -(-records * args.gradient_accumulation_steps // args.records_a_step)
     if args.gradient_accumulation_steps > max(passes, 1):
         raise InputError(
-            f"--gradient_accumulation_steps {args.gradient_accumulation_steps}: the {records} "
-            f"records are seen in {passes} passes: give at most as many"
+            f"--gradient_accumulation_steps {args.gradient_accumulation_steps}: the "
+            f"{records} records are seen in {passes} passes: give at most as many"
         )
 
 
 def check_min_length(min_tgt_length, dataset):
     """Warn where all predictions are made longer than any question of the ``dataset``."""
-    # The labels hold the fixed opening, which is generated too, and the end token, which is not.
+    # Of the labels, the end token is not counted: the minimum is of tokens before it.
     longest = max((len(features["labels"]) - 1 for features in dataset), default=0)
     if 0 < longest < min_tgt_length:
         logger.warning(
-            f"--min_tgt_length {min_tgt_length} is over the longest question of the data, which "
-            f"has {longest} tokens with its opening: predictions will go on after their question"
+            f"--min_tgt_length {min_tgt_length} is over the longest question of the data, "
+            f"which has {longest} tokens with its opening: all predictions will be longer"
         )
