@@ -1,7 +1,7 @@
 """What a test does inside the processes of a run: a fault at a chosen moment, or a look at what they compute.
 
 HOOK='["fault", "SIGTERM", "training_step", 3, 0]' tests/parallel_worker.py ...: the name of a function below
-and its arguments, as JSON. ``helpers.Run`` and ``helpers.launch`` take the same as ``hook``.
+and its arguments, as JSON. ``helpers.Run`` and ``helpers.run_parallel`` take the same as ``hook``.
 """
 
 import fnmatch
@@ -98,7 +98,7 @@ def compare_hidden_states():
         loss = compute_loss(self, model, inputs)
         keep.remove()
         dist.all_gather(parts, seen[0])
-        print("LARGEST DIFFERENCE", float((parts[0] - parts[1]).abs().max()), flush=True)
+        print("LARGEST DIFFERENCE", float((parts[0] - parts[1]).abs().max()), file=sys.stderr)
         return loss
 
     utils.GLMTrainer.compute_loss = checked
@@ -110,7 +110,7 @@ def print_hypotheses():
 
     def printing(*args, **kwargs):
         hypotheses = beam_search(*args, **kwargs)
-        print("GENERATED", hypotheses, flush=True)
+        print("GENERATED", hypotheses, file=sys.stderr)
         return hypotheses
 
     utils.beam_search = printing

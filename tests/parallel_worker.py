@@ -148,6 +148,8 @@ class Done:
 
 
 def use_gloo():
+    # What a process that was forked had read of its environment before.
+    dist.parallel._global_parallel_env = dist.ParallelEnv()
     # Plain data parallelism averages gradients in C++, which wants a group of Paddle's own.
     if dist.get_world_size() > 2 or "--tensor_parallel_degree" in sys.argv:
         core.ProcessGroupGloo.create = Hub
@@ -157,7 +159,7 @@ def use_gloo():
         module.broadcast_input_data = lambda hcg, *inputs, **kwargs: (inputs, kwargs)
 
 
-if __name__ == "__main__":
+def main():
     use_gloo()
     hooks.install()
     finetune_generation.main()
@@ -166,3 +168,7 @@ if __name__ == "__main__":
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(0)
+
+
+if __name__ == "__main__":
+    main()

@@ -19,26 +19,23 @@ def finished_run(tmp_path_factory):
     rows = read_jsonl(test_file)
     del rows[1]["question"]
     test_file.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    lines = run(
-        *FAST,
-        "--do_train",
-        "--do_eval",
-        "--do_predict",
-        "--load_best_model_at_end",
-        "--bf16",
-        *flags(
-            model_name_or_path=TINY_GLM,
-            task_name=data,
-            output_dir=folder / "out",
-            max_steps=6,
-            logging_steps=1,
-            evaluation_strategy="steps",
-            eval_steps=2,
-            save_steps=2,
-            metric_for_best_model="rougel",
-        ),
+    args = flags(
+        model_name_or_path=TINY_GLM,
+        task_name=data,
+        output_dir=folder / "out",
+        do_train=True,
+        do_eval=True,
+        do_predict=True,
+        max_steps=6,
+        logging_steps=1,
+        evaluation_strategy="steps",
+        eval_steps=2,
+        save_steps=2,
+        load_best_model_at_end=True,
+        metric_for_best_model="rougel",
+        bf16=True,
     )
-    return folder, lines
+    return folder, run(*FAST, *args)
 
 
 def test_what_a_run_leaves_behind(finished_run):

@@ -14,7 +14,7 @@ from helpers import TINY_GLM, TRAIN, Run, flags, last_whole_checkpoint, losses, 
 from glm.checkpoints import CHECKPOINT_DONE, UNFINISHED
 from glm.processes import LOCK, locked
 
-EVALUATE = [*TRAIN[:-1], "--do_eval", "--per_device_eval_batch_size", 30]
+EVALUATE = [*TRAIN, *flags(do_train=False, do_eval=True, per_device_eval_batch_size=30)]
 
 
 def model_with_dropout(folder, dropout):

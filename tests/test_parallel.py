@@ -1,4 +1,4 @@
-"""Several CPU processes over gloo, started as a user starts them, against one process."""
+"""Several CPU processes over gloo against one process."""
 
 import re
 import shutil
@@ -9,11 +9,11 @@ from helpers import (
     COMMON,
     TINY_GLM,
     flags,
-    launch,
     outcome,
     read_jsonl,
     reference_loss,
     run,
+    run_parallel,
     small_data,
     tiny_glm,
 )
@@ -48,9 +48,7 @@ def train(name, folder, *args):
         *layout,
         *args,
     ]
-    if processes > 1:
-        return launch(processes, folder / "log", *args)
-    return "\n".join(run(*args))
+    return "\n".join(run_parallel(processes, *args) if processes > 1 else run(*args))
 
 
 @pytest.fixture(scope="module")
@@ -134,7 +132,7 @@ def test_lora_on_two_processes(data, tmp_path):
     assert any(weight.any() for key, weight in adapter.items() if key.endswith("query_key_value.lora_B"))
     out = tmp_path / "two"
     split = flags(tensor_parallel_degree=2, per_device_train_batch_size=4)
-    launch(2, tmp_path / "log2", *common, "--output_dir", out, *split)
+    run_parallel(2, *common, "--output_dir", out, *split)
     other_losses, other_predictions, other_adapter = outcome(out, name)
     assert np.abs(np.subtract(losses, other_losses)).max() < 2e-4 and other_predictions == predictions
     for ours, theirs in ((other_adapter, adapter), (outcome(out)[2], whole)):
@@ -143,7 +141,7 @@ def test_lora_on_two_processes(data, tmp_path):
     for path in (tmp_path / "one").glob("model_state*"):
         path.unlink()  # what is left is an adapter
     args = flags(model_name_or_path=tmp_path / "one", task_name=data, output_dir=tmp_path / "reloaded")
-    launch(2, tmp_path / "log", *COMMON[:8], "--do_eval", *args, *split)
+    run_parallel(2, *COMMON[:8], "--do_eval", *args, *split)
     assert [
         row["token_ids"] for row in read_jsonl(tmp_path / "reloaded/eval_predictions.jsonl")
     ] == predictions
@@ -154,7 +152,7 @@ def test_tensor_parallel_processes_drop_alike(data, tmp_path):
     model = tiny_glm(tmp_path / "model", embedding_dropout_prob=0.2, output_dropout_prob=0.2, num_layers=1)
     args = flags(model_name_or_path=model, task_name=data, output_dir=tmp_path / "out", max_steps=2)
     args += ["--do_train", *flags(tensor_parallel_degree=2)]
-    logs = launch(2, tmp_path / "log", *args, hook=["compare_hidden_states"])
+    logs = "\n".join(run_parallel(2, *args, hook=["compare_hidden_states"]))
     differences = [float(number) for number in re.findall(r"LARGEST DIFFERENCE (\S+)", logs)]
     assert len(differences) == 4 and max(differences) < 1e-5
 
@@ -167,7 +165,7 @@ def test_split_loss_and_gradients_against_float64(tmp_path):
     )
     labels = np.array([0, 19, 20, 39, *rng.integers(0, 40, [2])])  # the edges of both parts, too
     np.savez(tmp_path / "in.npz", hidden=hidden, weight=weight, labels=labels)
-    launch(2, tmp_path / "log", hook=["split_loss", str(tmp_path)])
+    run_parallel(2, hook=["split_loss", str(tmp_path)])
     expected = reference_loss(hidden.astype("float64"), weight.astype("float64"), labels, 0.1)
     parts = [np.load(tmp_path / f"out{rank}.npz") for rank in range(2)]
     for part in parts:
@@ -193,8 +191,8 @@ def test_drawn_tokens_are_the_same_on_all_processes(data, tmp_path):
             top_p=0.9,
         ),
     ]
-    logs = launch(2, tmp_path / "log", *args, hook=["print_hypotheses"]).splitlines()
-    generated = [line for line in logs if line.startswith("GENERATED")]
+    lines = run_parallel(2, *args, hook=["print_hypotheses"])
+    generated = [line for line in lines if line.startswith("GENERATED")]
     assert len(generated) == 6 and generated[:3] == generated[3:]  # three batches on each
     assert all(row["token_ids"] for row in read_jsonl(tmp_path / "out/eval_predictions.jsonl"))
 
@@ -205,8 +203,8 @@ def test_a_degree_that_does_not_divide(data, tmp_path):
         model_name_or_path=model, task_name=data, output_dir=tmp_path / "out", tensor_parallel_degree=2
     )
     args.append("--do_train")
-    logs = launch(2, tmp_path / "log", *args, check=False)
-    errors = [line for line in logs.splitlines() if line.startswith("finetune_generation.py: error:")]
+    lines = run_parallel(2, *args, code=2)
+    errors = [line for line in lines if line.startswith("finetune_generation.py: error:")]
     assert len(errors) == 1 and "does not divide the 1 attention heads" in errors[0]
-    assert "Traceback" not in logs
+    assert "Traceback" not in "".join(lines)
     assert "does not divide the 1 processes" in run(*args, code=2)[-1]

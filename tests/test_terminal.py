@@ -55,7 +55,7 @@ def test_bars_on_a_terminal(tmp_path):
     assert re.search(rb"eval: 100%.*60/60.*[\d.]+ tokens/s", shown)
 
 
-PREDICT = [*TRAIN[:-1], "--predict_file"]
+PREDICT = [*TRAIN, *flags(do_train=False), "--predict_file"]
 
 
 def test_a_pipe_is_answered_line_by_line(tmp_path):
