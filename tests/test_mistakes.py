@@ -144,7 +144,7 @@ SENTENCES = [
     ("--output_dir {folder}/model", None, "holds a model and no checkpoint to resume from"),
     ("", write("data/train.json", b'\n{"context": "\xff"}'), "train.json:2: byte 14 is not UTF-8: save"),
     ("", config(model_type="bert", architectures=["BertModel"]), "is no GLM, but a bert"),
-    ("", other_weights, "its weights lack some of GLM's: give those of a GLM"),
+    ("", other_weights, "they lack 53 of the model's weights, the first is"),
 ]
 
 
