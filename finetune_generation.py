@@ -28,13 +28,7 @@ from data import (
     encode_source,
 )
 from glm.arguments import parse_arguments
-from glm.checkpoints import (
-    check_output_dir,
-    find_last_checkpoint,
-    finishing,
-    where_to_resume,
-    write_results,
-)
+from glm.checkpoints import begin_run, find_last_checkpoint, where_to_resume
 from glm.checks import (
     check_accumulation,
     check_config,
@@ -47,8 +41,22 @@ from glm.errors import Fault, InputError
 from glm.generation import beam_search
 from glm.lora import LORA_WEIGHTS, adapter_weights, add_lora, prepare
 from glm.memory import estimate_memory
+from glm.outputs import (
+    MODEL,
+    RESULTS,
+    RUN,
+    WHOLE_MODEL,
+    check_other_models,
+    check_output_dir,
+    complete_moves,
+    finishing,
+    is_same_folder,
+    replaced_by,
+    write_results,
+)
 from glm.processes import Peers, locked
 from glm.records import parse_lines, read_in_batches, read_records
+from glm.runs import describe_run, new_run
 from glm.weights import load, load_model
 from utils import GLMTrainer, prediction_row
 
@@ -65,10 +73,17 @@ def run(model_args, data_args, generation, args, output=None):
     """
     # Everything that can be wrong is read and checked before the weights are.
     name, degree = model_args.model_name_or_path, max(args.tensor_parallel_degree, 1)
+    complete_moves("" if output else args.output_dir, name)
     base, adapter, lora_config = prepare(model_args, name, args.weights_dtype(), degree)
     checkpoint = find_last_checkpoint(args, model_args.lora)
     if output is None:
         check_output_dir(args, checkpoint)
+        writes_model = args.do_train or model_args.merge_lora
+        check_other_models(
+            args.output_dir,
+            model=None if writes_model else name,
+            adapter_base=base if lora_config and writes_model else None,
+        )
     config = load(AutoConfig, base, "config.json", adapter)
     check_config(config, base, data_args.src_length, generation, degree)
     check_tokenizer_files(name)
@@ -78,8 +93,12 @@ def run(model_args, data_args, generation, args, output=None):
     train_dataset, dev_dataset, test_dataset = read_datasets(
         tokenizer, data_args, generation.tgt_length, args
     )
+    this_run = None
     if args.do_train:
         check_accumulation(args, len(train_dataset))
+        groups = (model_args, data_args, generation, args)
+        this_run = describe_run(groups, base, adapter, lora_config, train_dataset)
+        begin_run(args, this_run, checkpoint)
     check_min_length(generation.min_tgt_length, train_dataset + dev_dataset)
     if lora_config:
         weights = adapter_weights(adapter, config, lora_config, args.seed)
@@ -104,8 +123,10 @@ def run(model_args, data_args, generation, args, output=None):
         tokenizer=tokenizer,
         generation=generation,
         memory=memory,
+        run=this_run,
     )
-    results = train_and_evaluate(trainer, checkpoint, model_args.merge_lora, test_dataset)
+    merge = model_args.merge_lora
+    results = train_and_evaluate(trainer, checkpoint, merge, adapter, test_dataset)
     show_results(results, trainer.rows)
     names = written_files(model_args, args)
     logger.eval(f"done: in {args.output_dir} are {', '.join(names)}")
@@ -130,34 +151,43 @@ def read_datasets(tokenizer, data_args, tgt_length, args):
     return train_dataset, dev_dataset, test_dataset
 
 
-def train_and_evaluate(trainer, checkpoint, merge_lora, test_dataset):
-    """Do what the arguments say, in this order, and write it. Returns the metrics, a dict."""
+def train_and_evaluate(trainer, checkpoint, merge_lora, adapter, test_dataset):
+    """Do what the arguments say, in this order, and write it. Returns the metrics, a dict.
+
+    ``adapter``: the folder of the adapter that the run begins with, or None.
+    """
     args, results = trainer.args, {}
     first = trainer.is_world_process_zero()
 
-    def keep(folder, split, metrics):
+    def keep(folder, split, metrics, rows=()):
         results.update(metrics)
-        if first and metrics:  # there are none of training if the checkpoint was of the last step
-            write_results(folder, split, metrics)
+        if first and metrics:  # there are none of training if nothing was left to train
+            write_results(folder, split, metrics, rows)
 
     if args.do_train:
         metrics = trainer.train(resume_from_checkpoint=checkpoint).metrics
-        with finishing(args.output_dir) as folder:
+        run, step = trainer.checkpoints.run, trainer.weights_step or trainer.state.global_step
+        replaced = replaced_by(run, step, args.output_dir, checkpoint)
+        with finishing(args.output_dir, replaced) as folder:
             trainer.save_model(str(folder), merge_tensor_parallel=args.tensor_parallel_degree > 1)
             keep(folder, "train", metrics)
             if first:
                 trainer.state.save_to_json(folder / "trainer_state.json")
+                (folder / RUN).write_text(json.dumps({**run, "model": step}))
     if merge_lora:
-        with finishing(args.output_dir) as folder:
+        known = args.do_train or is_same_folder(adapter, args.output_dir)
+        with finishing(args.output_dir, WHOLE_MODEL if known else (*MODEL, *RESULTS)) as folder:
             trainer.save_merged(str(folder))
+            if first and not known:
+                (folder / RUN).write_text(json.dumps(new_run()))
     if args.do_eval:
         metrics = trainer.evaluate()
         with finishing(args.output_dir) as folder:
-            keep(folder, "eval", metrics)
+            keep(folder, "eval", metrics, trainer.rows)
     if args.do_predict:
         metrics = trainer.predict(test_dataset).metrics
         with finishing(args.output_dir) as folder:
-            keep(folder, "test", metrics)
+            keep(folder, "test", metrics, trainer.rows)
     return results
 
 
@@ -258,7 +288,7 @@ def main():
     def advice():
         if not args.do_train:
             return "the same command starts again"
-        return where_to_resume(args.output_dir, args.overwrite_output_dir)
+        return where_to_resume(args)
 
     peers = None
     try:

@@ -55,7 +55,8 @@ class TrainingProgress(TrainerCallback):
 class Curves(VisualDLCallback):
     """Adds an evaluation's best and worst predictions, and all its ROUGE-L, to PaddleNLP's curves.
 
-    Args: get_rows (callable): returns the rows of the last evaluation, as its predictions file has them.
+    Args: get_rows (callable): returns the rows of the last evaluation, as its predictions
+        file has them.
     """
 
     def __init__(self, get_rows):
@@ -70,11 +71,6 @@ class Curves(VisualDLCallback):
         """Leave the writer open, which PaddleNLP closes: an evaluation may follow."""
         self.in_training = False
 
-    def on_log(self, args, state, control, logs=None, **kwargs):
-        """Leave out what was not measured (None), of which PaddleNLP would warn each time."""
-        logs = {name: value for name, value in logs.items() if value is not None}
-        super().on_log(args, state, control, logs=logs, **kwargs)
-
     def on_evaluate(self, args, state, control, **kwargs):
         rows = [row for row in self.get_rows() if row["rougel"] is not None]
         if not (rows and state.is_world_process_zero):
@@ -85,7 +81,8 @@ class Curves(VisualDLCallback):
         when = f"step {state.global_step}" if self.in_training else "at the end"
         self.show(f"worst predictions/{when}", rows[:SHOWN])
         self.show(f"best predictions/{when}", rows[::-1][:SHOWN])
-        # Not eval/rougel, which is a curve: VisualDL's server takes one kind of value a tag.
+        # Not eval/rougel, which is a curve: VisualDL's server takes one kind of value a
+        # tag.
         scores = [row["rougel"] for row in rows]
         self.vdl_writer.add_histogram("eval/rougel of the records", scores, state.global_step)
         self.vdl_writer.flush()
@@ -99,17 +96,30 @@ class Curves(VisualDLCallback):
 
 
 class EarlyStopping(EarlyStoppingCallback):
-    """Ends training after ``patience`` evaluations in a row that were no better than the best."""
+    """Ends training after so many evaluations in a row that were no better than the best.
+
+    A checkpoint keeps the count, early_stopping_patience_counter, and a resumed run
+    counts on.
+    """
 
     def on_train_begin(self, args, state, control, **kwargs):
-        """Nothing: PaddleNLP's wants load_best_model_at_end, which GLMTrainer does itself."""
+        """Nothing: PaddleNLP's wants load_best_model_at_end, which the Trainer here does itself."""
+
+    def restore(self, mark):
+        """Count on from a checkpoint, by what read_mark says of it, dict."""
+        count = mark.get("evaluations_without_better", 0)
+        self.early_stopping_patience_counter = count
+
+    def is_due(self):
+        """Whether training has ended by it."""
+        return self.early_stopping_patience_counter >= self.early_stopping_patience
 
 
 class SeedEachStep(TrainerCallback):
     """Seeds all generators at each step by --seed and its number, so that a resumed run draws alike.
 
-    A checkpoint can't hold the generators' states: pickling loses that of Paddle's generator on
-    a CPU.
+    A checkpoint can't hold the generators' states: pickling loses that of Paddle's
+    generator on a CPU.
     """
 
     def on_step_begin(self, args, state, control, **kwargs):
@@ -117,8 +127,8 @@ class SeedEachStep(TrainerCallback):
         seed = int(rng.integers(2**40)) * 1024
         tracker = get_rng_state_tracker()
         tracker.reset()
-        # The processes of tensor parallelism draw alike, but for what is dropped in the heads that
-        # are split over them.
+        # The processes of tensor parallelism draw alike, but for what is dropped in the
+        # heads that are split over them.
         tracker.add("embedding_seed", seed + 1)
         tracker.add("global_seed", seed + 2)
         tracker.add("local_seed", seed + 3 + max(args.tensor_parallel_rank, 0))
@@ -128,8 +138,8 @@ class SeedEachStep(TrainerCallback):
 class StopBySignal(TrainerCallback):
     """Ends training by SIGINT or SIGTERM within a step, with a checkpoint of it.
 
-    Several processes take a second step, in which they agree on it. A second signal, or one in
-    evaluation, which may take long, ends the run at once.
+    Several processes take a second step, in which they agree on it. A second signal, or
+    one in evaluation, which may take long, ends the run at once.
     """
 
     signal_number = None  # of the signal that training is to end by, the same on all processes
@@ -155,7 +165,8 @@ class StopBySignal(TrainerCallback):
     def exchange(self, world_size):
         """Take the largest number that any process had received a call ago, and send this one's.
 
-        The answer to what is sent now is taken at the next call, so that no step waits for it.
+        The answer to what is sent now is taken at the next call, so that no step waits
+        for it.
         """
         if world_size == 1:
             self.signal_number = self.received or None
@@ -193,15 +204,14 @@ class StopBySignal(TrainerCallback):
     def stop(number, args, state):
         """Raise the Fault that ends the run by the signal ``number``."""
         stopped = f"stopped by {signal.Signals(number).name} at step {state.global_step}"
-        resume = where_to_resume(args.output_dir, args.overwrite_output_dir)
-        raise Fault(f"{stopped}: {resume}", 128 + number)
+        raise Fault(f"{stopped}: {where_to_resume(args)}", 128 + number)
 
 
 class Gradients(TrainerCallback):
     """Frees the gradients after each step, and makes them float32 before they are used, if ``master``.
 
-    In float16 small gradients would vanish when they are unscaled, and a squared norm past 65504
-    would overflow, so that clipping makes the update zero.
+    In float16 small gradients would vanish when they are unscaled, and a squared norm
+    past 65504 would overflow, so that clipping makes the update zero.
     """
 
     def __init__(self, master):
@@ -209,8 +219,8 @@ class Gradients(TrainerCallback):
 
     def on_optimizer_begin(self, args, state, control, model=None, **kwargs):
         if self.master:
-            # As paddle.amp.decorate(master_grad=True) does after a backward pass, of which
-            # recompute has many.
+            # As paddle.amp.decorate(master_grad=True) does after a backward pass, of
+            # which recompute has many.
             parameters = [weight for weight in model.parameters() if weight.grad is not None]
             paddle.base.core.eager.set_master_grads(parameters)
 
@@ -222,8 +232,9 @@ class Gradients(TrainerCallback):
 class CheckFinite(TrainerCallback):
     """Ends the run at a loss or a weight that is no number, before anything is logged or saved after it.
 
-    Where gradients are scaled (fp16), the GradScaler leaves out the update of such a step, as of
-    one whose gradients overflow. The run then ends after MOST_SKIPPED such losses in a row.
+    Where gradients are scaled (fp16), the GradScaler leaves out the update of such a
+    step, as of one whose gradients overflow. The run then ends after MOST_SKIPPED such
+    losses in a row.
     """
 
     def __init__(self):
@@ -283,5 +294,4 @@ class CheckFinite(TrainerCallback):
     @staticmethod
     def stop(what, args):
         """Raise the Fault that says ``what`` is not finite, and where to go on."""
-        resume = where_to_resume(args.output_dir, args.overwrite_output_dir)
-        raise Fault(f"the {what}: {ADVICE}; {resume}")
+        raise Fault(f"the {what}: {ADVICE}; {where_to_resume(args)}")

@@ -1,9 +1,10 @@
-"""What stands in output_dir: written whole, marked, found again, told apart from another run's."""
+"""The checkpoints in output_dir: written whole, marked, found again in their order, removed."""
 
 import contextlib
 import hashlib
 import json
 import os
+import re
 import shutil
 from pathlib import Path
 
@@ -12,71 +13,25 @@ from paddlenlp.trainer.trainer_callback import TrainerCallback
 from paddlenlp.utils.log import logger
 
 from glm.errors import Fault, InputError
-from glm.processes import LOCK, barrier, gather_objects
+from glm.outputs import RUN, read_json, write_whole
+from glm.processes import barrier, gather_objects
+from glm.runs import compare_runs, is_of_run, new_run
 
 CHECKPOINT_DONE = ".checkpoint_done"  # a checkpoint's last file, which says what the others are
-UNFINISHED = ".unfinished"  # in output_dir: where a run writes what is then moved into place
-NAME_MAX = 255  # bytes of a folder's name
-
-
-def write_whole(path, text):
-    """Write a file whole or not at all."""
-    path = Path(path)
-    temporary = path.with_name(path.name + ".tmp")
-    try:
-        temporary.write_text(text, encoding="utf-8")
-        temporary.replace(path)
-    finally:
-        with contextlib.suppress(FileNotFoundError):
-            temporary.unlink()
-
-
-@contextlib.contextmanager
-def finishing(output_dir):
-    """Yield the path of an empty folder, whose files are moved to ``output_dir`` when the block ends.
-
-    So each file of output_dir is whole, or as it was. The folder holds a copy of all_results.json,
-    to which results are added. An OSError within takes the folder away. All processes have to
-    enter and leave; the first one makes the folder and moves the files.
-    """
-    folder, first = Path(output_dir, UNFINISHED), dist.get_rank() == 0
-    if first:
-        shutil.rmtree(folder, ignore_errors=True)
-        folder.mkdir(parents=True)
-        with contextlib.suppress(FileNotFoundError):
-            shutil.copy(Path(output_dir, "all_results.json"), folder)
-    barrier()
-    try:
-        yield folder
-    except OSError:
-        shutil.rmtree(folder, ignore_errors=True)
-        raise
-    barrier()
-    if first:
-        for path in folder.iterdir():
-            path.replace(Path(output_dir, path.name))
-        folder.rmdir()
-
-
-def write_results(folder, split, metrics):
-    """Write a dict of ``metrics`` as {split}_results.json, and add it to all_results.json."""
-    combined = Path(folder, "all_results.json")
-    results = json.loads(combined.read_text()) if combined.exists() else {}
-    text = json.dumps(metrics, indent=4, sort_keys=True)
-    Path(folder, f"{split}_results.json").write_text(text)
-    combined.write_text(json.dumps({**results, **metrics}, indent=4, sort_keys=True))
 
 
 def read_mark(checkpoint):
-    """Read the last file of a checkpoint. Returns a dict, empty if an older run or another script wrote it.
+    """Read the last file of a checkpoint. Returns a dict of those that the run that wrote it knew:
 
-    ``files``: the sizes in bytes and checksums of the other files by name. ``parameters``: what
-    the model calls the weights that the optimizer's state names. ``records``: those of a step.
+    ``files``: the sizes in bytes and checksums of the other files by name.
+    ``parameters``: what the model calls the weights that the optimizer's state names.
+    ``records``: those of a step. ``run``: what describe_run says of the run.
+    ``evaluations_without_better``: in a row, for early stopping. And, always, ``step``:
+    that of the checkpoint, or None.
     """
-    try:
-        return json.loads(Path(checkpoint, CHECKPOINT_DONE).read_text(encoding="utf-8") or "{}")
-    except (OSError, ValueError):
-        return {}
+    number = re.search(r"\d+$", Path(checkpoint).name)
+    mark = read_json(Path(checkpoint, CHECKPOINT_DONE))
+    return {"step": int(number[0]) if number else None, **mark}
 
 
 def _checksum(path):
@@ -94,8 +49,8 @@ def _checksum(path):
 def checksums(folder, names):
     """Sizes and checksums of the files ``names`` in a folder, dict of [bytes, BLAKE2b] by name.
 
-    A file that can't be read has [None, None]. The processes of a machine share the work; all of
-    them have to call it.
+    A file that can't be read has [None, None]. The processes of a machine share the work;
+    all of them have to call it.
     """
     rank, local_size = dist.get_rank(), int(os.environ.get("PADDLE_LOCAL_SIZE", 1))
     local_rank = rank % local_size
@@ -111,7 +66,8 @@ def checksums(folder, names):
 def find_damage(checkpoint):
     """Compare a checkpoint with the sizes and checksums in its mark.
 
-    Returns what is wrong with it on any machine, str, or None. All processes have to call it.
+    Returns what is wrong with it on any machine, str, or None. All processes have to call
+    it.
     """
     expected, damage = read_mark(checkpoint).get("files", {}), None
     for name, (size, digest) in checksums(checkpoint, expected).items():
@@ -122,18 +78,29 @@ def find_damage(checkpoint):
     return next(filter(None, gather_objects(damage)), None)
 
 
-def whole_checkpoints(folder):
-    """The paths (str) of the checkpoints in ``folder`` that are written to their end, the last first."""
-    times = {}
-    for path in Path(folder).glob("checkpoint-*[0-9]"):
-        try:
-            times[str(path)] = Path(path, CHECKPOINT_DONE).stat().st_mtime
-        except FileNotFoundError:
-            advice = "if it is another script's, give it by --resume_from_checkpoint"
-            logger.warning(f"skipping {path}, which was not written to its end; {advice}")
-    # By time, not by number, for an older run that --overwrite_output_dir wrote over may have
-    # come further.
-    return sorted(times, key=times.get, reverse=True)
+def whole_checkpoints(folder, tell=False):
+    """The checkpoints of the folder's own run that are written to their end, the last step first.
+
+    Args: tell (bool): whether to say which others there are.
+
+    Returns: list of their paths, str.
+    """
+    run, steps, others = read_json(Path(folder, RUN)), {}, []
+    advice = "give it by --resume_from_checkpoint"
+    for path in sorted(Path(folder).glob("checkpoint-*[0-9]")):
+        mark = read_mark(path)
+        if not Path(path, CHECKPOINT_DONE).exists():
+            if tell:
+                reason = f"which was not written to its end; if it is another script's, {advice}"
+                logger.warning(f"skipping {path}, {reason}")
+        elif is_of_run(mark, run):
+            steps[str(path)] = mark["step"]
+        else:
+            others.append(path.name)
+    if others and tell:
+        others = ", ".join(others)
+        logger.train(f"another run wrote {others} in {folder}: to go on from one of them, {advice}")
+    return sorted(steps, key=steps.get, reverse=True)
 
 
 def last_whole_checkpoint(output_dir):
@@ -141,7 +108,7 @@ def last_whole_checkpoint(output_dir):
 
     All processes have to call it.
     """
-    found = gather_objects(whole_checkpoints(output_dir))
+    found = gather_objects(whole_checkpoints(output_dir, tell=True))
     for path in found[0]:
         if not all(path in paths for paths in found):  # machines may have folders of their own
             continue
@@ -152,12 +119,15 @@ def last_whole_checkpoint(output_dir):
     return None
 
 
-def where_to_resume(output_dir, overwrite):
-    """What the last line of a run that ended early says, str. ``overwrite``: overwrite_output_dir."""
-    checkpoint = next(iter(whole_checkpoints(output_dir)), None)
+def where_to_resume(args):
+    """What the last line of a run that ended early says, str."""
+    checkpoint = next(iter(whole_checkpoints(args.output_dir)), None)
     if checkpoint is None:
         return "there is no checkpoint to resume from"
-    without = " without --overwrite_output_dir" if overwrite else ""
+    flags = [
+        f"--{name}" for name in ("overwrite_output_dir", "resume_from_checkpoint") if getattr(args, name)
+    ]
+    without = f" without {' and '.join(flags)}" if flags else ""
     return f"the same command{without} goes on from {checkpoint}"
 
 
@@ -195,12 +165,12 @@ def _check_files(checkpoint, lora):
 def _check_layout(checkpoint, degree):
     """Raise InputError where the weights of an optimizer's state can't be told apart.
 
-    Without names in the mark they are known by those that Paddle gave them, which depend on the
-    layout.
+    Without names in the mark they are known by those that Paddle gave them, which depend
+    on the layout.
     """
     ranks = {path.name[:14] for path in Path(checkpoint).glob("optimizer.tp*")}
     saved = len(ranks) or 1
-    if saved != degree and not read_mark(checkpoint):
+    if saved != degree and "parameters" not in read_mark(checkpoint):
         raise InputError(
             f"{checkpoint} was saved with tensor_parallel_degree {saved} and no names of its "
             f"weights, and can't be resumed with {degree}: give --tensor_parallel_degree {saved}, "
@@ -227,85 +197,84 @@ def keep_records_a_step(args, records):
     )
 
 
-def is_own_output(path):
-    """Whether what this run prints goes to the file ``path``."""
-    try:
-        return any(os.path.samestat(os.fstat(number), os.stat(path)) for number in (1, 2))
-    except OSError:  # a link to nowhere, or an output that is closed
-        return False
+def begin_run(args, run, checkpoint):
+    """Give ``run``, of describe_run, the ``id`` and the ``parent`` that runs.py tells of.
 
-
-def check_output_dir(args, checkpoint):
-    """Raise InputError where the output can't be written, or would be mixed with what is not a run's.
-
-    ``checkpoint`` is the one to resume from, or None.
+    ``checkpoint`` is the one to resume from, or None. Raises InputError where going on
+    with it makes no sense. All processes have to call it.
     """
-    folder = args.output_dir
-    if not folder:
-        raise InputError(
-            "--output_dir is missing: give the folder for checkpoints, the model and the results"
-        )
-    _check_writable("--output_dir", folder)
-    if getattr(args, "logging_dir", None):
-        _check_writable("--logging_dir", args.logging_dir)
-    if args.do_train and not args.overwrite_output_dir and os.path.isdir(folder):
-        _check_contents(folder, checkpoint)
-
-
-def _check_writable(flag, folder):
-    """Raise InputError where ``folder`` can't be made, or can't be written to."""
-    if max(map(len, os.fsencode(folder).split(b"/"))) > NAME_MAX:
-        raise InputError(f"{flag} is longer than a folder's name may be: give a shorter one")
-    existing = os.path.abspath(folder)
-    while not os.path.lexists(existing):
-        existing = os.path.dirname(existing)
-    if not os.path.isdir(existing):
-        raise InputError(f"{flag} {folder}: {existing} is not a folder: give another one")
-    if not os.access(existing, os.W_OK | os.X_OK):
-        raise InputError(f"{flag} {folder}: {existing} can't be written to: give another one")
-
-
-# What a run leaves in output_dir, and what its launcher does.
-TRACES = ("checkpoint-*", "runs/*", "*_results.json", "*_predictions.jsonl*", "workerlog.*", "*/workerlog.*")
-
-
-def _check_contents(folder, checkpoint):
-    """Raise InputError where ``folder`` holds a model that is not gone on with, or nothing of a run."""
-    names = [name for name in os.listdir(folder) if name != LOCK]
-    if UNFINISHED in names:  # a run of this folder was killed while it saved
+    run.update(gather_objects(new_run())[0])
+    if checkpoint is None or args.ignore_load_lr_and_optim:  # its steps begin at 0
         return
-    if any(name.endswith("model_state.pdparams") for name in names) and checkpoint is None:
-        raise InputError(
-            f"--output_dir {folder} holds a model and no checkpoint to resume from: "
-            "give another folder, or --overwrite_output_dir"
-        )
-    of_a_run = any(True for pattern in TRACES for _ in Path(folder).glob(pattern))
-    of_a_run = of_a_run or any(is_own_output(os.path.join(folder, name)) for name in names)
-    if names and not of_a_run:
-        raise InputError(
-            f"--output_dir {folder} holds {names[0]} and nothing of a run: "
-            "give a folder of its own, or --overwrite_output_dir"
-        )
+    mark, given = read_mark(checkpoint), args.resume_from_checkpoint is not None
+    before, folder = mark.get("run", {}), read_json(Path(args.output_dir, RUN))
+    if "settings" in before:
+        compare_runs(checkpoint, mark, run, given)
+        run["base"], run["weights"] = before["base"], before["weights"]
+    if given and whole_checkpoints(args.output_dir)[:1] != [str(Path(checkpoint))]:
+        run["parent"] = [before.get("id"), mark["step"]]
+    elif folder or before:
+        run["id"], run["parent"] = (folder or before)["id"], (folder or before)["parent"]
+    else:
+        run["parent"] = [None, mark["step"]]
 
 
 class WholeCheckpoints(TrainerCallback):
     """Gives a checkpoint a last file that says that all others are whole, and then removes old ones.
 
-    PaddleNLP removes old ones before the new one is whole, and on a single process none at all.
+    PaddleNLP removes old ones before the new one is whole, and on a single process none
+    at all.
 
-    Args: limit (int): save_total_limit, or None.
+    Args:
+        limit (int): save_total_limit, or None.
+        run (dict): as begin_run leaves it.
+        early_stopping (EarlyStopping): the callback whose count a checkpoint keeps, or
+            None.
     """
 
-    def __init__(self, limit):
-        self.limit = limit
+    def __init__(self, limit, run, early_stopping=None):
+        self.limit, self.run, self.early_stopping = limit, run, early_stopping
         self.folder = None  # the checkpoint that is being written
+        self.resumed = None  # the one that the run goes on from
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        """Make output_dir this run's before anything else is written there."""
+        if state.best_model_checkpoint:
+            state.best_model_checkpoint = self.find_best(state.best_model_checkpoint, args.output_dir)
+        if args.local_rank in (-1, 0):
+            path, text = Path(args.output_dir, RUN), dict(self.run)
+            there = read_json(path)
+            if there.get("id") == text["id"] and "model" in there:  # a model of this run, before
+                text["model"] = there["model"]
+            path.parent.mkdir(parents=True, exist_ok=True)
+            write_whole(path, json.dumps(text))
+        barrier()
+
+    def find_best(self, recorded, output_dir):
+        """The path of the best checkpoint, str, which the run ``recorded``; None where it is gone.
+
+        A folder may have been moved since: it is looked for beside the checkpoint that
+            the run goes on from, then in output_dir, then where it was. All processes
+            have to call it.
+        """
+        name = Path(recorded).name
+        folders = [Path(self.resumed).parent] if self.resumed else []
+        for path in [*(folder / name for folder in folders), Path(output_dir, name), Path(recorded)]:
+            whole = Path(path, CHECKPOINT_DONE).exists() and is_of_run(read_mark(path), self.run)
+            if all(gather_objects(whole)) and find_damage(path) is None:
+                return str(path)
+        advice = "the best from here on, or the last weights, take its place"
+        logger.warning(f"the best checkpoint, {recorded}, is gone or damaged: {advice}")
+        return None
 
     def on_step_end(self, args, state, control, **kwargs):
         if control.should_save:
-            # As the Trainer calls it.
+            # As the Trainer calls it. One of another run, or of another kind, goes.
             self.folder = os.path.join(args.output_dir, f"checkpoint-{state.global_step}")
-            with contextlib.suppress(FileNotFoundError):
-                os.remove(os.path.join(self.folder, CHECKPOINT_DONE))
+            if args.local_rank in (-1, 0) and os.path.isdir(self.folder):
+                Path(self.folder, CHECKPOINT_DONE).unlink(missing_ok=True)
+                shutil.rmtree(self.folder)
+            barrier()
 
     on_epoch_end = on_step_end
 
@@ -318,9 +287,13 @@ class WholeCheckpoints(TrainerCallback):
             "files": checksums(self.folder, {*os.listdir(self.folder)} - {CHECKPOINT_DONE}),
             "parameters": {weight.name: name for name, weight in model.state_dict().items()},
             "records": args.records_a_step,
+            "step": state.global_step,
+            "run": self.run,
         }
+        if self.early_stopping:
+            mark["evaluations_without_better"] = self.early_stopping.early_stopping_patience_counter
         if first:
-            write_whole(os.path.join(self.folder, CHECKPOINT_DONE), json.dumps(mark))
+            write_whole(Path(self.folder, CHECKPOINT_DONE), json.dumps(mark))
             self._remove_old_ones(args.output_dir, state.best_model_checkpoint)
         barrier()  # who says where to go on has to find the mark
         self.folder = None
@@ -333,9 +306,16 @@ class WholeCheckpoints(TrainerCallback):
             path.write_text(json.dumps(state, indent=2, sort_keys=True), encoding="utf-8")
 
     def _remove_old_ones(self, output_dir, best):
-        checkpoints = [str(path) for path in Path(output_dir).glob("checkpoint-*[0-9]")]
-        kept = {str(Path(self.folder)), str(Path(best or self.folder))}
-        old = sorted((path for path in checkpoints if path not in kept), key=os.path.getmtime)
+        """Remove what is over the limit: first what another run or no mark is of, then by their steps."""
+        checkpoints = list(Path(output_dir).glob("checkpoint-*[0-9]"))
+        kept = {Path(self.folder), Path(best or self.folder)}
+
+        def age(path):
+            mark = read_mark(path)
+            whole = Path(path, CHECKPOINT_DONE).exists()
+            return whole and is_of_run(mark, self.run), mark["step"]
+
+        old = sorted((path for path in checkpoints if path not in kept), key=age)
         count = len(checkpoints) - max(self.limit or len(checkpoints), len(kept))
         for path in old[: max(count, 0)]:
             shutil.rmtree(path, ignore_errors=True)
@@ -349,6 +329,5 @@ class WholeCheckpoints(TrainerCallback):
             if self.folder is None or control.should_evaluate:  # it was not the checkpoint that failed
                 raise
             shutil.rmtree(self.folder, ignore_errors=True)
-            resume = where_to_resume(args.output_dir, args.overwrite_output_dir)
             reason = error.strerror or error
-            raise Fault(f"{self.folder} can't be written: {reason}; {resume}") from error
+            raise Fault(f"{self.folder} can't be written: {reason}; {where_to_resume(args)}") from error

@@ -56,11 +56,11 @@ def _take_lock(path):
 
 
 @contextlib.contextmanager
-def locked(folder):
-    """Hold the lock of the output ``folder``, which is made if need be. "" needs no lock.
+def locked(folder, flag="--output_dir"):
+    """Hold the lock of the ``folder`` of a ``flag``, which is made if need be. "" needs no lock.
 
-    The first process of a run holds it for all of them. The system takes it from a process
-    that ends, however it does. Raises InputError while another run holds it.
+    The first process of a run holds it for all of them. The system takes it from a
+    process that ends, however it does. Raises InputError while another run holds it.
     """
     path, made, file, owner = Path(folder, LOCK), not os.path.exists(folder), None, None
     if folder and dist.get_rank() == 0:
@@ -70,7 +70,7 @@ def locked(folder):
     owner = gather_objects(owner)[0]
     if owner:
         advice = "wait for its end, or give another folder"
-        raise InputError(f"--output_dir {folder} is in use by another run, {owner}: {advice}")
+        raise InputError(f"{flag} {folder} is in use by another run, {owner}: {advice}")
     try:
         yield
     finally:
@@ -87,9 +87,9 @@ class Peers:
     """Ends this process when another one of the run is gone, so that it waits for none in vain.
 
     The first process has a connection to each of the others. The system closes it when
-    either end dies, and the first process tells the others who that was. A process that ends
-    by itself says "done"; or "ending", if early, and the others then have GRACE seconds to
-    end for the same reason with a line of their own.
+    either end dies, and the first process tells the others who that was. A process that
+    ends by itself says "done"; or "ending", if early, and the others then have GRACE
+    seconds to end for the same reason with a line of their own.
 
     Args: advice (function): returns what the line about a process that is gone ends with.
     """

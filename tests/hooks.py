@@ -4,6 +4,7 @@ HOOK='["fault", "SIGTERM", "training_step", 3, 0]' tests/parallel_worker.py ...:
 and its arguments, as JSON. ``helpers.Run`` and ``helpers.run_parallel`` take the same as ``hook``.
 """
 
+import errno
 import fnmatch
 import hashlib
 import json
@@ -54,6 +55,8 @@ def act(action):
         os.kill(os.getpid(), signal.Signals[action])
     elif action == "sleep":
         time.sleep(20)
+    elif action == "full disk":
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
     elif action == "Fault":
         raise Fault("no more of this")
     elif action != "nothing":

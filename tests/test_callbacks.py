@@ -43,7 +43,12 @@ def test_each_step_draws_anew_and_a_resumed_one_alike():
 )
 def test_when_a_signal_ends_at_once(tmp_path, world_size, training, seconds, monkeypatch):
     """A second one; the first in an evaluation. A launcher's, which sends three in 0.6 seconds, are one."""
-    args = SimpleNamespace(world_size=world_size, output_dir=str(tmp_path), overwrite_output_dir=False)
+    args = SimpleNamespace(
+        world_size=world_size,
+        output_dir=str(tmp_path),
+        overwrite_output_dir=False,
+        resume_from_checkpoint=None,
+    )
     state, callback, now = SimpleNamespace(global_step=7), StopBySignal(), [100.0]
     monkeypatch.setattr(callbacks.time, "monotonic", lambda: now[0])
     callback.on_train_begin(args, state, None, model=SimpleNamespace(training=training))
@@ -77,7 +82,10 @@ class Run:
 
     def __init__(self, tmp_path, world_size=1):
         self.args = SimpleNamespace(
-            world_size=world_size, output_dir=str(tmp_path), overwrite_output_dir=False
+            world_size=world_size,
+            output_dir=str(tmp_path),
+            overwrite_output_dir=False,
+            resume_from_checkpoint=None,
         )
         self.check, self.state = CheckFinite(), SimpleNamespace(global_step=0)
         self.scheduler = paddle.optimizer.lr.LambdaDecay(1.0, lambda step: 1 - step / 100)

@@ -11,7 +11,6 @@ from helpers import TRAIN, flags, last_whole_checkpoint, losses, make_trainer, r
 
 from glm import checkpoints
 from glm.checkpoints import CHECKPOINT_DONE, WholeCheckpoints
-from glm.errors import InputError
 
 
 def saving_arguments(folder):
@@ -19,6 +18,7 @@ def saving_arguments(folder):
 
 
 NO_MODEL = SimpleNamespace(state_dict=dict)
+RUN_A, RUN_B = {"id": "a", "parent": None}, {"id": "b", "parent": ["a", 6]}
 
 
 def test_a_checkpoint_that_is_written_anew_is_not_whole_meanwhile(tmp_path):
@@ -30,13 +30,15 @@ def test_a_checkpoint_that_is_written_anew_is_not_whole_meanwhile(tmp_path):
     done = tmp_path / "checkpoint-4" / CHECKPOINT_DONE
     done.parent.mkdir()
     done.touch()
-    (done.parent / "trainer_state.json").write_text('{"global_step": 4, "consumed_samples": 32}')
-    callback = WholeCheckpoints(None)
+    (done.parent / "lora_model_state.pdparams").touch()  # of a run of another kind
+    callback = WholeCheckpoints(None, RUN_A)
     callback.on_step_end(args, state, control)
     assert done.exists()
     control.should_save = True
     callback.on_step_end(args, state, control)
-    assert not done.exists() and last_whole_checkpoint(tmp_path) is None
+    assert not done.parent.exists() and last_whole_checkpoint(tmp_path) is None
+    done.parent.mkdir()
+    (done.parent / "trainer_state.json").write_text('{"global_step": 4, "consumed_samples": 32}')
     callback.on_save(
         args, state, control, model=SimpleNamespace(state_dict=lambda: {"w": SimpleNamespace(name="w_0")})
     )
@@ -45,6 +47,8 @@ def test_a_checkpoint_that_is_written_anew_is_not_whole_meanwhile(tmp_path):
         "files": {"trainer_state.json": [len(text), hashlib.blake2b(text, digest_size=16).hexdigest()]},
         "parameters": {"w_0": "w"},
         "records": 24,
+        "step": 4,
+        "run": RUN_A,
     }
     # PaddleNLP 2 refuses what PaddleNLP 3 adds to the state.
     assert json.loads((done.parent / "trainer_state.json").read_text()) == {"global_step": 4}
@@ -62,58 +66,88 @@ LIMITS = [
 
 @pytest.mark.parametrize("limit, best, kept", LIMITS)
 def test_the_newest_and_the_best_checkpoint_stay(tmp_path, limit, best, kept):
+    callback, args = WholeCheckpoints(limit, RUN_A), saving_arguments(tmp_path)
     for number in range(1, 5):
+        state = SimpleNamespace(global_step=number)
+        state.best_model_checkpoint = best and f"{tmp_path}/checkpoint-{best}"
+        callback.on_step_end(args, state, SimpleNamespace(should_save=True))
         (tmp_path / f"checkpoint-{number}").mkdir()
         (tmp_path / f"checkpoint-{number}/trainer_state.json").write_text("{}")
-        os.utime(tmp_path / f"checkpoint-{number}", (1000 + number, 1000 + number))
-    callback = WholeCheckpoints(limit)
-    args = saving_arguments(tmp_path)
-    state = SimpleNamespace(global_step=4, best_model_checkpoint=best and f"{tmp_path}/checkpoint-{best}")
-    callback.on_step_end(args, state, SimpleNamespace(should_save=True))
-    callback.on_save(args, state, None, model=NO_MODEL)
+        os.utime(tmp_path / f"checkpoint-{number}", (1000 - number, 1000 - number))
+        callback.on_save(args, state, None, model=NO_MODEL)
     assert sorted(path.name for path in tmp_path.iterdir()) == [f"checkpoint-{number}" for number in kept]
 
 
-def test_a_run_that_was_written_over_is_not_gone_on_with(tmp_path):
-    for number, name in enumerate(("checkpoint-9", "checkpoint-2", "checkpoint-10")):
-        (tmp_path / name).mkdir()
-        if name != "checkpoint-10":
-            (tmp_path / name / CHECKPOINT_DONE).touch()
-            os.utime(tmp_path / name / CHECKPOINT_DONE, (1000 + number, 1000 + number))
-    assert last_whole_checkpoint(tmp_path) == f"{tmp_path}/checkpoint-2"
+def write_checkpoint(folder, step, run, time=0):
+    path = folder / f"checkpoint-{step}"
+    path.mkdir()
+    mark = {"step": step, "run": run} if run else {}  # as older versions wrote it
+    (path / CHECKPOINT_DONE).write_text(json.dumps(mark))
+    os.utime(path / CHECKPOINT_DONE, (1000 + time, 1000 + time))
+    return str(path)
 
 
-def test_who_may_write_into_a_folder(tmp_path):
-    """Results may go where other files are; a run that writes over another does not go on with it."""
-    (tmp_path / "thesis.txt").write_text("mine")
-    args = saving_arguments(tmp_path)
-    args.do_train = args.overwrite_output_dir = False
-    checkpoints.check_output_dir(args, None)
-    args.do_train = True
-    with pytest.raises(InputError, match="nothing of a run"):
-        checkpoints.check_output_dir(args, None)
-    args.overwrite_output_dir, args.resume_from_checkpoint, args.tensor_parallel_degree = True, None, 1
-    checkpoints.check_output_dir(args, None)
-    checkpoint = tmp_path / "checkpoint-2"
-    checkpoint.mkdir()
-    for name in (
-        "model_state.pdparams",
-        "optimizer.pdopt",
-        "scheduler.pdparams",
-        "trainer_state.json",
-        CHECKPOINT_DONE,
-    ):
-        (checkpoint / name).touch()
-    assert checkpoints.find_last_checkpoint(args, lora=False) is None
-    args.overwrite_output_dir = False
-    assert checkpoints.find_last_checkpoint(args, lora=False) == str(checkpoint)
+ORDERS = [
+    (None, None, 9),  # older versions, of whose runs nothing is known
+    (RUN_A, RUN_A, 9),
+    (None, RUN_A, 9),
+    (RUN_A, RUN_B, None),  # written over by another run
+    (RUN_B, RUN_A, 6),  # which goes on from step 6
+    (RUN_A, None, None),
+    ({"id": "c", "parent": [None, 6]}, None, 6),
+]
 
 
-def test_a_link_to_nowhere_is_nothing_of_a_run(tmp_path):
-    (tmp_path / "link").symlink_to(tmp_path / "nowhere")
-    args = SimpleNamespace(output_dir=str(tmp_path), do_train=True, overwrite_output_dir=False)
-    with pytest.raises(InputError, match="holds link and nothing of a run"):
-        checkpoints.check_output_dir(args, None)
+@pytest.mark.parametrize("folder_run, checkpoint_run, last", ORDERS)
+def test_the_last_checkpoint_is_of_the_folders_own_run(tmp_path, folder_run, checkpoint_run, last):
+    """By the steps that they tell of themselves, whatever the times of their files."""
+    if folder_run:
+        (tmp_path / ".run.json").write_text(json.dumps(folder_run))
+    for time, step in enumerate((12, 9, 6, 3)):
+        write_checkpoint(tmp_path, step, checkpoint_run, time)
+    (tmp_path / "checkpoint-12" / CHECKPOINT_DONE).unlink()  # not written to its end
+    assert last_whole_checkpoint(tmp_path) == (last and f"{tmp_path}/checkpoint-{last}")
+
+
+def test_where_to_resume_names_the_flags_that_would_do_otherwise(tmp_path):
+    args = SimpleNamespace(output_dir=str(tmp_path), overwrite_output_dir=True)
+    args.resume_from_checkpoint = None
+    assert checkpoints.where_to_resume(args) == "there is no checkpoint to resume from"
+    write_checkpoint(tmp_path, 3, RUN_A)
+    goes_on = f"goes on from {tmp_path}/checkpoint-3"
+    without = "the same command without --overwrite_output_dir"
+    assert checkpoints.where_to_resume(args) == f"{without} {goes_on}"
+    args.resume_from_checkpoint = "elsewhere"
+    assert checkpoints.where_to_resume(args) == f"{without} and --resume_from_checkpoint {goes_on}"
+    args.overwrite_output_dir, args.resume_from_checkpoint = False, None
+    assert checkpoints.where_to_resume(args) == f"the same command {goes_on}"
+
+
+def test_a_limit_takes_what_another_run_wrote_first(tmp_path):
+    for step in (8, 9):
+        write_checkpoint(tmp_path, step, {"id": "another", "parent": None})
+    for step in (1, 2):
+        write_checkpoint(tmp_path, step, RUN_A)
+    callback, args = WholeCheckpoints(3, RUN_A), saving_arguments(tmp_path)
+    state = SimpleNamespace(global_step=3, best_model_checkpoint=None)
+    callback.on_step_end(args, state, SimpleNamespace(should_save=True))
+    (tmp_path / "checkpoint-3").mkdir()
+    (tmp_path / "checkpoint-3/trainer_state.json").write_text("{}")
+    callback.on_save(args, state, None, model=NO_MODEL)
+    assert sorted(path.name[-1] for path in tmp_path.glob("checkpoint-*")) == ["1", "2", "3"]
+
+
+@pytest.mark.parametrize("where", ["moved along", "in output_dir", "where it was", "gone", "another run's"])
+def test_the_best_checkpoint_is_found_by_its_name(tmp_path, where):
+    old, new, callback = tmp_path / "old", tmp_path / "new", WholeCheckpoints(None, RUN_A)
+    old.mkdir()
+    new.mkdir()
+    folder = old if where == "where it was" else new
+    if where != "gone":
+        write_checkpoint(folder, 3, {"id": "x"} if where == "another run's" else RUN_A)
+    callback.resumed = f"{new}/checkpoint-6" if where == "moved along" else None
+    expected = None if where in ("gone", "another run's") else f"{folder}/checkpoint-3"
+    assert callback.find_best(f"{old}/checkpoint-3", str(new)) == expected
 
 
 def test_paddlenlp_removes_no_checkpoint(tmp_path):
@@ -163,6 +197,7 @@ def test_a_damaged_checkpoint_is_named(two_checkpoints, tmp_path, name):
     path = tmp_path / "out/checkpoint-2" / name
     os.truncate(path, path.stat().st_size // 2)
     (tmp_path / "out/checkpoint-2" / CHECKPOINT_DONE).write_text("")
+    (tmp_path / "out/.run.json").unlink()
     lines = run(*TRAIN, *flags(output_dir=tmp_path / "out", max_steps=3), code=2)
     assert "Traceback" not in "".join(lines) and f"{tmp_path}/out/checkpoint-2 can't be loaded (" in lines[-1]
     assert lines[-1].endswith("the checkpoint before it")

@@ -11,7 +11,8 @@ import time
 import pytest
 from helpers import TINY_GLM, TRAIN, Run, flags, last_whole_checkpoint, losses, run
 
-from glm.checkpoints import CHECKPOINT_DONE, UNFINISHED
+from glm.checkpoints import CHECKPOINT_DONE
+from glm.outputs import UNFINISHED
 from glm.processes import LOCK, locked
 
 EVALUATE = [*TRAIN, *flags(do_train=False, do_eval=True, per_device_eval_batch_size=30)]
@@ -138,11 +139,9 @@ def test_a_signal_while_loading_is_no_mistake_of_the_user(tmp_path, name):
 
 
 def test_a_full_disk_leaves_the_last_checkpoint_whole(tmp_path):
-    (tmp_path / "checkpoint-4").mkdir()
-    # Every write: no space left on device.
-    (tmp_path / "checkpoint-4/optimizer.pdopt").symlink_to("/dev/full")
     args = [*TRAIN, *flags(output_dir=tmp_path, save_steps=2, max_steps=6)]
-    lines = run(*args, code=1)
+    hook = ["fault_at_file", "full disk", "open", "*/checkpoint-4/optimizer.pdopt"]
+    lines = run(*args, hook=hook, code=1)
     assert "Traceback" not in "".join(lines)
     assert lines[-1].endswith(
         f"{tmp_path}/checkpoint-4 can't be written: No space left on device; "
@@ -154,13 +153,12 @@ def test_a_full_disk_leaves_the_last_checkpoint_whole(tmp_path):
 
 
 def test_predictions_appear_whole_or_not_at_all(tmp_path):
-    predictions, temporary = tmp_path / "eval_predictions.jsonl", tmp_path / "eval_predictions.jsonl.tmp"
+    predictions = tmp_path / "eval_predictions.jsonl"
     predictions.write_text("those of the last run\n")
-    temporary.symlink_to("/dev/full")
-    lines = run(*EVALUATE, "--output_dir", tmp_path, code=1)
+    hook = ["fault_at_file", "full disk", "open", "*/eval_predictions.jsonl.tmp"]
+    lines = run(*EVALUATE, "--output_dir", tmp_path, hook=hook, code=1)
     assert "error: can't write" in lines[-1] and "No space left on device" in lines[-1]
     assert predictions.read_text() == "those of the last run\n"
-    temporary.unlink(missing_ok=True)
     # Replaced, not written over: who has the old file open, or a link to it, goes on seeing it whole.
     os.link(predictions, tmp_path / "link")
     run(*EVALUATE, "--output_dir", tmp_path)

@@ -8,11 +8,12 @@ from helpers import ROOT
 FLOORS = [
     ["finetune_generation"],
     ["utils"],
+    ["glm.trainer"],
     ["glm.arguments", "glm.callbacks", "glm.generation"],
     ["glm.checks", "glm.cache"],
     ["glm.memory", "glm.checkpoints", "glm.modeling", "data"],
-    ["glm.lora"],
-    ["glm.weights"],
+    ["glm.lora", "glm.runs"],
+    ["glm.weights", "glm.outputs"],
     [
         "glm.formats",
         "glm.metrics",

@@ -39,7 +39,9 @@ def test_a_training_step_divides_by_the_targets_of_its_own_global_batch(tmp_path
     trainer.is_in_train, trainer.state.global_step = True, 4
     trainer.train_sampler = SimpleNamespace(target_tokens=[50, 60, 70])
     assert float(trainer.compute_loss(trainer.model, inputs)) == pytest.approx(losses.sum() / 60, rel=1e-5)
-    trainer.args = SimpleNamespace(dataset_world_size=2, gradient_accumulation_steps=3, label_smoothing=0.1)
+    trainer.args = SimpleNamespace(
+        dataset_world_size=2, gradient_accumulation_steps=3, label_smoothing=0.1, ignore_data_skip=False
+    )
     assert float(trainer.compute_loss(trainer.model, inputs)) == pytest.approx(
         6 * losses.sum() / 60, rel=1e-5
     )

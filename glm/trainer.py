@@ -1,0 +1,238 @@
+"""PaddleNLP's Trainer, repaired: it goes on from a checkpoint of any layout, and says what it did."""
+
+import contextlib
+from pathlib import Path
+
+import paddle
+from paddlenlp.trainer import Trainer
+from paddlenlp.trainer.integrations import VisualDLCallback
+from paddlenlp.trainer.trainer_callback import PrinterCallback, ProgressCallback, TrainerState
+from paddlenlp.trainer.trainer_utils import TrainOutput
+from paddlenlp.utils.log import logger
+
+from glm.callbacks import (
+    CheckFinite,
+    Curves,
+    EarlyStopping,
+    Gradients,
+    SeedEachStep,
+    StopBySignal,
+    TrainingProgress,
+)
+from glm.checkpoints import CHECKPOINT_DONE, WholeCheckpoints, read_mark
+from glm.errors import mistakes
+from glm.lora import merge_lora
+from glm.memory import memory_metrics, memory_peak
+from glm.processes import gather_objects
+from glm.weights import load_checkpoint, read_optimizer_state
+
+
+class ResumableTrainer(Trainer):
+    """PaddleNLP's Trainer with the callbacks, the checkpoints and the results of a run here.
+
+    Its samplers are GroupedBatchSamplers, which know the tokens of each batch.
+
+    Args (beside the Trainer's):
+        memory (dict): the bytes that "train" and "eval" are estimated to take, for the
+            results.
+        run (dict): what begin_run says of this run, for its checkpoints, or None.
+    """
+
+    def __init__(self, *, args, memory=None, run=None, **kwargs):
+        # The Trainer's own way leaves main gradients unscaled on one process, and removes
+        # checkpoints too early.
+        master_grad, args.amp_master_grad = args.amp_master_grad, False
+        save_total_limit, args.save_total_limit = args.save_total_limit, None
+        super().__init__(args=args, **kwargs)
+        self.memory = memory or {}
+        self.evaluated = None  # the metrics of the weights as they are
+        self.rows = []  # the last predictions, as the predictions file has them
+        self.first_step = 0  # the step that training goes on from
+        self.weights_step = None  # of the weights at hand, if not the last one of training
+        self.train_memory_peak = 0  # bytes
+        self.train_tokens = 0  # of the global batches, without padding
+        self.early_stopping = None
+        self.check_finite, self.stop_by_signal = CheckFinite(), StopBySignal()
+        self.add_callbacks(master_grad, save_total_limit, run or {"id": None, "parent": None})
+
+    def add_callbacks(self, master_grad, save_total_limit, run):
+        """Replace the Trainer's own callbacks. Their order is that in which they act."""
+        self.pop_callback(ProgressCallback)
+        self.pop_callback(PrinterCallback)
+        if self.pop_callback(VisualDLCallback):  # by --report_to
+            self.add_callback(Curves(lambda: self.rows))
+        if self.args.early_stopping_patience:
+            self.early_stopping = EarlyStopping(self.args.early_stopping_patience)
+            self.add_callback(self.early_stopping)
+        self.checkpoints = WholeCheckpoints(save_total_limit, run, self.early_stopping)
+        self.add_callback(TrainingProgress)
+        self.add_callback(SeedEachStep)
+        self.add_callback(Gradients(master_grad))
+        # What is not finite is not saved; a signal ends the run when its checkpoint is
+        # whole.
+        self.add_callback(self.check_finite)
+        self.add_callback(self.checkpoints)
+        self.add_callback(self.stop_by_signal)
+
+    def in_batch(self, numbers):
+        """The one of ``numbers``, an epoch's global batches', that is of the batch at hand, int."""
+        # With ignore_data_skip the Trainer begins an epoch anew where it goes on.
+        begun = self.first_step if self.args.ignore_data_skip else 0
+        return int(numbers[(self.state.global_step - begun) % len(numbers)])
+
+    def training_step(self, *args, **kwargs):
+        """The Trainer's, with its loss noted and its tokens counted."""
+        self.evaluated, step = None, self.state.global_step
+        loss = self.check_finite.note(super().training_step(*args, **kwargs), step + 1)
+        tokens = self.in_batch(self.train_sampler.tokens)
+        self.train_tokens += tokens / self.args.gradient_accumulation_steps
+        return loss
+
+    def train(self, resume_from_checkpoint=None, **kwargs):
+        """The Trainer's, repaired: each method called here says what of."""
+        args, checkpoint = self.args, resume_from_checkpoint
+        self.checkpoints.resumed = checkpoint
+        if checkpoint and not args.ignore_load_lr_and_optim:
+            with self.loading(checkpoint):
+                state = TrainerState.load_from_json(Path(checkpoint, "trainer_state.json"))
+            self.first_step = state.global_step
+            if self.early_stopping:
+                self.early_stopping.restore(read_mark(checkpoint))
+            reason = self.why_finished(state.global_step)
+            if reason:
+                logger.train(f"nothing is left to train: {checkpoint} {reason}")
+                return self.load_finished(checkpoint, state)
+        # load_best loads it, from any precision and layout.
+        best_at_end, args.load_best_model_at_end = args.load_best_model_at_end, False
+        memory_peak(reset=True)
+        with self.loading(checkpoint), self.checkpoints.failing_as_fault(args, self.control):
+            output = super().train(resume_from_checkpoint=checkpoint, **kwargs)
+        args.load_best_model_at_end = best_at_end
+        if best_at_end:
+            self.load_best()
+        self.train_memory_peak = max(self.train_memory_peak, memory_peak())
+        peak = memory_metrics("train", self.memory.get("train"), self.train_memory_peak)
+        output.metrics.update(peak)
+        return output
+
+    def why_finished(self, step):
+        """Why nothing is left to train after ``step``, str, or None."""
+        args = self.args
+        if args.max_steps > 0:
+            last_step, given = args.max_steps, f"--max_steps {args.max_steps} ends"
+        else:
+            passes = len(self._get_train_sampler())
+            epoch = passes // args.gradient_accumulation_steps
+            last_step = int(epoch * args.num_train_epochs)
+            records = f"over {len(self.train_dataset)} records end"
+            given = f"--num_train_epochs {args.num_train_epochs:g} {records}"
+        if step >= last_step:
+            return f"is of step {step}, and {given} this run at step {last_step}"
+        if self.early_stopping and self.early_stopping.is_due():
+            patience = f"--early_stopping_patience {args.early_stopping_patience}"
+            return f"is of step {step}, where {patience} ended this run"
+        return None
+
+    def load_finished(self, checkpoint, state):
+        """Load the weights of a run that had come to its end: the Trainer would go a step further."""
+        best, self.state = state.best_model_checkpoint, state
+        if best:
+            best = self.checkpoints.find_best(best, self.args.output_dir)
+            state.best_model_checkpoint = best
+        if best and self.args.load_best_model_at_end:
+            checkpoint, self.weights_step = best, read_mark(best)["step"]
+        with self.loading(checkpoint):
+            self._load_from_checkpoint(checkpoint)
+        return TrainOutput(state.global_step, None, {})
+
+    def load_best(self):
+        """Load the weights of the best checkpoint, unless they are those at hand or gone."""
+        best, last_step = self.state.best_model_checkpoint, self.state.global_step
+        if not best or read_mark(best)["step"] == last_step:
+            return
+        if not all(gather_objects(Path(best, CHECKPOINT_DONE).exists())):
+            logger.warning(f"the best checkpoint, {best}, is gone: the weights are the last ones")
+            return
+        self._load_from_checkpoint(best)
+        self.evaluated, self.weights_step = None, read_mark(best)["step"]
+        logger.train(f"the weights are those of {best}, the best up to step {last_step}")
+
+    def log(self, logs, **kwargs):
+        """The Trainer's, of the numbers that there are, and with the history that PaddleNLP 3 empties.
+
+        trainer_state.json and a resumed run hold the history.
+        """
+        if "train_loss" in logs:
+            self.complete(logs)
+        numbers = {name: value for name, value in logs.items() if value is not None}
+        history, self.state.log_history = self.state.log_history, []
+        super().log(numbers, **kwargs)
+        logs.update(numbers)
+        history.append({**numbers, "step": self.state.global_step})
+        self.state.log_history = history
+
+    def complete(self, metrics):
+        """Make of the Trainer's ``metrics``, which it takes for the whole run's, this process's."""
+        step = self.state.global_step
+        steps = step - self.first_step
+        metrics["train_loss"] *= step / steps
+        for name in ("train_samples_per_second", "train_steps_per_second"):
+            metrics[name] *= steps / self.state.max_steps
+        metrics["train_first_step"], metrics["train_last_step"] = self.first_step + 1, step
+        metrics["train_skipped_steps"] = self.check_finite.skipped
+        tokens_per_second = self.train_tokens / metrics["train_runtime"]
+        metrics["train_tokens_per_second"] = round(tokens_per_second, 2)
+
+    def save_merged(self, folder):
+        """Write the whole model with the adapter in its weights, which stays in them."""
+        model = merge_lora(self.model)
+        self.evaluated = None
+        if self.args.should_save:
+            self.tokenizer.save_pretrained(folder)
+        if self.args.should_save_model_state:
+            model.save_pretrained(
+                folder,
+                merge_tensor_parallel=self.args.tensor_parallel_degree > 1,
+                variant=self.args.weight_name_suffix,
+                is_main_process=self.args.should_save,
+                max_shard_size="1024GB",
+            )
+
+    @contextlib.contextmanager
+    def loading(self, checkpoint):
+        """Tell a damaged ``checkpoint`` from a bug: before training begins, by an InputError."""
+        try:
+            yield
+        except Exception as error:
+            begun = self.stop_by_signal.handlers_before is not None
+            if checkpoint is None or begun:
+                raise
+            advice = "remove it to go on from the checkpoint before it"
+            with mistakes(f"{checkpoint} can't be loaded", advice):
+                raise error
+
+    # What follows overrides private methods of PaddleNLP's Trainer, which its next
+    # release may rename. A checkpoint may be of another precision and layout than this
+    # run, and theirs know the layout at hand alone.
+    def _load_from_checkpoint(self, checkpoint=None):
+        if checkpoint is not None:
+            load_checkpoint(checkpoint, self.model)
+
+    def _load_optimizer_and_scheduler(self, checkpoint):
+        if checkpoint is None or self.args.ignore_load_lr_and_optim:
+            return
+        # multi_precision: O2 trains float32 master weights of the half-precision ones.
+        half = self.args.fp16 or self.args.bf16
+        master_weights = self.args.fp16_opt_level == "O2" and half
+        names = read_mark(checkpoint).get("parameters")
+        state = read_optimizer_state(checkpoint, self.optimizer, self.model, names, master_weights)
+        self.optimizer.set_state_dict(state)
+        self.lr_scheduler.set_state_dict(paddle.load(f"{checkpoint}/scheduler.pdparams"))
+        scaler = Path(checkpoint, "scaler.pdparams")
+        if self.do_grad_scaling and scaler.is_file():
+            self.scaler.load_state_dict(paddle.load(str(scaler), return_numpy=True))
+
+    # The Trainer's fails where the GPU build runs on a CPU, and SeedEachStep needs no
+    # state.
+    def _load_rng_state(self, checkpoint):
+        """Nothing to load."""
