@@ -69,7 +69,7 @@ def localise(command, folder):
         "--eval_steps 500 --save_steps 500": "--eval_steps 2 --save_steps 2",
     }.items():
         command = command.replace(old, new)
-    command = re.sub(r"(THUDM/|(?<=path )./checkpoints/glm-large-)\S+", str(model), command)
+    command = re.sub(r"(?<=path )(THUDM/\S+|./my_model|checkpoints/demo)", str(model), command)
     command = command.replace("path ./checkpoints", f"path {folder}")
     return re.sub(r"--output_dir \S+", f"--output_dir {folder}/out", command)
 
@@ -271,7 +271,8 @@ ROWS = [
     Row(
         f"{SCRIPT} {LARGE} --output_dir", f"{SHORT} --max_steps 8 --learning_rate 1e-3", evaluated_in_training
     ),
-    Row(f"{SCRIPT} --model_name_or_path ./checkpoints/glm-large", SHORT, predictions(3, "test"), slow=False),
+    Row("echo", check=prints('"answer": "1205米"', '"prediction": "'), slow=False),
+    Row(f"{SCRIPT} --model_name_or_path ./my_model", SHORT, predictions(3, "test"), slow=False),
     Row("cat ./my_data/test.json", check=piped, slow=False),
     Row(f"{SCRIPT} --model_name_or_path ./checkpoints/glm-10b-lora --merge_lora", run=merge),
     Row(f"{LAUNCH} {CARDS} finetune_generation.py {LARGE}", check=whole_model(3, shortest=55)),
