@@ -223,15 +223,11 @@ class ArgumentParser(PdArgumentParser):
 
     def read_json(self, json_file):
         """Read an argument file. Returns a command line; each entry is checked by itself."""
-        with mistakes(
-            f"{json_file} can't be read",
-            "give a JSON object, without comments",
-        ):
+        with mistakes(f"{json_file} can't be read", "give a JSON object, no comments"):
             entries = json.loads(Path(json_file).read_text("utf-8-sig"))
         if not isinstance(entries, dict):
-            self.error(
-                f"{json_file} is a {type(entries).__name__}: it must be a JSON object",
-            )
+            kind = type(entries).__name__
+            self.error(f"{json_file} is a {kind}: it must be a JSON object")
         types = {item.name: item.type for group in self.dataclass_types for item in fields(group)}
         command_line = []
         for name, value in entries.items():
@@ -247,19 +243,17 @@ class ArgumentParser(PdArgumentParser):
 
     def parse_entry(self, name, value, kind):
         """Turn an entry of an argument file, whose field is of the type ``kind``, into words."""
-        several = get_origin(kind) is list
+        several, given = get_origin(kind) is list, json.dumps(value)
         values = value if several and isinstance(value, list) else [value]
         if any(isinstance(item, (list, dict)) for item in values):
-            self.error(
-                f"--{name} is {json.dumps(value)}: it takes one value, and no group",
-            )
+            self.error(f"--{name} is {given}: it takes one value, and no group")
         if kind is str and not isinstance(value, str):
-            self.error(f"--{name} is {json.dumps(value)}: it must be a string")
+            self.error(f"--{name} is {given}: it must be a string")
         # With "=" a value may begin with a minus.
         words = [f"--{name}", *map(str, values)] if several else [f"--{name}={value}"]
         parsed, unknown = super().parse_known_args(words)
         if unknown:
-            self.error(f"--{name} is {json.dumps(value)}: it can't be read")
+            self.error(f"--{name} is {given}: it can't be read")
         check_argument(name, getattr(parsed, name), self.get_default(name))
         return words
 
