@@ -16,6 +16,7 @@ from glm.checkpoints import CHECKPOINT_DONE
 from glm.errors import InputError
 from glm.outputs import MODEL, RESULTS, RUN, UNFINISHED, finishing, move_into_place
 
+NO_TRAINING = [*TRAIN, *flags(do_train=False)]
 WEIGHTS = outputs.WHOLE_MODEL + outputs.ADAPTER
 
 
@@ -170,7 +171,7 @@ def test_what_is_read_back_is_what_was_written(tmp_path, data, adapter, form, wr
         (model / name).write_text("{}")
     common = ["--overwrite_output_dir", *flags(output_dir=model, task_name=data, save_strategy="no")]
     if written == "merged":
-        run(*TRAIN[:-1], *common, "--do_eval", "--merge_lora", "True", "--model_name_or_path", adapter)
+        run(*NO_TRAINING, *common, "--do_eval", "--merge_lora", "True", "--model_name_or_path", adapter)
     else:
         base = model if written == "whole" and form != "adapter" else TINY_GLM
         lora = str(written == "adapter")
@@ -181,7 +182,7 @@ def test_what_is_read_back_is_what_was_written(tmp_path, data, adapter, form, wr
     assert found == (expected if written == "adapter" else {"model_state.pdparams"})
     assert "notes.txt" in names(model) and "test_results.json" not in names(model)
     args = flags(model_name_or_path=model, task_name=data, output_dir=tmp_path / "again")
-    run(*TRAIN[:-1], *args, "--do_eval")
+    run(*NO_TRAINING, *args, "--do_eval")
     assert loss(tmp_path / "again") == pytest.approx(loss(model), abs=1e-5)
 
 
@@ -206,7 +207,7 @@ def test_results_are_of_the_model_beside_them(tmp_path, data):
 
 def test_results_beside_another_model_are_told(tmp_path, data):
     shutil.copytree(TINY_GLM, tmp_path / "other")
-    args = [*TRAIN[:-1], *flags(task_name=data, max_eval_samples=1)]
+    args = [*NO_TRAINING, *flags(task_name=data, max_eval_samples=1)]
     beside = f"the results in {tmp_path}/other will be of {TINY_GLM}, not of the model that lies there"
     assert any(beside in line for line in run(*args, "--do_eval", "--output_dir", tmp_path / "other"))
 
@@ -227,7 +228,7 @@ def test_a_kill_between_the_moves_is_made_good_by_whoever_reads(tmp_path, data):
     hook = ["fault_at_file", "SIGKILL", "os.rename", f"*/{UNFINISHED}/*", 3]
     flags_again = ["--overwrite_output_dir", "--learning_rate", 0.01, "--output_dir", out]
     run(*args, *flags_again, hook=hook, code=-signal.SIGKILL)
-    evaluation = [*TRAIN[:-1], "--do_eval", *flags(task_name=data, model_name_or_path=out)]
+    evaluation = [*NO_TRAINING, "--do_eval", *flags(task_name=data, model_name_or_path=out)]
     run(*evaluation, "--output_dir", tmp_path / "one")
     assert not (out / UNFINISHED / outputs.REPLACED).exists() and not (out / "eval_results.json").exists()
     run(*args, *flags_again, "--do_eval")
