@@ -255,11 +255,7 @@ def check_tokenizer_files(name):
     folder, needed = Path(name), ["tokenizer_config.json"]
     if not folder.is_dir():  # a published name
         return
-    with contextlib.suppress(
-        OSError,
-        ValueError,
-        AttributeError,
-    ):  # told when it is loaded
+    with contextlib.suppress(Exception):  # what is wrong in it is told when it is loaded
         class_name = json.loads((folder / needed[0]).read_bytes())["tokenizer_class"]
         needed += getattr(transformers, class_name).resource_files_names.values()
     for file in needed:

@@ -119,6 +119,8 @@ MISTAKES = [
     ("--model_name_or_path {folder}/nowhere", None, "nowhere"),
     ("", write("model/config.json", "{"), "config.json"),
     ("", remove("model/tokenizer_config.json"), "tokenizer"),
+    ("", write("model/tokenizer_config.json", '{"tokenizer_class": []}'), "tokenizer"),
+    ("", write("model/tokenizer_config.json", "7"), "tokenizer"),
     ("", write("model/cog-pretrain.model", "x"), "tokenizer"),
     ("", remove("model/cog-pretrain.model"), "cog-pretrain.model is missing"),
     ("", config(vocab_size=800), "tokenizer"),
