@@ -231,3 +231,11 @@ def test_mistakes(adapter, tmp_path, monkeypatch, capsys):
         assert not any("Traceback" in line for line in lines) and not (tmp_path / "new").exists()
     run("--model_name_or_path", moved, *new, "--lora_base", TINY_GLM, "--task_name", data, *FAST, "--do_eval")
     assert predictions(tmp_path / "new") == predictions(out)
+
+
+def test_which_adapter_weights_processes_split():
+    """B where a linear's outputs are split, A where its inputs are."""
+    split = {"query_key_value": "B", "dense": "A", "dense_h_to_4h": "B", "dense_4h_to_h": "A"}
+    for linear, part in split.items():
+        for name in "AB":
+            assert lora.is_split_adapter(f"layers.0.{linear}.lora_{name}") == (name == part)
