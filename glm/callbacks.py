@@ -81,8 +81,7 @@ class Curves(VisualDLCallback):
         when = f"step {state.global_step}" if self.in_training else "at the end"
         self.show(f"worst predictions/{when}", rows[:SHOWN])
         self.show(f"best predictions/{when}", rows[::-1][:SHOWN])
-        # Not eval/rougel, which is a curve: VisualDL's server takes one kind of value a
-        # tag.
+        # Not eval/rougel, which is a curve: a tag of two kinds ends VisualDL's server.
         scores = [row["rougel"] for row in rows]
         self.vdl_writer.add_histogram("eval/rougel of the records", scores, state.global_step)
         self.vdl_writer.flush()
