@@ -38,6 +38,7 @@ from glm.checks import (
 )
 from glm.device import use_the_whole_cpu
 from glm.errors import Fault, InputError
+from glm.export import export_torch
 from glm.generation import beam_search
 from glm.lora import LORA_WEIGHTS, adapter_weights, add_lora, prepare
 from glm.memory import estimate_memory
@@ -105,6 +106,10 @@ def run(model_args, data_args, generation, args, output=None):
     generated = dev_dataset + test_dataset
     memory = estimate_memory(args, config, lora_config, generation, train_dataset, generated)
 
+    if not (args.do_train or args.do_eval or args.do_predict or model_args.merge_lora):
+        export_torch(args.output_dir, base, config, tokenizer, lora_config, adapter)
+        logger.eval(f"done: in {args.output_dir} is torch")
+        return
     rank = max(args.tensor_parallel_rank, 0)
     model = load_model(base, config, args.weights_dtype(), degree, rank, adapter)
     if lora_config:
@@ -127,6 +132,12 @@ def run(model_args, data_args, generation, args, output=None):
     )
     merge = model_args.merge_lora
     results = train_and_evaluate(trainer, checkpoint, merge, adapter, test_dataset)
+    if model_args.export_torch:
+        if args.do_train and lora_config:
+            adapter = args.output_dir
+        elif args.do_train:
+            base = args.output_dir
+        export_torch(args.output_dir, base, config, tokenizer, lora_config, adapter)
     show_results(results, trainer.rows)
     names = written_files(model_args, args)
     logger.eval(f"done: in {args.output_dir} are {', '.join(names)}")
@@ -215,6 +226,8 @@ def written_files(model_args, args):
         names.append(LORA_WEIGHTS if model_args.lora else "model_state.pdparams")
     if model_args.merge_lora:
         names.append("model_state.pdparams")
+    if model_args.export_torch:
+        names.append("torch")
     return names
 
 

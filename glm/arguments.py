@@ -53,6 +53,10 @@ class ModelArguments:
         False,
         "Write a whole model with the adapter in its weights into output_dir.",
     )
+    export_torch: bool = argument(
+        False,
+        "Write the model into output_dir/torch as PyTorch's transformers loads it.",
+    )
 
 
 @dataclass

@@ -130,14 +130,16 @@ def check_together(values):
 
 def check_tasks(values):
     """Raise InputError where there is nothing to do, or a pipe beside other tasks."""
-    alone = not (values.do_train or values.do_eval or values.merge_lora)
+    alone = not (values.do_train or values.do_eval or values.merge_lora or values.export_torch)
     if alone and not values.do_predict:
         raise InputError(
-            "nothing to do: give --do_train, --do_eval, --do_predict, --predict_file or --merge_lora"
+            "nothing to do: give --do_train, --do_eval, --do_predict, --predict_file, "
+            "--merge_lora or --export_torch"
         )
     if values.predict_file == "-" and not (alone and dist.get_world_size() == 1):
         raise InputError(
-            "--predict_file - goes without --do_train, --do_eval and --merge_lora, on one process"
+            "--predict_file - goes without --do_train, --do_eval, --merge_lora and "
+            "--export_torch, on one process"
         )
 
 

@@ -196,7 +196,7 @@ def write_safetensors(path, shapes, arrays):
     for name, (dtype, shape) in shapes.items():
         start, end = end, end + np.dtype(dtype).itemsize * int(np.prod(shape))
         header[name] = {
-            "dtype": names[dtype],
+            "dtype": names[str(dtype)],
             "shape": shape,
             "data_offsets": [start, end],
         }

@@ -24,7 +24,8 @@ from glm.errors import mistakes
 from glm.lora import merge_lora
 from glm.memory import memory_metrics, memory_peak
 from glm.processes import gather_objects
-from glm.weights import load_checkpoint, read_optimizer_state
+from glm.optimizer import read_optimizer_state
+from glm.weights import load_checkpoint
 
 
 class ResumableTrainer(Trainer):

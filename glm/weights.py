@@ -1,4 +1,4 @@
-"""Weights and optimizer states on disk: other layouts, other precisions."""
+"""A model's weights, read from files of any layout, precision and framework."""
 
 import contextlib
 import copy
@@ -6,7 +6,6 @@ import re
 import sys
 import time
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 import paddle
@@ -58,34 +57,42 @@ def without_weights():
         yield
 
 
-def load_model(name, config, dtype, degree=1, rank=0, adapter=None):
-    """Return the GLM ``name`` with its weights read from the first form of files that it has.
+def open_model(name, config, dtype="float32", degree=1, rank=0, adapter=None):
+    """Find the files of the GLM ``name``, and make the model without its weights.
 
     Args:
         config (GLMConfig): its config. dtype (str): of its weights here. degree, rank
         (int): of tensor parallelism. adapter (str): the folder whose base it is, or
         None.
 
+    Returns:
+        the model; arrays and a degree, as ``fill`` takes them.
+
     Raises:
-        InputError: where the files can't be read, or are not of exactly this model's
+        InputError: where the files can't be read, or don't hold exactly the model's
         weights.
     """
     where, advice = where_and_advice(name, adapter)
     with mistakes(f"{where}: its weights can't be loaded", advice):
         paths = find_weights(name)
-        config = copy.deepcopy(config)
-        config.dtype, config.tensor_parallel_degree, config.tensor_parallel_rank = (
-            dtype,
-            degree,
-            rank,
-        )
-        with without_weights(), dtype_guard(dtype):
-            model = GLMForConditionalGeneration(config)
         saved_degree = len(paths)
         if saved_degree == degree:
             paths = [paths[rank]]
         parts = [with_prefix(read_file(path)) for path in paths]
+        config = copy.deepcopy(config)
+        config.dtype = dtype
+        config.tensor_parallel_degree, config.tensor_parallel_rank = degree, rank
+        with without_weights(), dtype_guard(dtype):
+            model = GLMForConditionalGeneration(config)
         check_names(model, parts[0].keys())
+    return model, parts, saved_degree
+
+
+def load_model(name, config, dtype="float32", degree=1, rank=0, adapter=None):
+    """Return the GLM ``name`` with its weights; see open_model for the arguments and errors."""
+    model, parts, saved_degree = open_model(name, config, dtype, degree, rank, adapter)
+    where, advice = where_and_advice(name, adapter)
+    with mistakes(f"{where}: its weights can't be loaded", advice):
         fill(model, parts, saved_degree)
     return model
 
@@ -158,10 +165,10 @@ def fill(model, parts, saved_degree):
             array = convert(name, arrays)
             if list(array.shape) != weight.shape:
                 raise ValueError(f"its {name} is {list(array.shape)}, where this run has {weight.shape}")
-            saved, dtype = _saved_dtype(array), str(weight.dtype).split(".")[-1]
+            saved, dtype = saved_dtype(array), str(weight.dtype).split(".")[-1]
             if saved != dtype:
                 casts.add((saved, dtype))
-                array = _float32(array)
+                array = float32(array)
                 if dtype != "float32":
                     array = paddle.to_tensor(array).astype(dtype)  # numpy has no bfloat16
             weight.set_value(array)
@@ -239,79 +246,16 @@ def take_part(whole, degree, rank, axis, by_head, heads):
     return whole[rows] if axis == 0 else whole[..., rows]
 
 
-def _saved_dtype(value):
+def saved_dtype(value):
     """Return the type of a saved array, str. numpy has no bfloat16, whose bits are saved as uint16."""
     return "bfloat16" if value.dtype == np.uint16 else str(value.dtype)
 
 
-def _float32(value):
+def float32(value):
     """Return a saved array in float32."""
-    if _saved_dtype(value) == "bfloat16":
+    if saved_dtype(value) == "bfloat16":
         return (value.astype("uint32") << 16).view("float32")
     return value.astype("float32")
-
-
-class OptimizerState(NamedTuple):
-    """This process's part of an AdamW's state in a checkpoint, by the model's names of the weights."""
-
-    scheduler: dict  # the state of the learning rate's schedule
-    moments: dict  # {"glm...weight": {"moment1_0": float32 array, "beta1_pow_acc_0": array, ...}}
-    masters: dict  # float32 master weights, {"glm...weight": array}; empty where the run had none
-
-
-def sort_optimizer_state(parts, names, convert, updated):
-    """Return what a checkpoint holds of an optimizer, sorted by weights, OptimizerState.
-
-    Args:
-        parts (list of dict): what the optimizers of the checkpoint's processes held, as
-        ``read_parts`` gives
-            them. A moment is called by the weight's name there or, with master weights,
-            by the master's.
-        names (dict): the model's name of each weight by its name there. convert: as
-        ``convert_layout`` gives it. updated (set): the model's names of the weights
-        whose moments
-            this process needs.
-    """
-    moments, masters = {}, {}
-    for saved_name, value in parts[0].items():
-        match = re.fullmatch(r"(.+?)(?:_fp32_master_0)?_((?:moment|beta)\d.*)", saved_name)
-        if match is None or names[match[1]] not in updated:
-            continue
-        key, kind = names[match[1]], match[2]
-        if kind.startswith("moment"):
-            value = convert(key, [part[saved_name] for part in parts])
-        moments.setdefault(key, {})[kind] = value
-    for saved_name in parts[0].get("master_weights") or {}:
-        key = names[saved_name]
-        masters[key] = convert(key, [part["master_weights"][saved_name] for part in parts])
-    return OptimizerState(parts[0]["LR_Scheduler"], moments, masters)
-
-
-def name_optimizer_state(saved, model, masters, updated):
-    """Return an OptimizerState by the names of this run's optimizer, as its set_state_dict takes it.
-
-    Moments are float32 in every precision, but an optimizer calls them by its master
-    weight where it has one.
-
-    Args:
-        masters (dict): arrays by the model's names, those of which this run has master
-        weights. updated (set): the model's names of the weights that this process's
-        optimizer updates.
-    """
-    state, master_weights = {"LR_Scheduler": saved.scheduler}, {}
-    for key, weight in model.state_dict().items():
-        if key not in updated:
-            continue
-        name = weight.name
-        if key in masters:
-            name = f"{weight.name}_fp32_master_0"  # as the optimizer would call it
-            master_weights[weight.name] = paddle.to_tensor(_float32(masters[key]))
-            master_weights[weight.name].name = name
-        for kind, moment in saved.moments.get(key, {}).items():
-            state[f"{name}_{kind}"] = moment
-    if master_weights:
-        state["master_weights"] = master_weights
-    return state
 
 
 def read_parts(checkpoint, kind, ending, model):
@@ -351,45 +295,3 @@ def load_checkpoint(checkpoint, model):
     """Set the model's weights to those of a checkpoint of any precision and layout."""
     for saved, dtype in sorted(fill(model, *read_checkpoint(checkpoint, model))):
         logger.train(f"the checkpoint's weights are cast from {saved} to {dtype}")
-
-
-def read_optimizer_state(checkpoint, optimizer, model, names, master_weights):
-    """Read what the ``optimizer`` of this process goes on with, from a checkpoint of any precision and layout.
-
-    Where the checkpoint has master weights, the model's weights are set to them, which
-    are more exact. Where it has none and this run does, they are made of the
-    checkpoint's weights.
-
-    Args:
-        names (dict): the model's name of each weight by the name in the checkpoint's
-        state, or None where
-            both are of one layout. master_weights (bool): whether this run's optimizer
-            has them.
-
-    Returns:
-        dict, as the optimizer's set_state_dict takes it.
-    """
-    while hasattr(optimizer, "_inner_opt"):  # fleet's wrappers; with sharding the innermost has some weights
-        optimizer = optimizer._inner_opt
-    parameters = {parameter.name for parameter in optimizer._parameter_list}
-    weights = model.state_dict()
-    names = names or {weight.name: key for key, weight in weights.items()}
-    updated = {key for key, weight in weights.items() if weight.name in parameters}
-
-    parts, degree = read_parts(checkpoint, "optimizer", ".pdopt", model)
-    convert = convert_layout(model, degree)
-    saved = sort_optimizer_state(parts, names, convert, updated)
-    for key, master in saved.masters.items():
-        weights[key].set_value(paddle.to_tensor(master).astype(weights[key].dtype))
-    masters = saved.masters
-    if masters and not master_weights:
-        logger.train("the checkpoint has master weights: this run goes on with them as its weights")
-        masters = {}
-    elif master_weights and not masters:
-        logger.train("the checkpoint has no master weights: they are its weights")
-        parts, degree = read_checkpoint(checkpoint, model)
-        convert = convert_layout(model, degree)
-        for key in updated & parts[0].keys():
-            if weights[key].dtype != paddle.float32 and not weights[key].stop_gradient:
-                masters[key] = convert(key, [part[key] for part in parts])
-    return name_optimizer_state(saved, model, masters, updated)

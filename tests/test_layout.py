@@ -11,8 +11,8 @@ FLOORS = [
     ["glm.trainer"],
     ["glm.arguments", "glm.callbacks", "glm.generation"],
     ["glm.checks", "glm.cache"],
-    ["glm.memory", "glm.checkpoints", "glm.modeling", "data"],
-    ["glm.lora", "glm.runs"],
+    ["glm.memory", "glm.checkpoints", "glm.modeling", "glm.export", "data"],
+    ["glm.lora", "glm.runs", "glm.optimizer"],
     ["glm.weights", "glm.outputs"],
     [
         "glm.formats",

@@ -6,7 +6,7 @@ import numpy as np
 import paddle
 import pytest
 
-from glm import weights
+from glm import optimizer, weights
 
 
 def bfloat16_bits(values):
@@ -75,9 +75,9 @@ def test_optimizer_states_with_and_without_master_weights(tmp_path, had, wanted,
     paddle.save(moments(had), str(tmp_path / "optimizer.pdopt"))
     if wanted and not had:  # else the checkpoint's weights are not needed
         paddle.save(EXACT, str(tmp_path / "model_state.pdparams"))
-    optimizer = SimpleNamespace(_parameter_list=[model.a, model.b])
+    adamw = SimpleNamespace(_parameter_list=[model.a, model.b])
     names = {"linear_0.w_0": "dense.weight", "linear_0.b_0": "dense.bias"}
-    state = weights.read_optimizer_state(tmp_path, optimizer, model, names, wanted)
+    state = optimizer.read_optimizer_state(tmp_path, adamw, model, names, wanted)
     expected = moments(wanted)
     assert set(state) == set(expected) and state["LR_Scheduler"] == {"last_epoch": 3}
     for name, value in expected.items():
@@ -101,9 +101,9 @@ def test_a_process_gets_the_state_of_the_weights_that_it_updates(tmp_path):
         part = {key: value for key, value in state.items() if key.startswith((name, "LR"))}
         part["master_weights"] = {name: masters[name]}
         paddle.save(part, str(tmp_path / f"optimizer.shard{number:02d}.pdopt"))
-    optimizer = SimpleNamespace(_inner_opt=SimpleNamespace(_parameter_list=[model.b]))
+    adamw = SimpleNamespace(_inner_opt=SimpleNamespace(_parameter_list=[model.b]))
     names = {"linear_0.w_0": "dense.weight", "linear_0.b_0": "dense.bias"}
-    found = weights.read_optimizer_state(tmp_path, optimizer, model, names, True)
+    found = optimizer.read_optimizer_state(tmp_path, adamw, model, names, True)
     assert set(found["master_weights"]) == {"linear_0.b_0"}
     kinds = {name.removeprefix("linear_0.b_0_fp32_master_0_") for name in found if name[0] == "l"}
     assert kinds == {"moment1_0", "moment2_0", "beta1_pow_acc_0", "beta2_pow_acc_0"}
