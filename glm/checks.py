@@ -10,11 +10,13 @@ from typing import NamedTuple
 import paddle.distributed as dist
 from paddlenlp import transformers
 from paddlenlp.trainer.integrations import get_available_reporting_integrations
-from paddlenlp.transformers import GLMConfig
+from paddlenlp.transformers import GLMBertTokenizer, GLMConfig, GLMGPT2Tokenizer
 from paddlenlp.utils.log import logger
 
-from glm.errors import InputError
+from glm.errors import InputError, mistakes
+from glm.formats import check_pointer
 from glm.memory import count_parameters
+from glm.weights import check_files
 
 
 class Limits(NamedTuple):
@@ -214,22 +216,17 @@ def check_config(config, name, src_length, generation, degree):
     """
     model = f"--model_name_or_path {name}"
     if not isinstance(config, GLMConfig):
-        raise InputError(f"{model} is no GLM, but a {config.model_type}")
+        raise InputError(
+            f"{model} is no GLM, but a {config.model_type}: give one such as THUDM/glm-large-chinese"
+        )
     for key, limits in CONFIG_LIMITS.items():
         limits.check(getattr(config, key), f"{model}: {key} in its config.json")
     if config.block_position_encoding is not True:
         raise InputError(
             f"{model}: block_position_encoding in its config.json is not true",
         )
-    kinds = (".pdparams", ".safetensors", ".bin")
-    files = [path for path in Path(name).glob("*model*") if path.suffix in kinds]
-    size = sum(path.stat().st_size for path in files if path.is_file())
-    count = count_parameters(config)[0]
-    if 0 < size < 1.9 * count:  # float16 has two bytes
-        raise InputError(
-            f"{model}: its weights can't be loaded: they are {size} bytes, its config.json "
-            f"is of a model of {count} weights: give whole files of one model"
-        )
+    with mistakes(f"{model}: its weights can't be loaded", "give whole files of one model"):
+        check_files(name, count_parameters(config)[0])
     heads, width = config.num_attention_heads, config.hidden_size
     if heads % degree or config.vocab_size % degree:
         raise InputError(
@@ -266,10 +263,17 @@ def check_tokenizer_files(name):
                 f"--model_name_or_path {name}: its tokenizer can't be loaded: {file} is "
                 "missing: copy it from the model that this one was made from"
             )
+        with mistakes(f"--model_name_or_path {name}: its {file} can't be loaded", "copy it anew"):
+            check_pointer(folder / file)
 
 
 def check_tokenizer(tokenizer, config, name):
-    """Raise InputError where the tokenizer has more entries than the model."""
+    """Raise InputError where the tokenizer is an English one, or has more entries than the model."""
+    if isinstance(tokenizer, (GLMGPT2Tokenizer, GLMBertTokenizer)):
+        raise InputError(
+            f"--model_name_or_path {name} is an English GLM, whose {type(tokenizer).__name__} "
+            "knows no Chinese: give a Chinese one, such as THUDM/glm-large-chinese"
+        )
     if len(tokenizer) > config.vocab_size:
         raise InputError(
             f"--model_name_or_path {name}: its tokenizer has {len(tokenizer)} entries, "

@@ -58,13 +58,21 @@ def map_file(path):
     """Return the bytes of a file, memoryview, without reading it.
 
     Raises:
-        ValueError: where the file is the pointer that Git LFS leaves in its place.
+        ValueError: as check_pointer.
     """
+    check_pointer(path)
     with open(path, "rb") as file:
-        data = memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
-    if data[:40].tobytes().startswith(b"version https://git-lfs"):
-        raise ValueError("it is a Git LFS pointer in place of the file, which `git lfs pull` fetches")
-    return data
+        return memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
+
+
+def check_pointer(path):
+    """Raise ValueError where a file is empty, or the pointer that Git LFS leaves in its place."""
+    with open(path, "rb") as file:
+        start = file.read(24)
+    if not start:
+        raise ValueError("it is empty")
+    if start.startswith(b"version https://git-lfs"):
+        raise ValueError("it is a Git LFS pointer, not the file: fetch it by `git lfs pull`")
 
 
 def release_pages(array):
@@ -79,17 +87,19 @@ def read_file(path):
     """Return the arrays of one file of weights, or of all shards that an index names.
 
     Raises:
-        ValueError, OSError and others of pickle and zipfile: where the file is torn or
-        of another kind.
+        ValueError: where a file is missing, torn or of another kind.
     """
     path = Path(path)
-    if path.suffix == ".json":
-        return read_shards(path)
-    if path.suffix == ".pdparams":
-        return read_arrays(path)
-    if path.suffix == ".safetensors":
-        return read_safetensors(path)
-    return turn_linears(read_torch(path))
+    readers = {
+        ".json": read_shards,
+        ".pdparams": read_arrays,
+        ".safetensors": read_safetensors,
+    }
+    try:
+        return readers.get(path.suffix, read_torch)(path)
+    except Exception as error:  # of pickle, zipfile, json and numpy
+        text = "it is torn" if isinstance(error, EOFError) else error
+        raise ValueError(f"{path.name}: {text}") from error
 
 
 def read_shards(index):
@@ -140,8 +150,20 @@ class _MappedArray:
 
 
 class _ArrayReader(pickle._Unpickler):  # the public one, in C, copies all it reads
+    """Unpickles arrays and numbers, and refuses everything else, which could be code that runs."""
+
     def find_class(self, module, name):
-        return _MappedArray if name == "_reconstruct" else super().find_class(module, name)
+        if module.startswith("numpy") and name == "_reconstruct":
+            return _MappedArray
+        known = {"builtins.tuple", "collections.OrderedDict", "_codecs.encode"}
+        if f"{module}.{name}" not in known:
+            if not module.startswith("numpy") or name not in (
+                "ndarray",
+                "dtype",
+                "scalar",
+            ):
+                raise pickle.UnpicklingError(f"it holds {module}.{name}, which is no array")
+        return super().find_class(module, name)
 
 
 def read_arrays(path):
@@ -171,13 +193,15 @@ def read_safetensors(path):
     data = map_file(path)
     start = 8 + int.from_bytes(data[:8], "little")
     if start > len(data):
-        raise ValueError(f"its header ends at byte {start}, the file at {len(data)}")
+        raise ValueError("it is torn, or no safetensors")
     header = json.loads(data[8:start].tobytes())
     metadata, arrays = header.pop("__metadata__", {}), {}
     for name, entry in header.items():
         if entry["dtype"] not in SAFETENSORS_DTYPES:
             raise ValueError(f"its {name} is of type {entry['dtype']}, which no weight is")
         first, last = entry["data_offsets"]
+        if start + last > len(data):
+            raise ValueError(f"it is torn: {name} ends after the file")
         values = data[start + first : start + last]
         array = np.frombuffer(values, SAFETENSORS_DTYPES[entry["dtype"]])
         arrays[name] = array.reshape(entry["shape"])
@@ -240,7 +264,7 @@ class _TorchReader(pickle.Unpickler):
 
 
 def read_torch(path):
-    """Return the arrays that torch.save wrote to ``path``, in PyTorch's layout, without PyTorch."""
+    """Return the arrays that torch.save wrote to ``path``, without PyTorch."""
     data = map_file(path)
     if zipfile.is_zipfile(path):
         tensors, storages = _read_torch_zip(path, data)
@@ -260,7 +284,7 @@ def read_torch(path):
         # This constructor raises a ValueError where the array would reach out of its
         # bytes.
         arrays[name] = np.ndarray(shape, dtype, storages[key], size * offset, strides)
-    return arrays
+    return turn_linears(arrays)
 
 
 def _read_torch_zip(path, data):

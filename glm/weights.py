@@ -15,14 +15,14 @@ from paddlenlp.utils.log import logger
 from tqdm import tqdm
 
 from glm.errors import mistakes
-from glm.formats import FORMS, find_forms, read_arrays, read_file, release_pages
+from glm.formats import find_forms, read_arrays, read_file, release_pages
 
 
 def where_and_advice(name, adapter=None):
     """Return the words of a message about the model ``name``, or about the base of the folder ``adapter``."""
     advice = (
         "a published model's name, if its host can be reached, or a folder with config.json, "
-        "model_state.pdparams and the tokenizer"
+        "weights (model_state.pdparams, model.safetensors or pytorch_model.bin) and the tokenizer"
     )
     if adapter is None:
         return f"--model_name_or_path {name}", f"give {advice}"
@@ -85,6 +85,8 @@ def open_model(name, config, dtype="float32", degree=1, rank=0, adapter=None):
         with without_weights(), dtype_guard(dtype):
             model = GLMForConditionalGeneration(config)
         check_names(model, parts[0].keys())
+    for form in find_forms(name)[1:]:
+        logger.train(f"{name} holds {form[0].name} too: {paths[0].name} is read")
     return model, parts, saved_degree
 
 
@@ -106,11 +108,21 @@ def find_weights(name):
         return [Path(file)]
     forms = find_forms(name)
     if not forms:
-        raise ValueError(f"there is no {', '.join(FORMS[::3])} or shards of them")
-    if len(forms) > 1:
-        ignored = ", ".join(form[0].name for form in forms[1:])
-        logger.train(f"{name} holds {forms[0][0].name}, which is read, and {ignored}, which is not")
+        raise ValueError(
+            "it has no model_state.pdparams, model.safetensors or pytorch_model.bin, whole or in shards"
+        )
     return forms[0]
+
+
+def check_files(name, count):
+    """Raise ValueError where a folder's weights can't be read, or are too few for a model of ``count``.
+
+    A published name passes: its files may not be downloaded yet.
+    """
+    if Path(name).is_dir():
+        found = sum(array.size for path in find_weights(name) for array in read_file(path).values())
+        if found < 0.9 * count:
+            raise ValueError(f"they are {found}, its config.json is of a model of {count}")
 
 
 def with_prefix(arrays):

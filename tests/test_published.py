@@ -118,8 +118,8 @@ def test_safetensors(tmp_path):
     assert [row["token_ids"] for row in rows[0]] == [row["token_ids"] for row in rows[1]]
 
 
-def test_a_checkpoint_of_pytorch_is_told_apart(tmp_path):
-    """Without model_state.pdparams: one line that says which file is wanted."""
+def test_a_file_of_another_framework_than_its_name_is_told_apart(tmp_path):
+    """model_state.pdparams by the name of PyTorch's file: one line that says which file it is."""
     folder = tmp_path / "model"
     shutil.copytree(TINY_GLM, folder)
     (folder / "model_state.pdparams").rename(folder / "pytorch_model.bin")
@@ -129,5 +129,5 @@ def test_a_checkpoint_of_pytorch_is_told_apart(tmp_path):
         *flags(model_name_or_path=folder, task_name=MINI, output_dir=tmp_path / "out"),
         code=2,
     )
-    assert "model_state.pdparams" in lines[-1] and "Traceback" not in "".join(lines)
+    assert "pytorch_model.bin: it is torn, or no file" in lines[-1] and "Traceback" not in "".join(lines)
     assert json.loads((folder / "config.json").read_text())["model_type"] == "glm"

@@ -1,0 +1,399 @@
+"""Weights in files of every framework, which are written here byte by byte, and handed on to PyTorch."""
+
+import copy
+import json
+import shutil
+import struct
+import subprocess
+import sys
+import zipfile
+
+import numpy as np
+import paddle
+import pytest
+from helpers import FAST, MINI, ROOT, TINY_GLM, random_glm, read_jsonl, run
+from paddlenlp.transformers import AutoConfig, GLMConfig
+from test_lora import lora_config, random_adapter
+from test_weights import bfloat16_bits
+
+from glm import export, formats, lora, weights
+from glm.errors import InputError
+
+STORAGES = {"float32": "FloatStorage", "float16": "HalfStorage", "uint16": "BFloat16Storage"}
+TYPES = {"float32": "F32", "float16": "F16", "uint16": "BF16"}
+
+
+def text(value):
+    return b"X" + struct.pack("<I", len(value)) + value.encode()
+
+
+def number(value):
+    return b"J" + struct.pack("<i", value)
+
+
+def pickled(arrays):
+    """The dict of tensors as torch.save pickles it, in protocol 2; the storages are called 0, 1, ..."""
+    result = b"\x80\x02}("
+    for key, (name, array) in enumerate(arrays.items()):
+        storage = text("storage") + b"ctorch\n" + STORAGES[str(array.dtype)].encode() + b"\n"
+        storage += text(str(key)) + text("cpu") + number(array.size)
+        shape = b"(" + b"".join(map(number, array.shape)) + b"t"
+        strides = [stride // array.itemsize for stride in array.strides]
+        strides = b"(" + b"".join(map(number, strides)) + b"t"
+        tensor = b"ctorch._utils\n_rebuild_tensor_v2\n((" + storage + b"tQ" + number(0)
+        result += text(name) + tensor + shape + strides + b"\x89ccollections\nOrderedDict\n)RtR"
+    return result + b"u."
+
+
+def write_torch_zip(path, arrays, pickle=None):
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("archive/data.pkl", pickle or pickled(arrays))
+        for key, array in enumerate(arrays.values()):
+            archive.writestr(f"archive/data/{key}", array.tobytes())
+
+
+def write_torch_stream(path, arrays):
+    """As PyTorch wrote before 1.6."""
+    keys = b"\x80\x02](" + b"".join(text(str(key)) for key in range(len(arrays))) + b"e."
+    with open(path, "wb") as file:
+        file.write((b"\x80\x02" + number(1) + b".") * 2 + b"\x80\x02}." + pickled(arrays) + keys)
+        for array in arrays.values():
+            file.write(struct.pack("<q", array.size) + array.tobytes())
+
+
+def write_safetensors(path, arrays, metadata):
+    header, end = {"__metadata__": metadata} if metadata else {}, 0
+    for name, array in arrays.items():
+        start, end = end, end + array.nbytes
+        dtype = TYPES[str(array.dtype)]
+        header[name] = {"dtype": dtype, "shape": array.shape, "data_offsets": [start, end]}
+    header = json.dumps(header).encode()
+    with open(path, "wb") as file:
+        file.write(struct.pack("<Q", len(header)) + header)
+        file.write(b"".join(array.tobytes() for array in arrays.values()))
+
+
+def write_shards(write, folder, name, arrays):
+    """Two files by the names that transformers and PaddleNLP give them, and their index."""
+    stem, suffix = name.split(".")
+    names, weight_map = sorted(arrays), {}
+    for index in (0, 1):
+        file = f"{stem}-0000{index + 1}-of-00002.{suffix}"
+        part = {name: arrays[name] for name in names[index::2]}
+        write(folder / file, part)
+        weight_map.update(dict.fromkeys(part, file))
+    (folder / f"{name}.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+
+
+def write_pt(path, arrays):
+    write_safetensors(path, arrays, {"format": "pt"})
+
+
+def as_torch(arrays):
+    """In PyTorch's layout, by the names of a GLMModel."""
+    return {
+        name.removeprefix("glm."): np.ascontiguousarray(array.T) if is_linear(name) else array
+        for name, array in arrays.items()
+    }
+
+
+def is_linear(name):
+    linears = ("query_key_value", "dense", "dense_h_to_4h", "dense_4h_to_h")
+    return name.endswith("weight") and name.split(".")[-2] in linears
+
+
+WRITERS = {
+    "bin": lambda d, a: write_torch_zip(d / "pytorch_model.bin", as_torch(a)),
+    "old bin": lambda d, a: write_torch_stream(d / "pytorch_model.bin", as_torch(a)),
+    "bin shards": lambda d, a: write_shards(write_torch_zip, d, "pytorch_model.bin", as_torch(a)),
+    "pt": lambda d, a: write_pt(d / "model.safetensors", as_torch(a)),
+    "pt shards": lambda d, a: write_shards(write_pt, d, "model.safetensors", as_torch(a)),
+    "np": lambda d, a: write_safetensors(d / "model.safetensors", a, {"format": "np"}),
+    "no format": lambda d, a: write_safetensors(d / "model.safetensors", a, None),
+    "pdparams": lambda d, a: paddle.save(a, str(d / "model_state.pdparams")),
+    "pdparams shards": lambda d, a: write_shards(
+        lambda path, part: paddle.save(part, str(path)), d, "model_state.pdparams", a
+    ),
+}
+TINY = formats.read_arrays(TINY_GLM / "model_state.pdparams")
+CAST = {
+    "float32": lambda array: array,
+    "float16": lambda array: array.astype("float16"),
+    "bfloat16": bfloat16_bits,
+}
+
+
+def folder_of(path, form, arrays=TINY):
+    """A folder with tiny-glm's config and tokenizer, and ``arrays`` in a form of WRITERS."""
+    path.mkdir()
+    for name in ("config.json", "tokenizer_config.json", "cog-pretrain.model"):
+        shutil.copy(TINY_GLM / name, path)
+    WRITERS[form](path, arrays)
+    return path
+
+
+@pytest.mark.parametrize("dtype", CAST)
+@pytest.mark.parametrize("form", WRITERS)
+def test_every_form_is_read_as_it_is(tmp_path, form, dtype):
+    expected = {name: CAST[dtype](array) for name, array in TINY.items()}
+    folder = folder_of(tmp_path / "model", form, expected)
+    (path,) = weights.find_weights(folder)
+    found = weights.with_prefix(formats.read_file(path))
+    assert found.keys() == expected.keys()
+    for name, array in expected.items():
+        assert found[name].dtype == array.dtype, name
+        np.testing.assert_array_equal(found[name], array)
+
+
+@pytest.mark.parametrize("form", ["bin", "pt shards", "pdparams"])
+def test_a_model_of_every_form_holds_the_same(tmp_path, form):
+    folder = folder_of(tmp_path / "model", form)
+    model = weights.load_model(str(folder), AutoConfig.from_pretrained(str(folder)))
+    for name, weight in model.state_dict().items():
+        np.testing.assert_array_equal(weight.numpy(), TINY[name])
+
+
+def test_predictions_of_a_published_folder(tmp_path):
+    folder = folder_of(tmp_path / "model", "bin shards")
+    flags = ["--task_name", MINI, "--do_predict", "--max_predict_samples", 2, *FAST]
+    for index, model in enumerate((TINY_GLM, folder)):
+        run("--model_name_or_path", model, *flags, "--output_dir", tmp_path / str(index))
+    rows = [read_jsonl(tmp_path / f"{index}/test_predictions.jsonl") for index in (0, 1)]
+    assert [row["token_ids"] for row in rows[0]] == [row["token_ids"] for row in rows[1]]
+
+
+def test_the_first_form_wins(tmp_path):
+    """Paddle's file before the others, a whole file before shards, whatever their age."""
+    folder = folder_of(tmp_path / "model", "pdparams shards")
+    other = {name: array + 1 for name, array in TINY.items()}
+    for form in ("bin", "pt", "bin shards", "pt shards"):
+        WRITERS[form](folder, other)
+    names = [form[0].name for form in formats.find_forms(folder)]
+    assert names == [
+        "model_state.pdparams.index.json",
+        "model.safetensors",
+        "model.safetensors.index.json",
+        "pytorch_model.bin",
+        "pytorch_model.bin.index.json",
+    ]
+    WRITERS["pdparams"](folder, TINY)
+    assert weights.find_weights(folder) == [folder / "model_state.pdparams"]
+
+
+def first_name(arrays):
+    return sorted(arrays)[0]
+
+
+def without(arrays, name):
+    return {key: array for key, array in arrays.items() if key != name}
+
+
+NORM = "glm.transformer.final_layernorm.bias"
+
+
+def spoil(folder, kind):
+    """Make of a folder with pytorch_model.bin one that can't be read. Returns what the message says."""
+    path = folder / "pytorch_model.bin"
+    if kind == "torn":
+        path.write_bytes(path.read_bytes()[:-5000])
+        return "it is torn"
+    if kind == "empty":
+        path.write_bytes(b"")
+        return "pytorch_model.bin: it is empty"
+    if kind == "pointer":
+        path.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n")
+        return "is a Git LFS pointer"
+    if kind == "none":
+        path.unlink()
+        return "it has no model_state.pdparams, model.safetensors or pytorch_model.bin"
+    if kind == "code":
+        code = b"cposix\nsystem\n(" + text(f"touch {folder / 'ran'}") + b"tR."
+        write_torch_zip(path, {}, pickle=code)
+        return "it holds posix.system, which is no tensor"
+    if kind == "lacks":
+        write_torch_zip(path, as_torch(without(TINY, NORM)))
+        return f"they lack 1 of the model's weights, the first is {NORM}"
+    if kind == "more":
+        write_torch_zip(path, as_torch({**TINY, "glm.head.weight": TINY[NORM]}))
+        return "they hold 1 that the model has not, the first is glm.head.weight"
+    if kind == "shape":
+        write_torch_zip(path, as_torch({**TINY, NORM: TINY[NORM][:5]}))
+        return f"its {NORM} is [5], where this run has [128]"
+    arrays = as_torch(TINY)
+    pickle = pickled(arrays).replace(number(arrays[first_name(arrays)].size), number(2**30), 1)
+    write_torch_zip(path, dict.fromkeys(arrays, np.zeros(1, "float32")), pickle=pickle)
+    return "pytorch_model.bin: buffer is "
+
+
+@pytest.mark.parametrize(
+    "kind", ["torn", "empty", "pointer", "none", "code", "lacks", "more", "shape", "outside"]
+)
+def test_what_is_no_model_is_refused_in_a_line(tmp_path, kind):
+    folder = folder_of(tmp_path / "model", "bin")
+    expected = spoil(folder, kind)
+    with pytest.raises(InputError) as caught:
+        weights.load_model(str(folder), AutoConfig.from_pretrained(str(folder)))
+    assert expected in str(caught.value) and f"--model_name_or_path {folder}" in str(caught.value)
+    assert not (folder / "ran").exists()
+
+
+def test_code_in_a_file_of_paddle_does_not_run(tmp_path):
+    path = tmp_path / "model_state.pdparams"
+    path.write_bytes(b"\x80\x02cposix\nsystem\n(" + text(f"touch {tmp_path / 'ran'}") + b"tR.")
+    with pytest.raises(ValueError, match="holds posix.system, which is no array"):
+        formats.read_file(path)
+    assert not (tmp_path / "ran").exists()
+
+
+def test_a_shard_that_is_missing_is_named(tmp_path):
+    folder = folder_of(tmp_path / "model", "pt shards")
+    (folder / "model-00002-of-00002.safetensors").unlink()
+    with pytest.raises(ValueError, match="model-00002-of-00002.safetensors"):
+        formats.read_file(folder / "model.safetensors.index.json")
+
+
+class Process:
+    """A GLM as one of several tensor-parallel processes sees its layout."""
+
+    def __init__(self, model, degree, rank):
+        self.config = copy.deepcopy(model.config)
+        self.config.tensor_parallel_degree, self.config.tensor_parallel_rank = degree, rank
+        self.state_dict = model.state_dict
+        self.get_tensor_parallel_convert_actions = model.get_tensor_parallel_convert_actions
+
+
+@pytest.mark.parametrize("degree", [2, 4])
+def test_parts_are_those_of_paddlenlp(degree):
+    """Of every weight, and from two processes to four and back."""
+    model, rng = random_glm(), np.random.default_rng(0)
+    processes = [Process(model, degree, rank) for rank in range(degree)]
+    names = list(model.state_dict())
+    for name, weight in model.state_dict().items():
+        whole = rng.standard_normal(weight.shape).astype("float32")
+        parts = [weights.convert_layout(process, 1)(name, [whole]) for process in processes]
+        for process, part in zip(processes, parts):
+            actions = process.get_tensor_parallel_convert_actions(process.config, names, True)
+            expected = actions[name](whole) if name in actions else whole
+            np.testing.assert_array_equal(part, expected)
+        np.testing.assert_array_equal(weights.convert_layout(model, degree)(name, parts), whole)
+        for rank in range(6 - degree):
+            other = weights.convert_layout(Process(model, 6 - degree, rank), degree)(name, parts)
+            expected = weights.convert_layout(Process(model, 6 - degree, rank), 1)(name, [whole])
+            np.testing.assert_array_equal(other, expected)
+
+
+MEASURE = """
+import sys
+sys.path.insert(0, ".")
+import paddle
+from paddlenlp.transformers import AutoConfig
+from glm import weights
+paddle.set_device("cpu")
+paddle.normal = paddle.uniform = None
+config = AutoConfig.from_pretrained(sys.argv[1])
+model = weights.load_model(sys.argv[1], config)
+sizes = [weight.numel().item() * 4 for weight in model.parameters()]
+peak = paddle.base.core.host_memory_stat_peak_value("Allocated", 0)
+print(peak, sum(sizes), max(sizes))
+"""
+
+
+@pytest.mark.parametrize("form", ["bin", "np"])
+def test_beside_the_model_there_is_one_weight_in_memory(tmp_path, form):
+    """By Paddle's allocator, in a process of its own; and no weight is drawn at random."""
+    model = random_glm(vocab_size=4000, hidden_size=128, num_layers=4)
+    folder = tmp_path / "model"
+    model.save_pretrained(str(folder))
+    arrays = {name: weight.numpy() for name, weight in model.state_dict().items()}
+    for path in folder.glob("model*"):
+        path.unlink()
+    WRITERS[form](folder, arrays)
+    command = [sys.executable, "-c", MEASURE, str(folder)]
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=100)
+    assert result.returncode == 0, result.stderr[-2000:]
+    peak, size, largest = map(int, result.stdout.split()[-3:])
+    assert size <= peak <= size + largest
+
+
+def read_export(folder):
+    return formats.read_file(folder / "torch/model.safetensors")
+
+
+@pytest.mark.parametrize("dtype", CAST)
+@pytest.mark.parametrize("form", ["pdparams", "bin"])
+def test_to_pytorch_and_back_is_bit_equal(tmp_path, tokenizer, form, dtype):
+    expected = {name: CAST[dtype](array) for name, array in TINY.items()}
+    folder = folder_of(tmp_path / "model", form, expected)
+    config = AutoConfig.from_pretrained(str(folder))
+    export.export_torch(tmp_path, str(folder), config, tokenizer)
+    names = {path.name for path in (tmp_path / "torch").iterdir()}
+    assert names == {
+        "added_tokens.json",
+        "cog-pretrain.model",
+        "config.json",
+        "model.safetensors",
+        "special_tokens_map.json",
+        "tokenizer_config.json",
+    }
+    written = json.loads((tmp_path / "torch/config.json").read_text())
+    assert written["torch_dtype"] == dtype and written["architectures"] == ["GLMModel"]
+    again = AutoConfig.from_pretrained(str(tmp_path / "torch"))
+    assert isinstance(again, GLMConfig)
+    assert (again.hidden_size, again.num_layers) == (config.hidden_size, config.num_layers)
+    found = weights.with_prefix(read_export(tmp_path))
+    assert found.keys() == expected.keys()
+    for name, array in expected.items():
+        assert found[name].dtype == array.dtype
+        np.testing.assert_array_equal(found[name], array)
+    size = int.from_bytes((tmp_path / "torch/model.safetensors").read_bytes()[:8], "little")
+    assert size % 8 == 0  # the values are aligned
+
+
+def test_an_adapter_is_merged_into_what_is_handed_on(tmp_path, tokenizer):
+    config = AutoConfig.from_pretrained(str(TINY_GLM))
+    model = weights.load_model(str(TINY_GLM), config)
+    adapter_config = lora_config()
+    adapter = random_adapter(model, adapter_config)
+    (tmp_path / "adapter").mkdir()
+    paddle.save(adapter, str(tmp_path / "adapter/lora_model_state.pdparams"))
+    flags = (adapter_config, str(tmp_path / "adapter"))
+    export.export_torch(tmp_path, str(TINY_GLM), config, tokenizer, *flags)
+    merged = lora.merge_lora(lora.add_lora(model, adapter_config, adapter)).state_dict()
+    found = weights.with_prefix(read_export(tmp_path))
+    for name, weight in merged.items():
+        np.testing.assert_allclose(found[name], weight.numpy(), atol=1e-5)
+        assert (found[name] == TINY[name]).all() == (not is_linear(name)), name
+
+
+def test_an_export_that_fails_leaves_the_one_before_it(tmp_path, tokenizer, monkeypatch):
+    config = AutoConfig.from_pretrained(str(TINY_GLM))
+    export.export_torch(tmp_path, str(TINY_GLM), config, tokenizer)
+    before = {path.name: path.stat().st_mtime_ns for path in (tmp_path / "torch").iterdir()}
+
+    def fail(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(export, "write_tokenizer", fail)
+    with pytest.raises(OSError):
+        export.export_torch(tmp_path, str(TINY_GLM), config, tokenizer)
+    after = {path.name: path.stat().st_mtime_ns for path in (tmp_path / "torch").iterdir()}
+    assert after == before and [path.name for path in tmp_path.iterdir()] == ["torch"]
+
+
+def test_the_script_hands_on_what_it_trained(tmp_path):
+    """A whole model, an adapter, and that adapter's folder alone: read again, all predict what was evaluated."""
+    common = ["--task_name", MINI, *FAST, "--max_eval_samples", 3]
+    train = ["--do_train", "--do_eval", "--max_train_samples", 8, "--max_steps", 2]
+    for name, flags in (("whole", []), ("adapter", ["--lora", "True"])):
+        out = tmp_path / name
+        model = ["--model_name_or_path", TINY_GLM, "--export_torch", "True", *flags]
+        run(*model, *common, *train, "--output_dir", out)
+        alone = tmp_path / f"{name} alone"
+        run("--model_name_or_path", out, "--export_torch", "True", "--output_dir", alone)
+        assert [path.name for path in alone.iterdir()] == ["torch"]
+        first, second = read_export(out), read_export(alone)
+        assert all((first[key] == second[key]).all() for key in first)
+        again = tmp_path / f"{name} again"
+        run("--model_name_or_path", out / "torch", *common, "--do_eval", "--output_dir", again)
+        rows = [read_jsonl(path / "eval_predictions.jsonl") for path in (out, again)]
+        assert [row["token_ids"] for row in rows[0]] == [row["token_ids"] for row in rows[1]]
