@@ -6,15 +6,13 @@ in.
 """
 
 import json
-import shutil
-from pathlib import Path
 
 import numpy as np
 import paddle.distributed as dist
 
 from glm.formats import LINEAR, release_pages, write_safetensors
 from glm.lora import adapter_weights
-from glm.processes import barrier
+from glm.outputs import finishing
 from glm.weights import convert_layout, float32, open_model, saved_dtype
 
 # The classes of the published configuration_glm.py, modeling_glm.py and
@@ -61,21 +59,15 @@ def export_torch(output_dir, base, config, tokenizer, lora_config=None, adapter=
     Raises:
         InputError: where the base or the adapter can't be read.
     """
-    folder, unfinished = Path(output_dir, "torch"), Path(output_dir, ".unfinished-torch")
-    if dist.get_rank() == 0:
-        shutil.rmtree(unfinished, ignore_errors=True)
-        try:
+    with finishing(output_dir) as unfinished:
+        if dist.get_rank() == 0:
+            folder = unfinished / "torch"
+            folder.mkdir()
             changes = adapter_weights(adapter, config, lora_config, 0) if lora_config else {}
-            unfinished.mkdir(parents=True)
-            path = unfinished / "model.safetensors"
+            path = folder / "model.safetensors"
             dtype = write_weights(path, base, config, changes, lora_config)
-            write_config(unfinished, config, dtype)
-            write_tokenizer(unfinished, tokenizer)
-            shutil.rmtree(folder, ignore_errors=True)
-            unfinished.replace(folder)
-        finally:
-            shutil.rmtree(unfinished, ignore_errors=True)
-    barrier()
+            write_config(folder, config, dtype)
+            write_tokenizer(folder, tokenizer)
 
 
 def write_weights(path, base, config, adapter, lora_config):

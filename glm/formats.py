@@ -134,7 +134,7 @@ class _PickledFile:
         return part if size > 4096 else bytes(part)  # pickle wants bytes of all but arrays
 
     def readline(self):
-        raise pickle.UnpicklingError("paddle.save writes no lines")
+        return self.read(self.data.obj.find(b"\n", self.position) + 1 - self.position)
 
 
 class _MappedArray:

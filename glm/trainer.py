@@ -23,8 +23,8 @@ from glm.checkpoints import CHECKPOINT_DONE, WholeCheckpoints, read_mark
 from glm.errors import mistakes
 from glm.lora import merge_lora
 from glm.memory import memory_metrics, memory_peak
-from glm.processes import gather_objects
 from glm.optimizer import read_optimizer_state
+from glm.processes import gather_objects
 from glm.weights import load_checkpoint
 
 
