@@ -135,7 +135,7 @@ SENTENCES = [
         "--label_smoothing is 1.0: it must be a finite number of at least 0 and under 1",
     ),
     ("--top_k 5", None, "add --select_topk False"),
-    ("--do_train False", None, "nothing to do: give --do_train, --do_eval, --do_predict, --predict_file or"),
+    ("--do_train False", None, "nothing to do: give --do_train, --do_eval, --do_predict, --predict_file"),
     ("--metric_for_best_model beauty", None, "--metric_for_best_model: invalid choice: 'beauty'"),
     ("--optim adafactor", None, "--optim: invalid choice: 'adafactor'"),
     (
