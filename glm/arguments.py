@@ -112,6 +112,10 @@ class GenerationArguments:
         True,
         "Go on with the best tokens; False: draw them by their probability.",
     )
+    temperature: float = argument(
+        1.0,
+        "Draw by the probabilities of logits / temperature, before top_k and top_p.",
+    )
     top_k: int = argument(
         0,
         "Draw from a beam's top_k likeliest tokens only; 0: from all.",

@@ -1,5 +1,6 @@
 """What happens at a step: progress, seeds, signals, gradients, losses that are not finite."""
 
+import functools
 import signal
 import time
 
@@ -126,11 +127,12 @@ class SeedEachStep(TrainerCallback):
         seed = int(rng.integers(2**40)) * 1024
         tracker = get_rng_state_tracker()
         tracker.reset()
-        # The processes of tensor parallelism draw alike, but for what is dropped in the
-        # heads that are split over them.
-        tracker.add("embedding_seed", seed + 1)
-        tracker.add("global_seed", seed + 2)
-        tracker.add("local_seed", seed + 3 + max(args.tensor_parallel_rank, 0))
+        if args.tensor_parallel_degree > 1:
+            # The processes draw alike, but for what is dropped in the heads that are split
+            # over them.
+            tracker.add("embedding_seed", seed + 1)
+            tracker.add("global_seed", seed + 2)
+            tracker.add("local_seed", seed + 3 + args.tensor_parallel_rank)
         paddle.seed(seed)
 
 
@@ -223,9 +225,9 @@ class Gradients(TrainerCallback):
             parameters = [weight for weight in model.parameters() if weight.grad is not None]
             paddle.base.core.eager.set_master_grads(parameters)
 
-    def on_step_end(self, args, state, control, model=None, **kwargs):
-        for weight in model.parameters():  # the Trainer has only filled them with zeros
-            weight.clear_gradient(False)
+    def on_train_begin(self, args, state, control, optimizer=None, **kwargs):
+        # The Trainer calls it without arguments, by which gradients are filled with zeros and kept.
+        optimizer.clear_grad = functools.partial(optimizer.clear_grad, set_to_zero=False)
 
 
 class CheckFinite(TrainerCallback):

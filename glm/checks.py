@@ -51,7 +51,7 @@ LIMITS = {
     **dict.fromkeys(("learning_rate", "warmup_steps", "weight_decay"), NOT_NEGATIVE),
     **dict.fromkeys(("max_grad_norm", "min_tgt_length", "top_k"), NOT_NEGATIVE),
     "no_repeat_ngram_size": NOT_NEGATIVE,
-    **dict.fromkeys(("adam_epsilon", "scale_loss", "lora_alpha"), POSITIVE),
+    **dict.fromkeys(("adam_epsilon", "scale_loss", "lora_alpha", "temperature"), POSITIVE),
     "num_train_epochs": POSITIVE,
     **dict.fromkeys(("logging_steps", "save_steps", "eval_steps"), COUNT),
     **dict.fromkeys(("gradient_accumulation_steps", "eval_accumulation_steps"), COUNT),
@@ -157,8 +157,10 @@ def check_generation(values):
             f"--num_return_sequences {values.num_return_sequences} is over "
             f"--num_beams {values.num_beams}: lower it or raise that"
         )
-    if values.select_topk and (values.top_k or values.top_p):
-        raise InputError("--top_k and --top_p are for draws: add --select_topk False, or leave them out")
+    if values.select_topk and (values.top_k or values.top_p or values.temperature != 1):
+        raise InputError(
+            "--top_k, --top_p and --temperature are for draws: add --select_topk False, or leave them out"
+        )
 
 
 def check_steps(values):

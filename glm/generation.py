@@ -1,125 +1,17 @@
-"""Beam search: the candidates for the next tokens, and the beams."""
+"""Beam search: the beams, and the decoder that finds the candidates for their next tokens."""
 
 import functools
-from collections import Counter, defaultdict
-from typing import NamedTuple
+from collections import defaultdict
 
 import numpy as np
 import paddle
-import paddle.distributed as dist
-import paddle.nn.functional as F
 
 from glm.cache import decode_one_token, prefill
-from glm.modeling import log_sum_exp
+from glm.candidates import all_gather, drawn_candidates, likeliest_tokens, without_banned
+from glm.modeling import Replayed, captures
 
-
-class Candidates(NamedTuple):
-    """Hold the likely next tokens of every beam, numpy [A, K, M].
-
-    A beam with fewer than M possible tokens has keys and log-probabilities of -inf, with
-    some valid token id.
-    """
-
-    keys: np.ndarray  # float64: those with the largest keys are chosen
-    log_probabilities: np.ndarray  # float64
-    token_ids: np.ndarray  # int64
-
-
-def best_candidates(logits, banned, count, group=None):
-    """Return the ``count`` or more likeliest next tokens of every beam, as Candidates.
-
-    With tensor parallelism each process has a part of the logits. The best of each part
-    are gathered, a few numbers a beam, and ``Beams.advance`` merges them.
-
-    Args:
-        logits: [A, K, V], or this process's part of V.
-        banned: list of (row, beam, token) that are impossible. The other tokens' probabilities
-            are not normalised again.
-        group: of tensor parallelism.
-    """
-    logits = logits.astype("float32")
-    part_size = logits.shape[-1]
-    # Enough that ``count`` are left without the banned ones.
-    count += max(Counter((row, beam) for row, beam, _ in banned).values(), default=0)
-    best, token_ids = paddle.topk(logits, min(count, part_size))
-    log_probabilities = best - _whole_log_sum_exp(logits, best, token_ids, group)
-    if group is not None:
-        token_ids = token_ids + group.rank * part_size
-    log_probabilities, token_ids = _to_host(log_probabilities, token_ids, group=group)
-    for row, beam, token in banned:
-        log_probabilities[row, beam, token_ids[row, beam] == token] = -np.inf
-    return Candidates(log_probabilities, log_probabilities, token_ids)
-
-
-def drawn_candidates(logits, banned, count, top_k=0, top_p=0.0, group=None):
-    """Return ``count`` next tokens of every beam, drawn without replacement, as Candidates.
-
-    A key is a log-probability plus Gumbel noise: the n largest are a draw of n without
-    replacement in proportion to the probabilities (Kool et al., arXiv 1903.06059).
-
-    With tensor parallelism the parts of the logits are gathered, for the filters need
-    them all.
-
-    Args:
-        logits, banned, group: as in ``best_candidates``.
-        top_k, top_p: see GenerationArguments. A token that they leave out is impossible.
-    """
-    logits = logits.astype("float32")
-    if group is not None:
-        logits = _all_gather(logits, group)
-    whole = _whole_log_sum_exp(logits, *paddle.topk(logits, 1), None)
-    if banned:
-        index = tuple(paddle.to_tensor(column) for column in np.array(banned, dtype="int64").T)
-        logits[index] = -float("inf")
-    minus_infinity = paddle.full([1], -float("inf"))
-    gumbel = -paddle.log(-paddle.log(paddle.uniform(logits.shape, min=1e-20, max=1.0)))
-    possible = logits >= _lowest_logit_to_draw(logits, top_k, top_p)
-    noisy = paddle.where(possible, logits + gumbel, minus_infinity)
-    keys, token_ids = paddle.topk(noisy, min(count, logits.shape[-1]))
-    # On a GPU topk gives an entry of -inf any number for an index.
-    impossible = keys == -float("inf")
-    token_ids = paddle.where(impossible, paddle.zeros_like(token_ids), token_ids)
-    chosen = paddle.take_along_axis(logits, token_ids, axis=-1)
-    chosen = paddle.where(impossible, minus_infinity, chosen)
-    return Candidates(*_to_host(keys - whole, chosen - whole, token_ids))
-
-
-def _whole_log_sum_exp(logits, best, token_ids, group):
-    """Return the log-sum-exp of the whole rows, [A, K, 1], given their largest logits."""
-    likeliest = paddle.take_along_axis(F.softmax(logits), token_ids[..., :1], axis=-1)
-    return log_sum_exp(best[..., :1], likeliest, group)[1]
-
-
-def _all_gather(tensor, group):
-    """Return the parts of all processes, side by side in the last dimension."""
-    parts = []
-    dist.all_gather(parts, tensor, group)
-    return paddle.concat(parts, axis=-1)
-
-
-def _to_host(*columns, group=None):
-    """Return numpy float64 arrays of the ``columns``, and an int64 one of the last, token ids.
-
-    They are one tensor on the way, so that one copy leaves the device: float64 holds any id.
-    """
-    table = paddle.stack([column.astype("float64") for column in columns])
-    *numbers, token_ids = (table if group is None else _all_gather(table, group)).numpy()
-    return *numbers, token_ids.astype("int64")
-
-
-def _lowest_logit_to_draw(logits, top_k, top_p):
-    """Return the lowest logit of each row that top_k and top_p leave, [A, K, 1], ties included."""
-    lowest = paddle.full([*logits.shape[:-1], 1], -float("inf"))
-    if 0 < top_k < logits.shape[-1]:
-        lowest = paddle.topk(logits, top_k)[0][..., -1:]
-    if 0 < top_p < 1:
-        ordered = paddle.where(logits >= lowest, logits, paddle.full([1], -float("inf")))
-        ordered = paddle.sort(ordered, descending=True)
-        probabilities = F.softmax(ordered)
-        likelier = paddle.cumsum(probabilities, axis=-1) - probabilities  # held by likelier tokens
-        kept = paddle.where(likelier < top_p, ordered, paddle.full([1], float("inf")))
-        lowest = kept.min(-1, keepdim=True)
-    return lowest
+GROWTH = 16  # steps by which a cache grows: slots not written yet are attended over too, masked
+SPARE = 14  # candidates beyond those that are needed, in place of banned ones
 
 
 class Beams:
@@ -130,6 +22,7 @@ class Beams:
     Attributes:
         step (int): tokens generated so far.
         example: int64 [A], which example of the batch each row is.
+        parents: int64 [A, K], which beam of the step before each beam goes on from.
         tokens: int64 [A, K, T], of the running beams.
         sums: float64 [A, K], their log-probabilities; -inf where there is no beam.
         past: bool [A, K, T * K], the slots that each beam descends from. In step t beam k of an
@@ -144,6 +37,7 @@ class Beams:
         num_beams, tgt_length = generation.num_beams, generation.tgt_length
         self.step = 0
         self.example = np.arange(batch_size)
+        self.parents = np.tile(np.arange(num_beams), (batch_size, 1))
         self.tokens = np.zeros([batch_size, num_beams, tgt_length], dtype="int64")
         self.sums = np.full([batch_size, num_beams], -np.inf)
         self.sums[:, 0] = 0  # all beams start alike: only the first may branch
@@ -156,7 +50,7 @@ class Beams:
         self.results = [None] * batch_size
 
     def banned(self):
-        """List the impossible next tokens, (row, beam, token), once a step.
+        """Return the impossible next tokens, int64 [N, 3] of rows, beams and tokens, once a step.
 
         They are the end token before min_tgt_length, and what would repeat an n-gram.
         The time is proportional to the bans and to the n-grams that other beams of the
@@ -166,25 +60,25 @@ class Beams:
         num_rows, num_beams = self.sums.shape
         if step < self.generation.min_tgt_length:
             bans = [(*beam, self.end_token_id) for beam in np.ndindex(num_rows, num_beams)]
-        if not 0 < n <= step + 1:
-            return bans
+        if 0 < n <= step + 1:
+            bans += self._repeated_ngrams(n)
+        return np.array(bans, dtype="int64").reshape([-1, 3])
+
+    def _repeated_ngrams(self, n):
+        """List the tokens that would repeat an n-gram, (row, beam, token), and note the last ones."""
+        repeats, step, num_beams = [], self.step, self.sums.shape[1]
         for row, beam in zip(*np.nonzero(self.sums > -np.inf)):
             tokens = self.tokens[row, beam]
             slots = self.seen[self.example[row]][tuple(tokens[step - n + 1 : step])]
             # A slot of step s holds token s - 1, and token s is what followed it.
             for slot in slots:
                 if self.past[row, beam, slot]:
-                    bans.append((row, beam, tokens[slot // num_beams]))
+                    repeats.append((row, beam, tokens[slot // num_beams]))
             slots.append(step * num_beams + beam)
-        return bans
+        return repeats
 
     def advance(self, candidates):
-        """Take one step with ``candidates`` (Candidates).
-
-        Returns:
-            numpy int64 [A', K], the beams that the running ones go on from, as numbers
-            among the A * K before this step. The other A - A' examples are done.
-        """
+        """Take one step with ``candidates`` (Candidates). Examples that are done leave."""
         num_rows, num_beams, count = candidates[0].shape
         step, penalty = self.step, self.generation.length_penalty
         keys, log_probabilities, token_ids = (x.reshape([num_rows, -1]) for x in candidates)
@@ -199,9 +93,10 @@ class Beams:
         ends = token_ids == self.end_token_id
         # An end token among the first num_beams finishes its hypothesis; a later one is
         # dropped.
-        scores = np.where(ends, sums, -np.inf)[:, :num_beams] / max(step, 1) ** penalty
-        lengths = np.full_like(scores, step, dtype="int64")
-        self._finish(self.tokens[row, parents[:, :num_beams]], lengths, scores)
+        if ends[:, :num_beams].any():
+            scores = np.where(ends, sums, -np.inf)[:, :num_beams] / max(step, 1) ** penalty
+            lengths = np.full_like(scores, step, dtype="int64")
+            self._finish(self.tokens[row, parents[:, :num_beams]], lengths, scores)
         # Compared with the best of all candidates over the length before this step, as in
         # THUDM/GLM, so that one beam is greedy search.
         done = self.finished_scores[:, -1] >= sums[:, 0] / max(step, 1) ** penalty
@@ -221,16 +116,14 @@ class Beams:
         beam = np.arange(num_beams)
         self.past[:, beam, step * num_beams + beam] = True
         self.sums, self.tokens, self.past = sums, self.tokens[row, parents], self.past[row, parents]
-        self.tokens[:, :, step] = token_ids
+        self.tokens[:, :, step], self.parents = token_ids, parents
         self.step += 1
         if self.step == self.generation.tgt_length:
             self._finish_running(~done)
             done[:] = True
-        running = np.nonzero(~done)[0]
         if done.any():
             self._take_results(np.nonzero(done)[0])
-            self._keep(running)
-        return (row * num_beams + parents)[running]
+            self._keep(np.nonzero(~done)[0])
 
     def _finish(self, tokens, lengths, scores):
         """Add hypotheses [A, M, T], [A, M], [A, M] to the finished ones, and keep the K best."""
@@ -261,11 +154,99 @@ class Beams:
 
     def _keep(self, rows):
         """Go on with the ``rows`` (int64 [A'])."""
-        self.example, self.tokens = self.example[rows], self.tokens[rows]
+        self.example, self.parents = self.example[rows], self.parents[rows]
+        self.tokens = self.tokens[rows]
         self.sums, self.past = self.sums[rows], self.past[rows]
         self.finished_tokens = self.finished_tokens[rows]
         self.finished_lengths = self.finished_lengths[rows]
         self.finished_scores = self.finished_scores[rows]
+
+
+class Decoder:
+    """Feed the beams' tokens to the model, and find the candidates for the next ones.
+
+    On a device that captures CUDA graphs, a step there is one copy of token ids to the
+    device, one launch and one copy of candidates from it. Room is made for all steps at
+    once, and finished examples stay until a quarter is left, for each change of a tensor's
+    size is a new capture, which takes as long as a step that is launched operator by
+    operator. On a CPU the cache grows, and finished examples leave at once.
+
+    Args:
+        model: GLMForConditionalGeneration in eval mode.
+        input_ids: int64 [B, S]. source_length: numpy int64 [B].
+        start_token_id (int): the first token of a target.
+        generation: GenerationArguments. group: of tensor parallelism.
+    """
+
+    def __init__(self, model, input_ids, source_length, start_token_id, generation, group=None):
+        self.model, self.start_token_id = model, start_token_id
+        self.generation, self.group = generation, group
+        self.cache = prefill(model, input_ids, source_length, generation.num_beams)
+        self.examples = np.arange(len(source_length))  # those in the cache
+        self.captured = captures() and group is None
+        self.room = 0  # steps that the cache has slots for
+
+    def next_candidates(self, beams):
+        """Take one step. Returns the Candidates of the running ``beams`` (Beams)."""
+        generation, num_beams = self.generation, self.generation.num_beams
+        rows = np.searchsorted(self.examples, beams.example)  # of the running examples
+        origins = rows[:, None] * num_beams + beams.parents
+        most = len(self.examples) // 4 if self.captured else len(self.examples) - 1
+        if not self.room or len(rows) <= most:
+            self._arrange(origins, beams)
+            rows = np.arange(len(rows))
+            origins = np.arange(origins.size).reshape(origins.shape)
+        self.room -= 1
+        inputs = self.idle_inputs.copy()
+        inputs[0, rows] = beams.tokens[:, :, beams.step - 1] if beams.step else self.start_token_id
+        inputs[1, rows] = origins
+        self.inputs.set_value(inputs)
+        logits, table = self.step()
+        banned = beams.banned()  # while the device is at work
+        count = 2 * num_beams
+        if not generation.select_topk:
+            logits = logits.reshape([len(self.examples), num_beams, -1])
+            if len(rows) < len(logits):
+                logits = logits.index_select(paddle.to_tensor(rows))
+            if self.group is not None:  # the filters need whole rows
+                logits = all_gather(logits, self.group)
+            filters = generation.temperature, generation.top_k, generation.top_p
+            return drawn_candidates(logits, banned, count, *filters)
+        if table is None:
+            table = likeliest_tokens(logits, count + SPARE, self.group)
+        candidates = self._without_banned(table, rows, banned)
+        if len(banned) > SPARE and np.isfinite(candidates.keys).sum(-1).min() < count:
+            most = np.bincount(banned[:, 0] * num_beams + banned[:, 1]).max()  # of a beam
+            table = likeliest_tokens(logits, count + int(most), self.group)
+            candidates = self._without_banned(table, rows, banned)
+        return candidates
+
+    def _without_banned(self, table, rows, banned):
+        table = table.numpy().reshape([2, *self.inputs.shape[1:], -1])
+        return without_banned(table[:, rows], banned)
+
+    def _arrange(self, origins, beams):
+        """Give the cache room, and those examples alone that are running."""
+        if not self.room:
+            steps_left = self.generation.tgt_length - beams.step
+            self.room = steps_left if self.captured else min(GROWTH, steps_left)
+        self.step = None  # a graph holds memory
+        self.cache.arrange(origins, beams.step, self.room)
+        self.examples = beams.example
+        # Of finished examples: any token, after the beam itself.
+        self.idle_inputs = np.stack([np.zeros_like(origins), np.arange(origins.size).reshape(origins.shape)])
+        self.inputs = paddle.to_tensor(self.idle_inputs)
+        count = 2 * self.generation.num_beams + SPARE
+        if self.group is not None or not self.generation.select_topk:
+            count = None
+        step = functools.partial(_step, self.model, self.cache, self.inputs, count)
+        self.step = Replayed(step) if self.captured else step
+
+
+def _step(model, cache, inputs, count):
+    """Return the logits of the next token, and its ``count`` likeliest unless that is None."""
+    logits = decode_one_token(model, cache, inputs[0], inputs[1])
+    return logits, None if count is None else likeliest_tokens(logits, count)
 
 
 @paddle.no_grad()
@@ -279,24 +260,12 @@ def beam_search(model, input_ids, source_length, generation, start_token_id, end
         group: of tensor parallelism.
 
     Returns:
-        list, of each source its num_return_sequences best hypotheses, the best first: a list of
-        (token ids without start and end token, score). A score is the sum of the natural
+        list, of each source its num_return_sequences best hypotheses, the best first: a list
+        of (token ids without start and end token, score). A score is the sum of the natural
         logarithms of the probabilities, the end token's included, over length ** length_penalty.
     """
-    num_beams = generation.num_beams
-    candidates = best_candidates
-    if not generation.select_topk:
-        filters = {"top_k": generation.top_k, "top_p": generation.top_p}
-        candidates = functools.partial(drawn_candidates, **filters)
-    cache = prefill(model, input_ids, source_length, num_beams, generation.tgt_length)
+    decoder = Decoder(model, input_ids, source_length, start_token_id, generation, group)
     beams = Beams(len(source_length), generation, end_token_id)
-    token_ids = paddle.full([len(source_length), num_beams], start_token_id, dtype="int64")
-    while True:
-        first = source_length[beams.example] - 2  # the position of [gMASK]
-        position_ids = np.stack([first, np.full_like(first, beams.step + 1)], axis=1)
-        logits = decode_one_token(model, cache, token_ids, paddle.to_tensor(position_ids))
-        origins = beams.advance(candidates(logits, beams.banned(), 2 * num_beams, group=group))
-        if not len(origins):
-            return beams.results
-        cache.follow(origins)
-        token_ids = paddle.to_tensor(beams.tokens[:, :, beams.step - 1])
+    while len(beams.example):
+        beams.advance(decoder.next_candidates(beams))
+    return beams.results

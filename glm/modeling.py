@@ -8,11 +8,50 @@ import paddle
 import paddle.distributed as dist
 import paddle.nn.functional as F
 from paddle.autograd import PyLayer
-from paddle.distributed.fleet.meta_parallel import get_rng_state_tracker
+from paddle.device.cuda.graphs import CUDAGraph, is_cuda_graph_supported
+from paddle.distributed.fleet.meta_parallel import (
+    ColumnParallelLinear,
+    RowParallelLinear,
+    get_rng_state_tracker,
+)
+from paddle.framework import _current_expected_place
 
 from glm.device import on_cpu
 
 MASKED = -65504.0  # added to the attention scores of hidden positions: float16's lowest number
+
+
+def captures():
+    """Return whether the device in use captures CUDA graphs."""
+    return paddle.get_device().startswith("gpu") and is_cuda_graph_supported()
+
+
+class Replayed:
+    """Capture a function in a CUDA graph at its first call, and replay the graph at each.
+
+    The function has no arguments. It reads tensors that are changed in place between the
+    calls, and returns tensors that every call writes anew. Within it nothing may be copied
+    to the device or read from it. Where the device captures nothing it is called as it is.
+    """
+
+    def __init__(self, function):
+        self.function, self.graph = function, None
+
+    def __call__(self):
+        if not captures():
+            return self.function()
+        if self.graph is None:
+            # Without a place Paddle takes the first card, whichever is in use. There is no
+            # public name for the place in use.
+            graph = CUDAGraph(_current_expected_place())
+            graph.capture_begin()
+            try:
+                self.outputs = self.function()
+            finally:  # or all that follows would be captured too
+                graph.capture_end()
+            self.graph = graph
+        self.graph.replay()
+        return self.outputs
 
 
 def log_sum_exp(largest_logits, largest_probabilities, group):
@@ -168,10 +207,11 @@ def _merge_heads(context):
 
 
 def _dropout(dropout, state, inputs):
-    """Apply ``dropout``, with tensor parallelism from its generator named ``state``."""
+    """Apply ``dropout``, with tensor parallelism by its generator named ``state``."""
     tracker = get_rng_state_tracker()
-    with tracker.rng_state(state) if state in tracker.states_ else contextlib.nullcontext():
-        return dropout(inputs)
+    switched = dropout.p > 0 and state in tracker.states_
+    with tracker.rng_state(state) if switched else contextlib.nullcontext():
+        return paddle.nn.Dropout.forward(dropout, inputs)
 
 
 def _linear_on_cpu(layer, inputs):
@@ -204,16 +244,16 @@ def prepare_for_training(model):
     - The model returns hidden states, through any wrapper: the head is applied to targets alone.
     - With tensor parallelism all processes drop the same embeddings. PaddleNLP draws them from the
       generator that differs between processes, which only the split heads may use.
-    - On a CPU the linears have fast gradients of their biases.
+    - The plain linears are their operator alone; on a CPU they have fast gradients of their
+      biases.
     """
     model.glm.output_predict = False
     stack = model.glm.transformer
     for layer in stack.layers:
         layer.attention.forward = functools.partial(_attention_forward, layer.attention)
-    drop = functools.partial(_dropout, stack.embedding_dropout.forward, "embedding_seed")
 
     def embedding_dropout(inputs):
-        outputs = drop(inputs)
+        outputs = _dropout(stack.embedding_dropout, "embedding_seed", inputs)
         # LoRA trains nothing below the first layer: without a gradient there, recompute
         # would keep the first layer's activations.
         if stack.enable_recompute:
@@ -221,20 +261,26 @@ def prepare_for_training(model):
         return outputs
 
     stack.embedding_dropout.forward = embedding_dropout
-    if on_cpu():
-        for layer in model.sublayers():
-            # A linear with an adapter is of another class.
-            if type(layer) is paddle.nn.Linear and not layer.bias.stop_gradient:
-                layer.forward = functools.partial(_linear_on_cpu, layer)
+    compute = _linear_on_cpu if on_cpu() else linear
+    for layer in model.sublayers():
+        # A linear with an adapter is of another class.
+        if type(layer) is paddle.nn.Linear and not layer.bias.stop_gradient:
+            layer.forward = functools.partial(compute, layer)
 
 
 def linear(layer, inputs):
-    """Return what ``layer`` computes, without what training adds to a plain linear.
+    """Return what ``layer`` computes, by its operator alone; one with an adapter computes it itself.
 
-    A tensor-parallel linear and one with an adapter compute it themselves.
+    The layers' own ways take the host longer than the operator takes a card: PaddleNLP 3 puts
+    a choice of precisions before F.linear, and fleet's layers put collectives without effect
+    around theirs. Paddle's operator has no public name.
     """
-    if type(layer) is paddle.nn.Linear:
-        return F.linear(inputs, layer.weight, layer.bias)
+    if type(layer) is RowParallelLinear:
+        outputs = paddle.matmul(inputs, layer.weight)
+        dist.all_reduce(outputs, group=layer.model_parallel_group)
+        return outputs + layer.bias
+    if type(layer) in (paddle.nn.Linear, ColumnParallelLinear):
+        return paddle._C_ops.linear(inputs, layer.weight, layer.bias)
     return layer(inputs)
 
 

@@ -20,14 +20,16 @@ from glm.errors import Fault
 def test_each_step_draws_anew_and_a_resumed_one_alike():
     tracker, seen = get_rng_state_tracker(), []
     for step, seed, rank in ((0, 1, 0), (1, 1, 0), (2, 1, 0), (0, 2, 0), (0, 1, 1), (1, 1, 0)):
-        args = SimpleNamespace(seed=seed, dataset_rank=0, tensor_parallel_rank=rank)
+        args = SimpleNamespace(seed=seed, dataset_rank=0, tensor_parallel_rank=rank, tensor_parallel_degree=2)
         SeedEachStep().on_step_begin(args, SimpleNamespace(global_step=step), None)
         draws = [paddle.rand([4]).tolist()]
         for name in ("embedding_seed", "global_seed", "local_seed"):
             with tracker.rng_state(name):
                 draws.append(paddle.rand([4]).tolist())
         seen.append(draws)
-    tracker.reset()
+    args.tensor_parallel_degree = 1  # where to switch generators would only take time
+    SeedEachStep().on_step_begin(args, SimpleNamespace(global_step=1), None)
+    assert not tracker.states_ and paddle.rand([4]).tolist() == seen[-1][0]
     first, second, third, other_seed, other_rank, again = seen
     assert second == again
     for other in (second, third, other_seed):
@@ -73,7 +75,9 @@ def test_master_gradients_are_float32(tmp_path):
     gradients = Gradients(master=True)
     gradients.on_optimizer_begin(None, None, None, model=model)
     assert weight.grad.dtype == paddle.float32 and weight.grad.tolist() == [2.0, 4.0] and other.grad is None
-    gradients.on_step_end(None, None, None, model=model)
+    optimizer = paddle.optimizer.SGD(parameters=[weight, other])
+    gradients.on_train_begin(None, None, None, optimizer=optimizer)
+    optimizer.clear_grad()  # as the Trainer calls it
     assert weight.grad is None  # not zeros, which would take memory through the next forward pass
 
 

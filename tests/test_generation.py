@@ -17,7 +17,9 @@ from helpers import (
 )
 
 from glm.cache import decode_one_token, prefill
-from glm.generation import Beams, beam_search, drawn_candidates
+from glm.candidates import drawn_candidates
+from glm.generation import Beams, beam_search
+from glm.modeling import Replayed
 
 START, END = 1, 2
 
@@ -37,32 +39,174 @@ def test_cached_decoding_equals_the_plain_forward_at_every_step():
     model, num_beams, steps = random_glm(), 3, 6
     sources, input_ids, lengths = make_sources()
     rng = np.random.default_rng(1)
-    cache = prefill(model, input_ids, lengths, num_beams, steps)
+    cache = prefill(model, input_ids, lengths, num_beams)
+    origins = np.arange(3 * num_beams).reshape([3, num_beams])
+    cache.arrange(origins, 0, steps)
     paths = [[[] for _ in range(num_beams)] for _ in sources]
     fed = np.full([3, num_beams], START)
-    for step in range(steps):
-        positions = paddle.to_tensor(np.stack([lengths - 2, np.full(3, step + 1)], axis=1))
-        logits = decode_one_token(model, cache, paddle.to_tensor(fed), positions)
+    for _ in range(steps):
+        logits = decode_one_token(model, cache, paddle.to_tensor(fed), paddle.to_tensor(origins))
+        logits = logits.reshape([3, num_beams, -1])
         for row, beam in itertools.product(range(3), range(num_beams)):
             expected = plain_log_probabilities(model, sources[row], paths[row][beam])
             np.testing.assert_allclose(log_softmax(logits.numpy()[row, beam]), expected, atol=1e-4)
         parents = rng.integers(0, num_beams, [3, num_beams])
         fed = rng.integers(3, 24, [3, num_beams])
-        cache.follow(np.arange(3)[:, None] * num_beams + parents)
+        origins = np.arange(3)[:, None] * num_beams + parents
         paths = [[[*paths[r][parents[r, k]], int(fed[r, k])] for k in range(num_beams)] for r in range(3)]
 
 
-def test_the_branches_of_a_gpu_decode_alike(monkeypatch):
-    _, input_ids, lengths = make_sources((9, 5, 12, 7))
-    generation = generation_arguments(tgt_length=10, num_beams=4, no_repeat_ngram_size=2)
-    model = random_glm(4)
-    expected = best_hypotheses(model, input_ids, lengths, generation, START, END)
+OPERATORS = {
+    name: operator
+    for name, operator in vars(paddle._C_ops).items()
+    if callable(operator) and not name.startswith("_")
+}
+TENSOR_OPERATORS = ["__add__", "__sub__", "__mul__", "__rsub__", "__rmul__", "__truediv__", "__getitem__"]
+
+
+class RecordedGraph:
+    """Stands in for CUDAGraph on a CPU: it records operators on their tensors, and replays them.
+
+    As on a card, what is recorded has no effect before the first replay, and a replay reads
+    and writes the tensors of the capture, whatever Python's names stand for by then.
+    """
+
+    capturing, replays = None, 0
+
+    def __init__(self, place):
+        self.records, self.undo = [], []
+
+    def capture_begin(self):
+        assert RecordedGraph.capturing is None
+        RecordedGraph.capturing = self
+
+    def capture_end(self):
+        RecordedGraph.capturing = None
+        for tensor, before in reversed(self.undo):
+            tensor.get_tensor().set(before, paddle.CPUPlace())
+
+    def replay(self):
+        RecordedGraph.replays += 1
+        for operator, args, kwargs, outputs in self.records:
+            results = operator(*args, **kwargs)
+            results = results if isinstance(results, (list, tuple)) else [results]
+            for output, result in zip(outputs, results):
+                OPERATORS["assign_out_"](result, output)
+
+    @classmethod
+    def recorded(cls, operator, in_place=None):
+        """Returns ``operator`` as it is to be called: recorded in a capture."""
+
+        def call(*args, **kwargs):
+            graph, cls.capturing = cls.capturing, None  # what it calls itself is part of it
+            try:
+                if graph is not None and in_place is not None:
+                    graph.undo.append((args[in_place], args[in_place].numpy()))
+                results = operator(*args, **kwargs)
+                if graph is not None:
+                    outputs = results if isinstance(results, (list, tuple)) else [results]
+                    graph.records.append((operator, args, kwargs, outputs))
+            finally:
+                cls.capturing = graph
+            return results
+
+        return call
+
+
+@pytest.fixture
+def captured(monkeypatch):
+    """Has beam search take the way of a card, with RecordedGraph; counts what a token takes."""
+    wrappers = {}
+    for name, operator in OPERATORS.items():
+        # assign_out_ writes its second argument, the others with such a name their first.
+        in_place = 1 if name == "assign_out_" else 0 if name.endswith("_") else None
+        wrappers[id(operator)] = RecordedGraph.recorded(operator, in_place)
+        monkeypatch.setattr(paddle._C_ops, name, wrappers[id(operator)])
+    for owner in (paddle, paddle.nn.functional, paddle.Tensor):  # where Paddle 3 has them too
+        for name, value in list(vars(owner).items()):
+            if id(value) in wrappers:
+                monkeypatch.setattr(owner, name, wrappers[id(value)])
+    for name in TENSOR_OPERATORS:
+        recorded = RecordedGraph.recorded(getattr(paddle.Tensor, name))
+        monkeypatch.setattr(paddle.Tensor, name, recorded)
+    counts = {"captures": 0, "uploads": 0, "downloads": 0, "replays": 0}
+
+    def counted(function, name):
+        def call(*args, **kwargs):
+            assert RecordedGraph.capturing is None, f"{name} in a capture"
+            counts[name] += 1
+            return function(*args, **kwargs)
+
+        return call
+
+    monkeypatch.setattr(paddle, "to_tensor", counted(paddle.to_tensor, "uploads"))
+    monkeypatch.setattr(paddle.Tensor, "set_value", counted(paddle.Tensor.set_value, "uploads"))
+    monkeypatch.setattr(paddle.Tensor, "numpy", counted(paddle.Tensor.numpy, "downloads"))
+    monkeypatch.setattr("glm.modeling.CUDAGraph", counted(RecordedGraph, "captures"))
+    monkeypatch.setattr(RecordedGraph, "replay", counted(RecordedGraph.replay, "replays"))
     for room in ("glm.modeling", "glm.cache"):
         monkeypatch.setattr(f"{room}.on_cpu", lambda: False)
-    for (tokens, score), (other, other_score) in zip(
-        best_hypotheses(model, input_ids, lengths, generation, START, END), expected
-    ):
+    for room in ("glm.modeling", "glm.cache", "glm.generation"):
+        monkeypatch.setattr(f"{room}.captures", lambda: True)
+    return counts
+
+
+def louder_end(model, factor=2.0):
+    """Makes the end token likelier, so that hypotheses finish at different steps."""
+    weight = model.glm.word_embeddings.weight.numpy()
+    weight[END] *= factor
+    model.glm.word_embeddings.weight.set_value(weight)
+    return model
+
+
+CAPTURED = [
+    {},
+    {"no_repeat_ngram_size": 2, "min_tgt_length": 3},
+    {"no_repeat_ngram_size": 1, "tgt_length": 18},  # more bans than spare candidates
+    {"num_beams": 1},
+    {"select_topk": False, "top_k": 5, "temperature": 0.7},
+]
+
+
+@pytest.mark.parametrize("changes", CAPTURED, ids=str)
+def test_a_captured_search_equals_an_eager_one(request, changes):
+    """Examples finish at different steps, and leave when a quarter runs."""
+    lengths = (9, 5, 12, 7, 4, 10, 6, 8, 11)
+    _, input_ids, lengths = make_sources(lengths)
+    model = louder_end(random_glm(4, num_layers=1), 4.0)
+    generation = generation_arguments(**{"tgt_length": 14, "num_beams": 4, **changes})
+    paddle.seed(5)
+    expected = best_hypotheses(model, input_ids, lengths, generation, START, END)
+    counts = request.getfixturevalue("captured")
+    paddle.seed(5)
+    results = best_hypotheses(model, input_ids, lengths, generation, START, END)
+    for (tokens, score), (other, other_score) in zip(results, expected):
         assert tokens == other and score == pytest.approx(other_score, abs=1e-5)
+    assert 2 <= counts["captures"] <= 3 and counts["replays"] > counts["captures"]
+
+
+def test_a_token_is_one_upload_one_launch_and_one_download(captured):
+    _, input_ids, lengths = make_sources()
+    model = random_glm(num_layers=1)
+    counts = []
+    for tokens in (8, 12):
+        generation = generation_arguments(tgt_length=tokens, min_tgt_length=tokens)
+        captured.update(uploads=0, downloads=0, replays=0, captures=0)
+        beam_search(model, input_ids, lengths, generation, START, END)
+        counts.append(dict(captured))
+    assert counts[1]["captures"] == 1
+    for name in ("uploads", "downloads", "replays"):
+        assert counts[1][name] - counts[0][name] == 4, name
+
+
+def test_an_exception_ends_a_capture(captured):
+    def fail():
+        raise KeyboardInterrupt
+
+    replayed = Replayed(fail)
+    with pytest.raises(KeyboardInterrupt):
+        replayed()
+    assert RecordedGraph.capturing is None and captured["replays"] == 0
 
 
 @pytest.mark.parametrize("select_topk", [True, False])
@@ -93,29 +237,30 @@ def test_draws_are_ranked_by_their_sums():
     keys, log_p = [9.0, 8.0, 7.0, 6.0, 5.0], [-3.0, -4.0, -2.0, -1.0, -0.5]
     dead = [-np.inf] * 5
     token_ids = np.array([[[3, END, 4, 5, 6], [0] * 5]])
-    origins = beams.advance((np.array([[keys, dead]]), np.array([[log_p, dead]]), token_ids))
+    beams.advance((np.array([[keys, dead]]), np.array([[log_p, dead]]), token_ids))
     assert beams.tokens[0, :, 0].tolist() == [5, 4] and beams.sums[0].tolist() == [-1.0, -2.0]
     assert (
         beams.finished_scores[0].tolist() == [-np.inf] * 2
     )  # END is the last of the four, not of the first two
-    assert origins.tolist() == [[0, 0]]
+    assert beams.parents.tolist() == [[0, 0]]
 
 
 @paddle.no_grad()
 def test_slots_that_no_beam_sees_are_left_out():
-    """All beams go on from the first: of each past step one slot stays, where a batch's sources differ no padding."""
-    model, num_beams = random_glm(), 3
+    """All beams go on from the first: one slot of each past step stays, and no padding."""
+    model, num_beams, slots = random_glm(), 3, 9
     _, input_ids, lengths = make_sources((9, 7))
-    input_ids = paddle.concat([input_ids, paddle.zeros([2, 4], "int64")], axis=1)  # padding that nobody sees
-    cache = prefill(model, input_ids, lengths, num_beams, 40)
-    for step in range(33):
-        positions = paddle.to_tensor(np.stack([lengths - 2, np.full(2, step + 1)], axis=1))
-        decode_one_token(model, cache, paddle.full([2, num_beams], 5, dtype="int64"), positions)
-        cache.follow(np.array([[0] * num_beams, [num_beams] * num_beams]))
-    # 9 of the source, of 32 steps one slot each, and the room for the last 8.
-    assert (
-        cache.layers[0][1].shape == [1, 2, 4, 9 + 32 + 8 * num_beams, 8] and cache.used == 9 + 32 + num_beams
-    )
+    input_ids = paddle.concat([input_ids, paddle.zeros([2, 4], "int64")], axis=1)  # more padding
+    cache = prefill(model, input_ids, lengths, num_beams)
+    origins = np.arange(6).reshape([2, 3])
+    for steps in (16, 16, 8):
+        cache.arrange(origins, slots - 9, steps)
+        assert cache.layers[0][1].shape == [1, 2, 4, slots + steps * num_beams, 8]
+        for _ in range(steps):
+            token_ids = paddle.full([2, num_beams], 5, dtype="int64")
+            decode_one_token(model, cache, token_ids, paddle.to_tensor(origins))
+            origins = np.array([[0] * num_beams, [num_beams] * num_beams])
+        slots += steps
 
 
 @paddle.no_grad()
@@ -124,18 +269,23 @@ def test_where_a_token_goes_in_the_cache(by_head):
     """Each number that query_key_value gives, in either layout, after an example has left."""
     num_beams, heads, size = 3, 4, 8
     _, input_ids, lengths = make_sources((9, 7))
-    cache = prefill(random_glm(), input_ids, lengths, num_beams, 5)
+    cache = prefill(random_glm(), input_ids, lengths, num_beams)
     cache.by_head = by_head
-    cache.open_slots()
-    cache.follow(np.array([[3, 4, 5]]))  # the second example alone goes on
-    cache.open_slots()
+    cache.arrange(np.arange(6).reshape([2, 3]), 0, 5)
+    cache.open_slots(paddle.arange(6).reshape([2, 3]))
+    cache.arrange(np.array([[3, 4, 5]]), 1, 4)  # the second example alone goes on
+    cache.open_slots(paddle.arange(3).reshape([1, 3]))
+    used = 7 + 2 * num_beams
+    assert cache.position_ids.tolist() == [[[5], [2]]]
+    assert (cache.mask[0, 0] == 0).sum(-1).tolist() == [9] * 3  # source, a past slot, its own
     projected = np.arange(num_beams * 3 * heads * size, dtype="float32") + 1000
     for layer, keys, values, query in cache.layers:
         layer.scatter_(cache.new_rows, paddle.to_tensor(projected).reshape([-1, size]))
         columns = (heads, 3, size) if by_head else (3, heads, size)
         for beam, numbers in enumerate(projected.reshape(num_beams, *columns)):
             numbers = numbers if not by_head else numbers.swapaxes(0, 1)  # [3, H, D]
-            slot = cache.used - num_beams + beam
+            slot = used - num_beams + beam
+            assert cache.mask[0, 0, beam, slot] == 0
             for part, where, expected in zip((query, keys, values), (beam, slot, slot), numbers):
                 np.testing.assert_array_equal(part[0, 0, :, where].numpy(), expected)
         assert (layer >= 1000).sum() == projected.size  # and nowhere else
@@ -145,14 +295,11 @@ def test_where_a_token_goes_in_the_cache(by_head):
 def test_a_cache_that_grows_while_examples_leave(monkeypatch, growth):
     """The same hypotheses whatever the room is that is added at a time."""
     _, input_ids, lengths = make_sources((9, 5, 12, 7))
-    model = random_glm(1, num_layers=2)
-    louder = model.glm.word_embeddings.weight.numpy()
-    louder[END] *= 2  # so that hypotheses finish at different steps
-    model.glm.word_embeddings.weight.set_value(louder)
+    model = louder_end(random_glm(1, num_layers=2))
     generation = generation_arguments(tgt_length=11, num_beams=3, no_repeat_ngram_size=2)
     expected = [best_hypotheses(model, input_ids[i : i + 1, :n], lengths[i : i + 1], generation, START, END)[0]
                 for i, n in enumerate(lengths.tolist())]  # fmt: skip
-    monkeypatch.setattr("glm.cache.GROWTH", growth)
+    monkeypatch.setattr("glm.generation.GROWTH", growth)
     for (tokens, score), (expected_tokens, expected_score) in zip(
         best_hypotheses(model, input_ids, lengths, generation, START, END), expected
     ):
@@ -164,21 +311,17 @@ def test_the_source_is_stored_once_per_example():
     model = random_glm()
     _, input_ids, lengths = make_sources()
     for num_beams in (1, 7):
-        cache = prefill(model, input_ids, lengths, num_beams, 20)
+        cache = prefill(model, input_ids, lengths, num_beams)
         assert [layer[1].shape for layer in cache.layers] == [[1, 3, 4, 12, 8]] * 2
-        for step, steps in ((0, 16), (16, 20)):  # the room grows by 16 steps, and never past tgt_length
-            cache.used = 12 + step * num_beams
-            cache.mask[:, :, : cache.used] = 0.0  # as if every slot were seen by some beam
-            cache.open_slots()
-            assert cache.used == 12 + (step + 1) * num_beams
-            slots = 12 + steps * num_beams
-            assert [part.shape for part in cache.layers[1][1:]] == [
-                [1, 3, 4, n, 8] for n in (slots, slots, num_beams)
-            ]
-            for layer, keys, values, query in cache.layers:  # one tensor, of which these are views
-                assert len(layer) == 3 * 4 * (2 * slots + num_beams)
-                layer[:] = float(step + 1)
-                assert keys[0, 0, 0, -1, 0] == values[0, 0, 0, -1, 0] == query[0, 0, 0, 0, 0] == step + 1
+        cache.arrange(np.arange(3 * num_beams).reshape([3, -1]), 0, 16)
+        slots = 12 + 16 * num_beams
+        assert [part.shape for part in cache.layers[1][1:]] == [
+            [1, 3, 4, n, 8] for n in (slots, slots, num_beams)
+        ]
+        for layer, keys, values, query in cache.layers:  # one tensor, of which these are views
+            assert len(layer) == 3 * 4 * (2 * slots + num_beams)
+            layer[:] = 5.0
+            assert keys[0, 0, 0, -1, 0] == values[0, 0, 0, -1, 0] == query[0, 0, 0, 0, 0] == 5
 
 
 def exhaustive_best(model, source, vocab_size, generation):
@@ -266,12 +409,7 @@ def test_narrow_beams_equal_plain_loops(num_beams, no_repeat_ngram_size, min_tgt
     )
     sources, input_ids, lengths = make_sources((9, 5, 12, 7))
     for seed in range(3):
-        model = random_glm(seed, num_layers=1)
-        # A likelier end token, so that hypotheses finish at different steps
-        weight = model.glm.word_embeddings.weight
-        louder = weight.numpy()
-        louder[END] *= 2
-        weight.set_value(louder)
+        model = louder_end(random_glm(seed, num_layers=1))
         results = best_hypotheses(model, input_ids, lengths, generation, START, END)
         for source, (tokens, score) in zip(sources, results):
             expected_score, expected_tokens = loop_beam_search(model, source, generation)
@@ -306,7 +444,8 @@ def test_when_everything_is_banned_what_there_is_comes_out():
 def draws(log_p, count, select=2, **filters):
     """``count`` draws of ``select`` tokens without replacement, int [count, select], in the order drawn."""
     logits = paddle.to_tensor(np.tile(np.asarray(log_p, dtype="float32") + 3, [count, 1, 1]))
-    keys, log_probabilities, token_ids = drawn_candidates(logits, [], select, **filters)
+    banned = np.zeros([0, 3], dtype="int64")
+    keys, log_probabilities, token_ids = drawn_candidates(logits, banned, select, **filters)
     expected = np.take_along_axis(np.tile(log_softmax(log_p), [count, 1, 1]), token_ids, -1)
     finite = np.isfinite(keys)
     np.testing.assert_allclose(log_probabilities[finite], expected[finite], atol=1e-5)
@@ -341,9 +480,13 @@ def test_top_k_and_top_p_filter_the_draw():
         ({"top_p": 0.68}, [0, 1]),
         ({"top_k": 2, "top_p": 0.99}, [0, 1]),
         ({"top_k": 9, "top_p": 1.0}, [0, 1, 2, 3, 4]),
+        ({"temperature": 2.0}, [0, 1, 2, 3, 4]),
+        ({"temperature": 0.5, "top_p": 0.6}, [0, 1]),  # of 0.55, 0.31 and less
+        ({"temperature": 0.5, "top_k": 3}, [0, 1, 2]),
     ):
         first = draws(log_p, 5000, **filters)[:, 0]
-        share = np.exp(log_p[allowed]) / np.exp(log_p[allowed]).sum()
+        share = np.exp(log_p[allowed] / filters.get("temperature", 1.0))
+        share /= share.sum()
         counts = np.bincount(first, minlength=5)
         assert counts.sum() == counts[allowed].sum()
         if len(allowed) > 1:
@@ -391,11 +534,10 @@ def test_filtered_and_banned_tokens_are_never_chosen(monkeypatch, filters, garba
         assert ((token_ids >= 0) & (token_ids < 24)).all()
         assert ((keys == -inf) == (log_probabilities == -inf)).all()
         before, examples, count = beams.tokens.copy(), beams.example.copy(), beams.step
-        rows = advance(beams, candidates)
+        advance(beams, candidates)
         for row, beam in zip(*np.nonzero(beams.sums > -inf)):
             live.append((int(beams.example[row]), beams.tokens[row, beam, : count + 1].tolist()))
         assert before.shape[0] == len(examples)
-        return rows
 
     monkeypatch.setattr(Beams, "advance", checked)
     paddle.seed(1)

@@ -10,7 +10,7 @@ FLOORS = [
     ["utils"],
     ["glm.trainer"],
     ["glm.arguments", "glm.callbacks", "glm.generation"],
-    ["glm.checks", "glm.cache"],
+    ["glm.checks", "glm.cache", "glm.candidates"],
     ["glm.memory", "glm.checkpoints", "glm.modeling", "glm.export", "data"],
     ["glm.lora", "glm.runs", "glm.optimizer"],
     ["glm.weights", "glm.outputs"],

@@ -30,8 +30,7 @@ from common import (
 
 from data import build_attention_mask
 from glm.arguments import GenerationArguments
-from glm.cache import decode_one_token, prefill
-from glm.generation import Beams, beam_search, best_candidates
+from glm.generation import Beams, Decoder, beam_search
 
 START, END = SpecialTokens.sop_token_id, SpecialTokens.eop_token_id
 
@@ -66,30 +65,21 @@ def ours(args, model=None):
         full = paddle.to_tensor(input_ids)
         everything = np.full(len(lengths), input_ids.shape[1])
         start = time.time()
-        cache = prefill(model, full, everything, args.beams, args.tokens)
+        decoder = Decoder(model, full, everything, START, generation(args))
         prefill_seconds = time.time() - start
-        source_mb = sum(layer[1].numel().item() * 8 for layer in cache.layers) / 2**20
+        layers = decoder.cache.layers
+        source_mb = sum(layer[1].numel().item() * 8 for layer in layers) / 2**20
         beams = Beams(len(lengths), generation(args), END)
         steps, products = [], []
         limit = matrix_products(model, args.batch_size * args.beams, args.batch_size * args.beams)
-        token_ids = paddle.full([args.batch_size, args.beams], START, dtype="int64")
-        while True:  # beam_search's loop, with a clock
+        while len(beams.example):  # beam_search's loop, with a clock
             start = time.time()
-            position_ids = paddle.to_tensor(
-                np.stack([everything - 2, np.full_like(everything, beams.step + 1)], 1)
-            )
-            logits = decode_one_token(model, cache, token_ids, position_ids)
-            origins = beams.advance(best_candidates(logits, beams.banned(), 2 * args.beams))
-            if len(origins):
-                cache.follow(origins)
-                token_ids = paddle.to_tensor(beams.tokens[:, :, beams.step - 1])
+            beams.advance(decoder.next_candidates(beams))
             steps.append(time.time() - start)
             start = time.time()
             limit()
             products.append(time.time() - start)
-            if not len(origins):
-                break
-        cache_mb = sum(layer[1].numel().item() * 8 for layer in cache.layers) / 2**20
+        cache_mb = sum(layer[1].numel().item() * 8 for layer in layers) / 2**20
     assert all(len(tokens) == args.tokens for ((tokens, _),) in results)
     return {
         "total": total,

@@ -1,0 +1,125 @@
+"""Candidates for the next token of every beam: the likeliest ones, or a draw."""
+
+from typing import NamedTuple
+
+import numpy as np
+import paddle
+import paddle.distributed as dist
+import paddle.nn.functional as F
+
+from glm.modeling import log_sum_exp
+
+
+class Candidates(NamedTuple):
+    """Hold the likely next tokens of every beam, numpy [A, K, M].
+
+    A beam with fewer than M possible tokens has keys and log-probabilities of -inf, with
+    some valid token id.
+    """
+
+    keys: np.ndarray  # float64: those with the largest keys are chosen
+    log_probabilities: np.ndarray  # float64
+    token_ids: np.ndarray  # int64
+
+
+def likeliest_tokens(logits, count, group=None):
+    """Find the ``count`` likeliest next tokens of every beam.
+
+    With tensor parallelism each process has a part of the logits. The likeliest of each part
+    are gathered, a few numbers a beam, and ``Beams.advance`` merges them.
+
+    Args:
+        logits: [N, V], or this process's part of V. group: of tensor parallelism.
+
+    Returns:
+        float64 [2, N, M], log-probabilities and token ids. One tensor, so that one copy
+        leaves the device: float64 holds any id.
+    """
+    logits = logits.astype("float32")
+    part_size = logits.shape[-1]
+    largest, token_ids = paddle.topk(logits, min(count, part_size))
+    log_probabilities = largest - _log_sum_exp(logits, largest, token_ids, group)
+    if group is not None:
+        token_ids = token_ids + group.rank * part_size
+    table = _stack(log_probabilities, token_ids)
+    return table if group is None else all_gather(table, group)
+
+
+def without_banned(table, banned):
+    """Return the Candidates that ``likeliest_tokens`` gave, without the banned tokens.
+
+    Args:
+        table: numpy float64 [2, A, K, M].
+        banned: int64 [N, 3], each a row, a beam and a token that is impossible there. The
+            other tokens' probabilities are not normalised again.
+    """
+    log_probabilities, token_ids = table[0], table[1].astype("int64")
+    row, beam, token = banned.T
+    ban, column = np.nonzero(token_ids[row, beam] == token[:, None])
+    log_probabilities[row[ban], beam[ban], column] = -np.inf
+    return Candidates(log_probabilities, log_probabilities, token_ids)
+
+
+def drawn_candidates(logits, banned, count, temperature=1.0, top_k=0, top_p=0.0):
+    """Return ``count`` next tokens of every beam, drawn without replacement, as Candidates.
+
+    A key is a log-probability plus Gumbel noise: the n largest are a draw of n without
+    replacement in proportion to the probabilities (Kool et al., arXiv 1903.06059).
+
+    Args:
+        logits: [A, K, V].
+        banned: int64 [N, 3], each a row, a beam and a token that is impossible there.
+        temperature: divides the logits that are drawn by. The log-probabilities, and so the
+            scores, stay the model's.
+        top_k, top_p: filters of the tempered probabilities, see GenerationArguments. A token
+            that they leave out is impossible.
+    """
+    logits = logits.astype("float32")
+    tempered = logits / temperature
+    whole, tempered_whole = (_log_sum_exp(x, *paddle.topk(x, 1)) for x in (logits, tempered))
+    if len(banned):
+        tempered[tuple(paddle.to_tensor(column) for column in banned.T)] = -float("inf")
+    minus_infinity = paddle.full([1], -float("inf"))
+    gumbel = -paddle.log(-paddle.log(paddle.uniform(logits.shape, min=1e-20, max=1.0)))
+    possible = tempered >= _lowest_logit_to_draw(tempered, top_k, top_p)
+    noisy = paddle.where(possible, tempered + gumbel, minus_infinity)
+    keys, token_ids = paddle.topk(noisy, min(count, logits.shape[-1]))
+    # On a GPU topk gives an entry of -inf any number for an index.
+    impossible = keys == -float("inf")
+    token_ids = paddle.where(impossible, paddle.zeros_like(token_ids), token_ids)
+    chosen = paddle.take_along_axis(logits, token_ids, axis=-1)
+    chosen = paddle.where(impossible, minus_infinity, chosen)
+    table = _stack(keys - tempered_whole, chosen - whole, token_ids).numpy()
+    return Candidates(table[0], table[1], table[2].astype("int64"))
+
+
+def _log_sum_exp(logits, largest, token_ids, group=None):
+    """Return the log-sum-exp of whole rows, [..., 1], given their largest logits, in order."""
+    likeliest = paddle.take_along_axis(F.softmax(logits), token_ids[..., :1], axis=-1)
+    return log_sum_exp(largest[..., :1], likeliest, group)[1]
+
+
+def _stack(*columns):
+    return paddle.stack([column.astype("float64") for column in columns])
+
+
+def all_gather(tensor, group):
+    """Return the parts of all processes, side by side in the last dimension."""
+    parts = []
+    dist.all_gather(parts, tensor, group)
+    return paddle.concat(parts, axis=-1)
+
+
+def _lowest_logit_to_draw(logits, top_k, top_p):
+    """Return the lowest logit of each row that top_k and top_p leave, [A, K, 1], ties included."""
+    lowest = paddle.full([*logits.shape[:-1], 1], -float("inf"))
+    if 0 < top_k < logits.shape[-1]:
+        lowest = paddle.topk(logits, top_k)[0][..., -1:]
+    if 0 < top_p < 1:
+        ordered = paddle.where(logits >= lowest, logits, paddle.full([1], -float("inf")))
+        ordered = paddle.sort(ordered, descending=True)
+        probabilities = F.softmax(ordered)
+        likelier = paddle.cumsum(probabilities, axis=-1) - probabilities  # held by likelier tokens
+        kept = paddle.where(likelier < top_p, ordered, paddle.full([1], float("inf")))
+        lowest = kept.min(-1, keepdim=True)
+    return lowest
