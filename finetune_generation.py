@@ -80,27 +80,18 @@ def run(model_args, data_args, generation, args, output=None):
     if output is None:
         check_output_dir(args, checkpoint)
         writes_model = args.do_train or model_args.merge_lora
-        check_other_models(
-            args.output_dir,
-            model=None if writes_model else name,
-            adapter_base=base if lora_config and writes_model else None,
-        )
+        adapter_base = base if lora_config and writes_model else None
+        check_other_models(args.output_dir, None if writes_model else name, adapter_base)
     config = load(AutoConfig, base, "config.json", adapter)
     check_config(config, base, data_args.src_length, generation, degree)
-    check_tokenizer_files(name)
-    tokenizer = load(GLMTokenizer, name, "tokenizer")  # PaddleNLP 3's AutoTokenizer has none
-    check_tokenizer(tokenizer, config, name)
-    check_target_length(tokenizer, generation.tgt_length)
-    train_dataset, dev_dataset, test_dataset = read_datasets(
-        tokenizer, data_args, generation.tgt_length, args
-    )
+    tokenizer = load_tokenizer(name, config, generation.tgt_length)
+    datasets = read_datasets(tokenizer, data_args, generation, args)
+    train_dataset, dev_dataset, test_dataset = datasets
     this_run = None
     if args.do_train:
-        check_accumulation(args, len(train_dataset))
         groups = (model_args, data_args, generation, args)
         this_run = describe_run(groups, base, adapter, lora_config, train_dataset)
         begin_run(args, this_run, checkpoint)
-    check_min_length(generation.min_tgt_length, train_dataset + dev_dataset)
     if lora_config:
         weights = adapter_weights(adapter, config, lora_config, args.seed)
     generated = dev_dataset + test_dataset
@@ -133,32 +124,41 @@ def run(model_args, data_args, generation, args, output=None):
     merge = model_args.merge_lora
     results = train_and_evaluate(trainer, checkpoint, merge, adapter, test_dataset)
     if model_args.export_torch:
-        if args.do_train and lora_config:
-            adapter = args.output_dir
-        elif args.do_train:
-            base = args.output_dir
+        if args.do_train:  # of what has just been written
+            base, adapter = (base, args.output_dir) if lora_config else (args.output_dir, None)
         export_torch(args.output_dir, base, config, tokenizer, lora_config, adapter)
     show_results(results, trainer.rows)
     names = written_files(model_args, args)
     logger.eval(f"done: in {args.output_dir} are {', '.join(names)}")
 
 
-def read_datasets(tokenizer, data_args, tgt_length, args):
+def load_tokenizer(name, config, tgt_length):
+    """Returns the tokenizer of the model ``name``. Raises InputError where it does not fit."""
+    check_tokenizer_files(name)
+    tokenizer = load(GLMTokenizer, name, "tokenizer")  # PaddleNLP 3's AutoTokenizer has none
+    check_tokenizer(tokenizer, config, name)
+    check_target_length(tokenizer, tgt_length)
+    return tokenizer
+
+
+def read_datasets(tokenizer, data_args, generation, args):
     """Returns the features of train, dev and test, lists, empty where the run needs none."""
 
     def read(split, source, limit):
         records = read_records(source, split, require_question=split != "test")[:limit]
-        quiet = args.disable_tqdm
-        return build_dataset(tokenizer, records, data_args.src_length, tgt_length, quiet)
+        lengths = (data_args.src_length, generation.tgt_length)
+        return build_dataset(tokenizer, records, *lengths, quiet=args.disable_tqdm)
 
     train_dataset, dev_dataset, test_dataset = [], [], []
     if args.do_train:
         train_dataset = read("train", data_args.task_name, data_args.max_train_samples)
+        check_accumulation(args, len(train_dataset))
     if args.do_eval:
         dev_dataset = read("dev", data_args.task_name, data_args.max_eval_samples)
     if args.do_predict and data_args.predict_file != "-":
         source = data_args.predict_file or data_args.task_name
         test_dataset = read("test", source, data_args.max_predict_samples)
+    check_min_length(generation.min_tgt_length, train_dataset + dev_dataset)
     return train_dataset, dev_dataset, test_dataset
 
 
