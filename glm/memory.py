@@ -80,16 +80,6 @@ class Setting:
         return self.batch_size * self.length**2 * 4 * (self.heads if on_cpu() else 1)
 
 
-def _loading_memory(setting, weights):
-    """Return the bytes on a CPU beside the ``weights`` (bytes) while they are loaded.
-
-    They are the file's, and the embeddings twice. Paddle 2.6.2 can't reset a peak, so
-    that this may be the peak of the whole run.
-    """
-    embeddings = setting.vocab_size * setting.config.hidden_size * 4
-    return weights + 2 * embeddings if on_cpu() and paddle.__version__.startswith("2.") else 0
-
-
 def _largest(peaks):
     """Return that pair of ``peaks``, a dict, whose sum is the largest."""
     return max(peaks.values(), key=sum)
@@ -144,10 +134,6 @@ def training_memory(setting):
         ),
         "first layer": (gradients, setting.mask_size + layer + layer_gradients),
         "update": (2 * clipped, 0),  # clipping makes all gradients anew
-        "loading": (
-            0,
-            _loading_memory(setting, weights) - optimizer,
-        ),  # there is no optimizer yet
     }
     gradients, activations = _largest(peaks)
     bytes_needed = {
@@ -187,7 +173,6 @@ def evaluation_memory(setting):
         "decoding": (caches, caches / layers + logits),
         "last layer of the loss": (0, setting.mask_size + last_layer),
         "loss": (0, setting.mask_size + hidden * layers + target_logits),
-        "loading": (0, _loading_memory(setting, weights)),
     }
     caches, activations = _largest(peaks)
     bytes_needed = {"weights": weights, "caches": caches, "activations": activations}

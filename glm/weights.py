@@ -175,8 +175,9 @@ def fill(model, parts, saved_degree):
         for name in names:
             arrays, weight = [part[name] for part in parts], weights[name]
             array = convert(name, arrays)
-            if list(array.shape) != weight.shape:
-                raise ValueError(f"its {name} is {list(array.shape)}, where this run has {weight.shape}")
+            saved_shape, shape = list(array.shape), list(weight.shape)
+            if saved_shape != shape:
+                raise ValueError(f"its {name} is {saved_shape}, where this run has {shape}")
             saved, dtype = saved_dtype(array), str(weight.dtype).split(".")[-1]
             if saved != dtype:
                 casts.add((saved, dtype))

@@ -79,12 +79,13 @@ def save_model(folder, layers, width):
 
 
 def load_model(folder):
-    from paddlenlp.transformers import AutoModelForConditionalGeneration
+    from paddlenlp.transformers import AutoConfig
 
+    from glm import weights
     from glm.device import use_the_whole_cpu
 
     use_the_whole_cpu()
-    return AutoModelForConditionalGeneration.from_pretrained(folder)
+    return weights.load_model(folder, AutoConfig.from_pretrained(folder))
 
 
 def matrix_products(model, rows, head_rows, backward=False):
