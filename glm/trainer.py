@@ -137,6 +137,10 @@ class ResumableTrainer(Trainer):
     def load_finished(self, checkpoint, state):
         """Load the weights of a run that had come to its end: the Trainer would go a step further."""
         best, self.state = state.best_model_checkpoint, state
+        run = self.checkpoints.run
+        # What the weights were trained on is what the checkpoint says, not what this run has.
+        trained_by = read_mark(checkpoint).get("run", {})
+        self.checkpoints.run = {**run, **trained_by, "id": run["id"], "parent": run["parent"]}
         if best:
             best = self.checkpoints.find_best(best, self.args.output_dir)
             state.best_model_checkpoint = best
@@ -178,7 +182,7 @@ class ResumableTrainer(Trainer):
         steps = step - self.first_step
         metrics["train_loss"] *= step / steps
         for name in ("train_samples_per_second", "train_steps_per_second"):
-            metrics[name] *= steps / self.state.max_steps
+            metrics[name] = round(metrics[name] * steps / self.state.max_steps, 4)
         metrics["train_first_step"], metrics["train_last_step"] = self.first_step + 1, step
         metrics["train_skipped_steps"] = self.check_finite.skipped
         tokens_per_second = self.train_tokens / metrics["train_runtime"]
