@@ -215,6 +215,11 @@ def adapter(folder, printed):
     predictions(3)(folder, printed)
 
 
+def exported(folder, printed):
+    names = {path.name for path in (folder / "out/torch").iterdir()}
+    assert {"model.safetensors", "config.json", "cog-pretrain.model"} <= names
+
+
 def piped(folder, printed):
     assert [bool(row["token_ids"]) for row in read_jsonl(folder / "answers.jsonl")] == [True] * 3
 
@@ -273,6 +278,7 @@ ROWS = [
     ),
     Row("echo", check=prints('"answer": "1205米"', '"prediction": "'), slow=False),
     Row(f"{SCRIPT} --model_name_or_path ./my_model", SHORT, predictions(3, "test"), slow=False),
+    Row(f"{SCRIPT} --model_name_or_path ./my_model --export_torch", check=exported, slow=False),
     Row("cat ./my_data/test.json", check=piped, slow=False),
     Row(f"{SCRIPT} --model_name_or_path ./checkpoints/glm-10b-lora --merge_lora", run=merge),
     Row(f"{LAUNCH} {CARDS} finetune_generation.py {LARGE}", check=whole_model(3, shortest=55)),
