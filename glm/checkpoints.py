@@ -132,7 +132,7 @@ def where_to_resume(args):
 
 
 def find_last_checkpoint(args, lora):
-    """The checkpoint to resume from, or None: the one that is given, or the last whole one of output_dir.
+    """The checkpoint to resume from, given or the last whole one of output_dir, or None.
 
     ``lora`` (bool): whether this run trains an adapter.
     """
@@ -153,7 +153,7 @@ def find_last_checkpoint(args, lora):
 
 
 def _check_files(checkpoint, lora):
-    """Raise InputError where a checkpoint lacks a file that this run, of an adapter or not, goes on with."""
+    """Raise InputError where a checkpoint lacks a file that the run goes on with."""
     weights = "lora_model_state*" if lora else "model[-_]*"
     for pattern in (weights, "optimizer[-.]*", "scheduler.pdparams", "trainer_state.json"):
         if not any(Path(checkpoint).glob(pattern)):
@@ -179,15 +179,18 @@ def _check_layout(checkpoint, degree):
 
 
 def keep_records_a_step(args, records):
-    """Let each update be of as many ``records`` as before (int, or None), or the order of the data would be another."""
+    """Let each update be of as many ``records`` as before, int, or None where that is not known.
+
+    With others the order of the data would be another.
+    """
     now = args.records_a_step
     if records in (None, now):
         return
     passes = now // args.gradient_accumulation_steps
     if records % passes:
         logger.warning(
-            f"the checkpoint's steps are of {records} records and this run's of {now}: the order of the data, the "
-            "schedule and the number of steps become this run's"
+            f"the checkpoint's steps are of {records} records and this run's of {now}: "
+            "the order of the data, the schedule and the number of steps become this run's"
         )
         return
     args.gradient_accumulation_steps = records // passes
@@ -299,14 +302,14 @@ class WholeCheckpoints(TrainerCallback):
         self.folder = None
 
     def _make_state_readable(self):
-        """Take out of the trainer's state what PaddleNLP 3 adds, neither needs, and PaddleNLP 2 refuses."""
+        """Take out of the trainer's state what PaddleNLP 3 adds and PaddleNLP 2 refuses."""
         path = Path(self.folder, "trainer_state.json")
         state = json.loads(path.read_text(encoding="utf-8"))
         if state.pop("consumed_samples", None) is not None:
             path.write_text(json.dumps(state, indent=2, sort_keys=True), encoding="utf-8")
 
     def _remove_old_ones(self, output_dir, best):
-        """Remove what is over the limit: first what another run or no mark is of, then by their steps."""
+        """Remove what is over the limit: torn ones and another run's first, then by step."""
         checkpoints = list(Path(output_dir).glob("checkpoint-*[0-9]"))
         kept = {Path(self.folder), Path(best or self.folder)}
 

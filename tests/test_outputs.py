@@ -1,4 +1,4 @@
-"""What stands in output_dir is of one model: all of it, also after a kill, and nothing of the model before it."""
+"""What stands in output_dir is of one model, also after a kill, and nothing of the model before it."""
 
 import json
 import shutil
