@@ -349,6 +349,8 @@ def test_one_order_of_batches_on_any_layout(group_by_length):
     assert all(value == steps[8, 1] for value in steps.values())
     seen = np.concatenate([step[0] for step in steps[8, 1]])
     assert len(seen) == 904 and set(seen) == set(range(901))  # three records fill up the last batch
+    targets = [sum(length // 9 for length in lengths[step[0]]) for step in steps[8, 1]]
+    assert samplers[0].target_tokens.tolist() == targets
 
 
 def test_batches_are_alike_in_length_and_new_each_epoch():

@@ -233,3 +233,13 @@ def test_a_kill_between_the_moves_is_made_good_by_whoever_reads(tmp_path, data):
     assert not (out / UNFINISHED / outputs.REPLACED).exists() and not (out / "eval_results.json").exists()
     run(*args, *flags_again, "--do_eval")
     assert loss(tmp_path / "one") == pytest.approx(loss(out), abs=1e-5) != pytest.approx(before, abs=1e-3)
+
+
+def test_a_file_is_written_whole_or_not_at_all(tmp_path):
+    (tmp_path / "file").write_text("before")
+    (tmp_path / "file.tmp").symlink_to("/dev/full")  # every write: no space left on device
+    with pytest.raises(OSError, match="No space left"):
+        outputs.write_whole(tmp_path / "file", "after")
+    assert names(tmp_path) == {"file"} and (tmp_path / "file").read_text() == "before"
+    outputs.write_whole(tmp_path / "file", "after")
+    assert names(tmp_path) == {"file"} and (tmp_path / "file").read_text() == "after"
