@@ -64,7 +64,8 @@ def test_defaults(monkeypatch):
 # A value on either side of each limit that is refused, with what has to stand beside it.
 OUTSIDE = """
     label_smoothing 1 -0.1 nan, lr_decay_ratio -0.1 1.1, src_length 0, tgt_length 0, min_tgt_length -1,
-    num_beams 0, length_penalty inf, no_repeat_ngram_size -1, top_k -1, top_p -0.1 1.5, temperature 0 -1 nan, learning_rate -1e-5,
+    num_beams 0, length_penalty inf, no_repeat_ngram_size -1, top_k -1, top_p -0.1 1.5,
+    temperature 0 -1 nan, learning_rate -1e-5,
     num_train_epochs 0, max_steps 0, warmup_ratio 2 nan, warmup_steps -1, weight_decay -1, adam_beta2 1,
     adam_epsilon 0, max_grad_norm -1, per_device_train_batch_size 0, per_device_eval_batch_size 0,
     gradient_accumulation_steps 0, logging_steps 0, save_steps 0, eval_steps 0, save_total_limit 0,
