@@ -79,8 +79,9 @@ def release_pages(array):
     """Take the pages of the file that ``array`` is mapped to out of this process's memory."""
     while isinstance(array, np.ndarray):
         array = array.base
-    if isinstance(array, memoryview) and isinstance(array.obj, mmap.mmap):
-        array.obj.madvise(mmap.MADV_DONTNEED)
+    file = array.obj if isinstance(array, memoryview) else array
+    if isinstance(file, mmap.mmap):
+        file.madvise(mmap.MADV_DONTNEED)
 
 
 def read_file(path):
