@@ -52,7 +52,7 @@ class Setting:
 
     @property
     def weight_size(self):
-        """Size of one weight, and of one number of the hidden states: autocast keeps their sums in float32."""
+        """Size of one weight, and of one number of the hidden states: autocast sums them in float32."""
         return 2 if self.precision == "O2" else 4
 
     @property

@@ -73,7 +73,7 @@ def name_optimizer_state(saved, model, masters, updated):
 
 
 def read_optimizer_state(checkpoint, optimizer, model, names, master_weights):
-    """Read what the ``optimizer`` of this process goes on with, from a checkpoint of any precision and layout.
+    """Read what this process's ``optimizer`` goes on with, of any precision and layout.
 
     Where the checkpoint has master weights, the model's weights are set to them, which
     are more exact. Where it has none and this run does, they are made of the

@@ -126,7 +126,7 @@ def check_files(name, count):
 
 
 def with_prefix(arrays):
-    """Return the arrays by a GLMForConditionalGeneration's names, which files of a GLMModel lack the prefix of."""
+    """Return the arrays by a GLMForConditionalGeneration's names; files of a GLMModel lack their prefix."""
     return {name if name.startswith("glm.") else f"glm.{name}": array for name, array in arrays.items()}
 
 

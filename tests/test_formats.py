@@ -388,7 +388,7 @@ def test_an_export_that_fails_leaves_the_one_before_it(tmp_path, tokenizer, monk
 
 
 def test_the_script_hands_on_what_it_trained(tmp_path):
-    """A whole model, an adapter, and that adapter's folder alone: read again, all predict what was evaluated."""
+    """A whole model, an adapter, that adapter's folder alone: read again, all predict what was evaluated."""
     common = ["--task_name", MINI, *FAST, "--max_eval_samples", 3]
     train = ["--do_train", "--do_eval", "--max_train_samples", 8, "--max_steps", 2]
     for name, flags in (("whole", []), ("adapter", ["--lora", "True"])):

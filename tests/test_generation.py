@@ -1,4 +1,4 @@
-"""Cached decoding against the model's plain forward, beam search against exhaustive search and plain loops."""
+"""Cached decoding against the model's plain forward, beam search against exhaustive search and loops."""
 
 import itertools
 from math import inf
@@ -230,10 +230,11 @@ def test_candidates(select_topk):
 
 
 def test_draws_are_ranked_by_their_sums():
-    """Drawn by their keys, then ranked by log-probability: which of them are the first num_beams depends on it."""
+    """Drawn by their keys, then ranked by log-probability, on which the first num_beams depend."""
     generation = generation_arguments(num_beams=2, select_topk=False, length_penalty=0.0)
     beams = Beams(1, generation, END)
-    # The first beam's candidates: keys say 3, END, 4, 5, 6 (6 is not drawn); log-probabilities say 5, 4, 3, END.
+    # The first beam's candidates: keys say 3, END, 4, 5, 6 (6 is not drawn); log-probabilities say 5, 4,
+    # 3, END.
     keys, log_p = [9.0, 8.0, 7.0, 6.0, 5.0], [-3.0, -4.0, -2.0, -1.0, -0.5]
     dead = [-np.inf] * 5
     token_ids = np.array([[[3, END, 4, 5, 6], [0] * 5]])
@@ -297,8 +298,10 @@ def test_a_cache_that_grows_while_examples_leave(monkeypatch, growth):
     _, input_ids, lengths = make_sources((9, 5, 12, 7))
     model = louder_end(random_glm(1, num_layers=2))
     generation = generation_arguments(tgt_length=11, num_beams=3, no_repeat_ngram_size=2)
-    expected = [best_hypotheses(model, input_ids[i : i + 1, :n], lengths[i : i + 1], generation, START, END)[0]
-                for i, n in enumerate(lengths.tolist())]  # fmt: skip
+    expected = [
+        best_hypotheses(model, input_ids[i : i + 1, :n], lengths[i : i + 1], generation, START, END)[0]
+        for i, n in enumerate(lengths.tolist())
+    ]
     monkeypatch.setattr("glm.generation.GROWTH", growth)
     for (tokens, score), (expected_tokens, expected_score) in zip(
         best_hypotheses(model, input_ids, lengths, generation, START, END), expected
@@ -369,7 +372,7 @@ def test_wide_beams_find_what_exhaustive_search_finds(length_penalty, no_repeat_
 
 
 def loop_beam_search(model, source, generation):
-    """One example, one beam at a time, from lists and plain forwards: DESIGN's rules, as they are told there."""
+    """One example, one beam at a time, from lists and plain forwards: the rules of THUDM/GLM."""
     num_beams, penalty = generation.num_beams, generation.length_penalty
     running, finished = [(0.0, ())], []
     for step in range(generation.tgt_length):
@@ -511,7 +514,7 @@ def test_drawn_beams_keep_the_rules_and_repeat_with_the_seed():
 @pytest.mark.parametrize("filters", [{"top_k": 1}, {"top_k": 3}, {"top_p": 0.5}, {"top_k": 4, "top_p": 0.7}])
 @pytest.mark.parametrize("garbage", [False, True])  # as topk's ids of -inf entries are on a GPU
 def test_filtered_and_banned_tokens_are_never_chosen(monkeypatch, filters, garbage):
-    """Every live beam's last token is one that its parent's distribution leaves after the filters, and not banned."""
+    """Every live beam's last token is one that its parent's distribution leaves, and not banned."""
     topk = paddle.topk
 
     def gpu_topk(values, k):

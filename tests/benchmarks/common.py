@@ -34,8 +34,8 @@ class SpecialTokens:
 def make_dataset(count, seed=0):
     """Features of random ids with DuReaderQG's lengths.
 
-    Contexts have 292 characters on average, questions 9, answers 5. The published tokenizer takes about 1.8 characters
-    of running text a token, 9 tokens for the source's fixed words and 7 for the target's.
+    Contexts have 292 characters on average, questions 9, answers 5. The published tokenizer takes about
+    1.8 characters of running text a token, 9 tokens for the source's fixed words, 7 for the target's.
     """
     import numpy as np
 
@@ -89,7 +89,7 @@ def load_model(folder):
 
 
 def matrix_products(model, rows, head_rows, backward=False):
-    """Every weight's product at these numbers of rows, and nothing else; with backward also those of its gradients."""
+    """Every weight's product at these numbers of rows; with backward also those of its gradients."""
     import paddle
 
     weights = []
@@ -130,7 +130,8 @@ def reset_peak():
 
 def children(args, workers):
     """Run each worker in a process of its own on the same weights. Returns {worker: what it printed}."""
-    # As this process began: importing paddle has set OMP_NUM_THREADS to 1, which a child would take for the user's.
+    # As this process began: importing paddle has set OMP_NUM_THREADS to 1, which a child would take for
+    # the user's.
     with open("/proc/self/environ") as file:
         environment = dict(line.split("=", 1) for line in file.read().split("\0") if "=" in line)
     results = {}

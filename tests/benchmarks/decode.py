@@ -3,9 +3,9 @@
 python tests/benchmarks/decode.py [--layers 24]                one table, with the ratios and the limit
 python tests/benchmarks/decode.py --growth                     how a step's time and memory grow
 
-PaddleNLP's recipe pads every source to 608 tokens; ours pads to the batch's longest. Step times are taken at 608 on
-both sides, the mean of all steps; PaddleNLP's, which grow with every token, of the first --peer_tokens alone. Both have
-the CPU set up as in device.use_the_whole_cpu.
+PaddleNLP's recipe pads every source to 608 tokens; ours pads to the batch's longest. Step times are taken
+at 608 on both sides, the mean of all steps; PaddleNLP's, which grow with every token, of the first
+--peer_tokens alone. Both have the CPU set up as in device.use_the_whole_cpu.
 """
 
 import json
@@ -180,13 +180,19 @@ def main():
     rows = [
         ["PaddleNLP generate()", f"{peer_speed:.2f}", f"{peer['step'] * 1e3:.0f}", f"{peer['peak']:.0f}"],
         ["ours", f"{speed:.2f}", f"{own['step'] * 1e3:.1f}", f"{own['peak']:.0f}"],
-        ["ratio", f"{speed / peer_speed:.1f}", f"{peer['step'] / own['step']:.1f}",
-         f"{peer['peak'] / own['peak']:.2f}"],
+        [
+            "ratio",
+            f"{speed / peer_speed:.1f}",
+            f"{peer['step'] / own['step']:.1f}",
+            f"{peer['peak'] / own['peak']:.2f}",
+        ],
         ["matrix products alone", "", f"{own['limit'] * 1e3:.1f}", ""],
         ["ours / products", "", f"{own['step'] / own['limit']:.2f}", ""],
-    ]  # fmt: skip
-    print(f"{args.layers} layers, batch {args.batch_size}, {args.beams} beams, {args.tokens} tokens; "
-          f"prefill of ours at {args.source} tokens {own['prefill']:.2f} s")  # fmt: skip
+    ]
+    print(
+        f"{args.layers} layers, batch {args.batch_size}, {args.beams} beams, {args.tokens} tokens; "
+        f"prefill of ours at {args.source} tokens {own['prefill']:.2f} s"
+    )
     print_table(["", "tokens/s", f"step ms at {args.source}", "peak MB"], rows)
 
 

@@ -1,11 +1,12 @@
 """The memory that a process needs: as estimated before a run, and at its peak.
 
 python tests/benchmarks/memory.py              GB a card of GLM-Large and GLM-10B, and which cards that fits
-python tests/benchmarks/memory.py --check      estimates beside peaks, and full training beside LoRA, side by side
+python tests/benchmarks/memory.py --check      estimates beside peaks, full training beside LoRA
 
-The table is what memory.training_memory and memory.evaluation_memory give for batch 2, source 608, target 160,
-recompute, fp16 O2 and 5 beams, without what the device's libraries take for themselves. A card is said to fit where its
-GiB hold 1 GB more than that. The check runs each setting in a process of its own, in float32 and on this machine.
+The table is what memory.training_memory and memory.evaluation_memory give for batch 2, source 608, target
+160, recompute, fp16 O2 and 5 beams, without what the device's libraries take for themselves. A card is said
+to fit where its GiB hold 1 GB more than that. The check runs each setting in a process of its own, in
+float32 and on this machine.
 """
 
 import json
@@ -112,13 +113,22 @@ def check(args):
         dataset.append({**features, "index": index})
     with tempfile.TemporaryDirectory() as folder:
         trainer = GLMTrainer(
-            model=model, train_dataset=dataset, data_collator=DataCollator(SpecialTokens.pad_token_id),
+            model=model,
+            train_dataset=dataset,
+            data_collator=DataCollator(SpecialTokens.pad_token_id),
             args=GLMTrainingArguments(
-                output_dir=folder, max_steps=3, save_strategy="no", logging_steps=1, recompute="recompute" in flags,
-                per_device_train_batch_size=args.batch_size, report_to="none", disable_tqdm=True, log_level="warning",
+                output_dir=folder,
+                max_steps=3,
+                save_strategy="no",
+                logging_steps=1,
+                recompute="recompute" in flags,
+                per_device_train_batch_size=args.batch_size,
+                report_to="none",
+                disable_tqdm=True,
+                log_level="warning",
             ),
             generation=GenerationArguments(),
-        )  # fmt: skip
+        )
         setting = memory.Setting(
             model.config,
             args.batch_size,

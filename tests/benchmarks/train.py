@@ -2,10 +2,10 @@
 
 python tests/benchmarks/train.py [--layers 24]
 
-PaddleNLP's recipe pads every record to 608 + 160 tokens, computes logits at every position and takes its own loss; here
-without label smoothing, whose log_softmax on a CPU would flatter us. Ours groups records by length, pads to the batch's
-longest, and computes logits at target positions alone, with label smoothing. Both run AdamW without recompute, and have
-the CPU set up as in device.use_the_whole_cpu.
+PaddleNLP's recipe pads every record to 608 + 160 tokens, computes logits at every position and takes its own
+loss; here without label smoothing, whose log_softmax on a CPU would flatter us. Ours groups records by
+length, pads to the batch's longest, and computes logits at target positions alone, with label smoothing.
+Both run AdamW without recompute, and have the CPU set up as in device.use_the_whole_cpu.
 """
 
 import json
@@ -74,8 +74,13 @@ def paddlenlp(args, model, dataset):
             position_ids[row, 0] = np.where(column < SRC_LENGTH, column, source - 2)
             position_ids[row, 1, SRC_LENGTH:] = np.arange(1, TGT_LENGTH + 1)
             labels[row, SRC_LENGTH:end], loss_mask[row, SRC_LENGTH:end] = feature["labels"], 1
-        return {"input_ids": input_ids, "position_ids": position_ids, "attention_mask": mask.astype("float32"),
-                "labels": labels, "loss_mask": loss_mask}  # fmt: skip
+        return {
+            "input_ids": input_ids,
+            "position_ids": position_ids,
+            "attention_mask": mask.astype("float32"),
+            "labels": labels,
+            "loss_mask": loss_mask,
+        }
 
     size = args.batch_size
     batches = [pad(dataset[start * size : (start + 1) * size]) for start in range(args.peer_steps + 1)]
@@ -106,8 +111,12 @@ def ours(args, model, dataset):
         products()
         limit += time.time() - start
     tokens = np.mean([batch["input_ids"].size / size for batch in batches[1:]])
-    return {"speed": len(chosen) * size / sum(seconds), "peak": peak, "limit": len(chosen) * size / limit,
-            "tokens": tokens}  # fmt: skip
+    return {
+        "speed": len(chosen) * size / sum(seconds),
+        "peak": peak,
+        "limit": len(chosen) * size / limit,
+        "tokens": tokens,
+    }
 
 
 def main():
