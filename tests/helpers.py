@@ -84,6 +84,7 @@ FORK.set_forkserver_preload(["helpers"])
 def run_script(args, log, folder, environment):
     """The script, in a process that was just forked; standard error goes to the file ``log``."""
     os.setsid()
+    multiprocessing.set_start_method("fork", force=True)  # as in any other process of the script
     signal.alarm(180)  # for a test that fails and forgets it
     os.chdir(folder)
     os.environ.clear()
