@@ -32,8 +32,10 @@ def test_lines_where_there_is_no_terminal(tmp_path):
     assert lines[-1].endswith(
         f"done: in {tmp_path} are eval_results.json, eval_predictions.jsonl, model_state.pdparams"
     )
-    # Nothing of PaddleNLP's; the results, and of three records answer, prediction and reference.
-    assert len(lines) < 12 + 10 + 9 and sum("prediction  " in line for line in lines) == 3
+    # Nothing of PaddleNLP's; the results, and of three records answer, prediction and reference. Paddle 3
+    # warns at its import.
+    logged = [line for line in lines if line.startswith("[")]
+    assert len(logged) < 12 + 10 + 9 and sum("prediction  " in line for line in logged) == 3
     assert list((tmp_path / "runs").rglob("vdlrecords*"))
 
 
