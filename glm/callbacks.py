@@ -74,7 +74,8 @@ class Curves(VisualDLCallback):
 
     def on_evaluate(self, args, state, control, **kwargs):
         rows = [row for row in self.get_rows() if row["rougel"] is not None]
-        if not (rows and state.is_world_process_zero):
+        # By args: without training the Trainer's state takes every process for the first.
+        if not rows or args.process_index != 0:
             return
         if self.vdl_writer is None:  # nothing was trained
             self._init_summary_writer(args)  # PaddleNLP's: in logging_dir
