@@ -257,8 +257,8 @@ class WholeCheckpoints(TrainerCallback):
         """The path of the best checkpoint, str, which the run ``recorded``; None where it is gone.
 
         A folder may have been moved since: it is looked for beside the checkpoint that
-            the run goes on from, then in output_dir, then where it was. All processes
-            have to call it.
+        the run goes on from, then in output_dir, then where it was. All processes
+        have to call it.
         """
         name = Path(recorded).name
         folders = [Path(self.resumed).parent] if self.resumed else []

@@ -87,10 +87,10 @@ def finishing(output_dir, replaces=()):
     """Yield the path of an empty folder, whose files are moved to ``output_dir`` when the block ends.
 
     All of them are moved or none, also if the run is killed: see the top of this file.
-        What matches the patterns ``replaces`` in output_dir, and is not among them, goes
-        in the same move. The folder holds a copy of all_results.json, to which results
-        are added, unless that is replaced. An OSError within takes the folder away. All
-        processes have to enter and leave.
+    What matches the patterns ``replaces`` in output_dir, and is not among them, goes
+    in the same move. The folder holds a copy of all_results.json, to which results
+    are added, unless that is replaced. An OSError within takes the folder away. All
+    processes have to enter and leave.
     """
     folder, first = Path(output_dir, UNFINISHED), dist.get_rank() == 0
     if first:

@@ -86,7 +86,7 @@ def _fingerprint_weights(folders):
     """BLAKE2b of the files of weights in ``folders``, str; None where one of them is no folder.
 
     Of a large file it takes SAMPLES parts that lie evenly in it: a model's training
-        changes all.
+    changes all.
     """
     digest = hashlib.blake2b(digest_size=16)
     for folder in folders:
