@@ -196,8 +196,9 @@ def memory_metrics(kind, estimate, peak):
     """Return a run's results about memory, in GB, dict. All processes have to call it.
 
     Args:
-        kind (str): train, eval or test. estimate (int): bytes, or None. peak (int):
-        bytes of this process, or None; the largest process's is what the results hold.
+        kind (str): train, eval or test.
+        estimate (int): bytes, or None.
+        peak (int): bytes of this process, or None. The results hold the largest process's.
     """
     peak = max((peak for peak in gather_objects(peak) if peak is not None), default=None)
     sizes = {"estimated": estimate, "peak": peak}

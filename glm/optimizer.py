@@ -22,13 +22,11 @@ def sort_optimizer_state(parts, names, convert, updated):
 
     Args:
         parts (list of dict): what the optimizers of the checkpoint's processes held, as
-        ``read_parts`` gives
-            them. A moment is called by the weight's name there or, with master weights,
-            by the master's.
-        names (dict): the model's name of each weight by its name there. convert: as
-        ``convert_layout`` gives it. updated (set): the model's names of the weights
-        whose moments
-            this process needs.
+            ``read_parts`` gives them. A moment is called by the weight's name there or,
+            with master weights, by the master's.
+        names (dict): the model's name of each weight by its name there.
+        convert: as ``convert_layout`` gives it.
+        updated (set): the model's names of the weights whose moments this process needs.
     """
     moments, masters = {}, {}
     for saved_name, value in parts[0].items():
@@ -52,9 +50,9 @@ def name_optimizer_state(saved, model, masters, updated):
     weight where it has one.
 
     Args:
-        masters (dict): arrays by the model's names, those of which this run has master
-        weights. updated (set): the model's names of the weights that this process's
-        optimizer updates.
+        masters (dict): arrays by the model's names, of the weights with a master here.
+        updated (set): the model's names of the weights that this process's optimizer
+            updates.
     """
     state, master_weights = {"LR_Scheduler": saved.scheduler}, {}
     for key, weight in model.state_dict().items():
@@ -81,9 +79,8 @@ def read_optimizer_state(checkpoint, optimizer, model, names, master_weights):
 
     Args:
         names (dict): the model's name of each weight by the name in the checkpoint's
-        state, or None where
-            both are of one layout. master_weights (bool): whether this run's optimizer
-            has them.
+            state, or None where both are of one layout.
+        master_weights (bool): whether this run's optimizer has them.
 
     Returns:
         dict, as the optimizer's set_state_dict takes it.
