@@ -52,9 +52,10 @@ def export_torch(output_dir, base, config, tokenizer, lora_config=None, adapter=
     The folder is written whole or not at all, by the first process.
 
     Args:
-        base (str): the model to read, a folder or a published name. config (GLMConfig):
-        of the base. lora_config (LoRAConfig), adapter (str): of the adapter that is
-        merged, and its folder, or None.
+        base (str): the model to read, a folder or a published name.
+        config (GLMConfig): of the base.
+        lora_config (LoRAConfig), adapter (str): of the adapter that is merged, and its
+            folder, or None.
 
     Raises:
         InputError: where the base or the adapter can't be read.

@@ -36,8 +36,8 @@ def load(loader, name, what, adapter=None):
     """Return ``loader.from_pretrained(name)``.
 
     Args:
-        what (str): what is loaded, for a message. adapter (str): the folder whose base
-        ``name`` is, or None.
+        what (str): what is loaded, for a message.
+        adapter (str): the folder whose base ``name`` is, or None.
 
     Raises:
         InputError: where it can't be loaded.
@@ -61,9 +61,9 @@ def open_model(name, config, dtype="float32", degree=1, rank=0, adapter=None):
     """Find the files of the GLM ``name``, and make the model without its weights.
 
     Args:
-        config (GLMConfig): its config. dtype (str): of its weights here. degree, rank
-        (int): of tensor parallelism. adapter (str): the folder whose base it is, or
-        None.
+        config (GLMConfig): its config. dtype (str): of its weights here.
+        degree, rank (int): of tensor parallelism.
+        adapter (str): the folder whose base it is, or None.
 
     Returns:
         the model; arrays and a degree, as ``fill`` takes them.
@@ -235,10 +235,10 @@ def join_parts(parts, axis, by_head, heads):
     """Return the whole weight of which tensor-parallel processes have the ``parts``.
 
     Args:
-        axis (int): which is split. by_head (bool): whether the outputs are [q k v] of
-        one head after the
-            other in the parts, and all q, all k, all v in the whole. heads (int): of
-            all processes.
+        axis (int): which is split.
+        by_head (bool): whether the outputs are [q k v] of one head after the other in the
+            parts, and all q, all k, all v in the whole.
+        heads (int): of all processes.
     """
     whole = np.concatenate(parts, axis)
     if not by_head:
