@@ -4,12 +4,11 @@ import numpy as np
 import paddle
 import paddle.nn.functional as F
 
-from glm.device import on_cpu
+from glm.device import captures, on_cpu
 from glm.modeling import (
     MASKED,
     additive_mask,
     attend,
-    captures,
     forward,
     laid_out_by_head,
     split_heads,

@@ -4,9 +4,9 @@ from typing import NamedTuple
 
 import numpy as np
 import paddle
-import paddle.distributed as dist
 import paddle.nn.functional as F
 
+from glm.device import all_gather
 from glm.modeling import log_sum_exp
 
 
@@ -101,13 +101,6 @@ def _log_sum_exp(logits, largest, token_ids, group=None):
 
 def _stack(*columns):
     return paddle.stack([column.astype("float64") for column in columns])
-
-
-def all_gather(tensor, group):
-    """Return the parts of all processes, side by side in the last dimension."""
-    parts = []
-    dist.all_gather(parts, tensor, group)
-    return paddle.concat(parts, axis=-1)
 
 
 def _lowest_logit_to_draw(logits, top_k, top_p):

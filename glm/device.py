@@ -1,11 +1,15 @@
-"""The device in use and what it can do; a CPU made fast."""
+"""The device in use and what it can do: CUDA graphs, collectives, a CPU made fast."""
 
 import contextlib
 import ctypes
+import functools
 import os
 from pathlib import Path
 
 import paddle
+import paddle.distributed as dist
+from paddle.device.cuda.graphs import CUDAGraph, is_cuda_graph_supported
+from paddle.framework import _current_expected_place
 from paddlenlp.utils.log import logger
 
 from glm.errors import InputError
@@ -87,6 +91,89 @@ def supports_dtype(name):
         least = {"float16": (7, 0), "bfloat16": (8, 0)}[name]
         return paddle.device.cuda.get_device_capability() >= least
     return kind != "cpu" and getattr(paddle.amp, f"is_{name}_supported")()
+
+
+def captures():
+    """Return whether the device in use captures CUDA graphs."""
+    return paddle.get_device().startswith("gpu") and is_cuda_graph_supported()
+
+
+class Replayed:
+    """Capture a function in CUDA graphs at its first call, and replay them at each.
+
+    The function has no arguments. It reads tensors that are changed in place between the
+    calls, and returns tensors that every call writes anew. Within it nothing may be copied
+    to the device or read from it. A collective ends one graph, and the next begins behind
+    it: Paddle's own process groups do not let themselves be captured everywhere. Where the
+    device captures nothing, or fails to, the function is called as it is.
+    """
+
+    capturing = None  # the one whose function is being captured
+    failed = False  # whether a capture has failed: none is tried again
+
+    def __init__(self, function):
+        self.function = function
+        self.parts = None  # graphs, and the collectives between them, as functions
+
+    def __call__(self):
+        if not captures() or Replayed.failed:
+            return self.function()
+        if self.parts is None:
+            try:
+                self._capture()
+            except (OSError, RuntimeError, ValueError) as error:  # those that Paddle raises
+                Replayed.failed = True
+                reason = str(error).strip().splitlines()[-1]
+                logger.warning(f"going on without CUDA graphs, more slowly: {reason}")
+                return self.function()
+        for part in self.parts:
+            part()
+        return self.outputs
+
+    def _capture(self):
+        self.parts, Replayed.capturing = [], self
+        self._begin()
+        try:
+            self.outputs = self.function()
+        finally:  # or all that follows would be captured too
+            Replayed.capturing = None
+            self._end()
+
+    def _begin(self):
+        # Without a place Paddle takes the first card, whichever is in use. There is no
+        # public name for the place in use.
+        self.graph = CUDAGraph(_current_expected_place())
+        self.graph.capture_begin()
+
+    def _end(self):
+        self.graph.capture_end()
+        self.parts.append(self.graph.replay)
+
+    def between_graphs(self, function):
+        self._end()
+        self.parts.append(function)
+        self._begin()
+
+
+def _collective(function, *args, **kwargs):
+    """Call ``function`` now, or in a capture at each replay."""
+    if Replayed.capturing is None:
+        function(*args, **kwargs)
+    else:
+        Replayed.capturing.between_graphs(functools.partial(function, *args, **kwargs))
+
+
+def all_reduce(tensor, group, op=dist.ReduceOp.SUM):
+    """Reduce a tensor over the processes of ``group``, in place."""
+    # In the stream of the operators, so that no stream waits for another.
+    _collective(dist.stream.all_reduce, tensor, op, group, use_calc_stream=not on_cpu())
+
+
+def all_gather(tensor, group):
+    """Return the parts of all processes of ``group``, side by side in the last dimension."""
+    parts = [paddle.empty_like(tensor) for _ in range(group.nranks)]
+    _collective(dist.all_gather, parts, tensor, group)
+    return paddle.concat(parts, axis=-1)
 
 
 def use_the_whole_cpu():

@@ -7,8 +7,8 @@ import numpy as np
 import paddle
 
 from glm.cache import decode_one_token, prefill
-from glm.candidates import all_gather, drawn_candidates, likeliest_tokens, without_banned
-from glm.modeling import Replayed, captures
+from glm.candidates import drawn_candidates, likeliest_tokens, without_banned
+from glm.device import Replayed, all_gather, captures
 
 GROWTH = 16  # steps by which a cache grows: slots not written yet are attended over too, masked
 SPARE = 14  # candidates beyond those that are needed, in place of banned ones
@@ -183,7 +183,7 @@ class Decoder:
         self.generation, self.group = generation, group
         self.cache = prefill(model, input_ids, source_length, generation.num_beams)
         self.examples = np.arange(len(source_length))  # those in the cache
-        self.captured = captures() and group is None
+        self.captured = captures()
         self.room = 0  # steps that the cache has slots for
 
     def next_candidates(self, beams):
@@ -212,8 +212,6 @@ class Decoder:
                 logits = all_gather(logits, self.group)
             filters = generation.temperature, generation.top_k, generation.top_p
             return drawn_candidates(logits, banned, count, *filters)
-        if table is None:
-            table = likeliest_tokens(logits, count + SPARE, self.group)
         candidates = self._without_banned(table, rows, banned)
         if len(banned) > SPARE and np.isfinite(candidates.keys).sum(-1).min() < count:
             most = np.bincount(banned[:, 0] * num_beams + banned[:, 1]).max()  # of a beam
@@ -236,17 +234,15 @@ class Decoder:
         # Of finished examples: any token, after the beam itself.
         self.idle_inputs = np.stack([np.zeros_like(origins), np.arange(origins.size).reshape(origins.shape)])
         self.inputs = paddle.to_tensor(self.idle_inputs)
-        count = 2 * self.generation.num_beams + SPARE
-        if self.group is not None or not self.generation.select_topk:
-            count = None
-        step = functools.partial(_step, self.model, self.cache, self.inputs, count)
+        count = 2 * self.generation.num_beams + SPARE if self.generation.select_topk else None
+        step = functools.partial(_step, self.model, self.cache, self.inputs, count, self.group)
         self.step = Replayed(step) if self.captured else step
 
 
-def _step(model, cache, inputs, count):
+def _step(model, cache, inputs, count, group):
     """Return the logits of the next token, and its ``count`` likeliest unless that is None."""
     logits = decode_one_token(model, cache, inputs[0], inputs[1])
-    return logits, None if count is None else likeliest_tokens(logits, count)
+    return logits, None if count is None else likeliest_tokens(logits, count, group)
 
 
 @paddle.no_grad()

@@ -8,50 +8,16 @@ import paddle
 import paddle.distributed as dist
 import paddle.nn.functional as F
 from paddle.autograd import PyLayer
-from paddle.device.cuda.graphs import CUDAGraph, is_cuda_graph_supported
 from paddle.distributed.fleet.meta_parallel import (
     ColumnParallelLinear,
     RowParallelLinear,
+    VocabParallelEmbedding,
     get_rng_state_tracker,
 )
-from paddle.framework import _current_expected_place
 
-from glm.device import on_cpu
+from glm.device import all_reduce, on_cpu
 
 MASKED = -65504.0  # added to the attention scores of hidden positions: float16's lowest number
-
-
-def captures():
-    """Return whether the device in use captures CUDA graphs."""
-    return paddle.get_device().startswith("gpu") and is_cuda_graph_supported()
-
-
-class Replayed:
-    """Capture a function in a CUDA graph at its first call, and replay the graph at each.
-
-    The function has no arguments. It reads tensors that are changed in place between the
-    calls, and returns tensors that every call writes anew. Within it nothing may be copied
-    to the device or read from it. Where the device captures nothing it is called as it is.
-    """
-
-    def __init__(self, function):
-        self.function, self.graph = function, None
-
-    def __call__(self):
-        if not captures():
-            return self.function()
-        if self.graph is None:
-            # Without a place Paddle takes the first card, whichever is in use. There is no
-            # public name for the place in use.
-            graph = CUDAGraph(_current_expected_place())
-            graph.capture_begin()
-            try:
-                self.outputs = self.function()
-            finally:  # or all that follows would be captured too
-                graph.capture_end()
-            self.graph = graph
-        self.graph.replay()
-        return self.outputs
 
 
 def log_sum_exp(largest_logits, largest_probabilities, group):
@@ -72,9 +38,9 @@ def log_sum_exp(largest_logits, largest_probabilities, group):
     local = whole = largest_logits - paddle.log(largest_probabilities)
     if group is not None:
         largest = local.clone()
-        dist.all_reduce(largest, dist.ReduceOp.MAX, group)
+        all_reduce(largest, group, dist.ReduceOp.MAX)
         total = paddle.exp(local - largest)
-        dist.all_reduce(total, group=group)
+        all_reduce(total, group)
         whole = largest + paddle.log(total)
     return local, whole
 
@@ -113,7 +79,7 @@ class LabelSmoothedLoss(PyLayer):
         probabilities = F.softmax_(logits)
         local, whole = log_sum_exp(largest, probabilities.max(-1), group)
         if group is not None:
-            dist.all_reduce(sums, group=group)
+            all_reduce(sums, group)
         ctx.label_weight = (1 - label_smoothing) * in_this_part
         ctx.smoothing_weight = label_smoothing / ctx.vocab_size
         part_probability = paddle.exp(local - whole)
@@ -132,7 +98,7 @@ class LabelSmoothedLoss(PyLayer):
         grad_hidden_states = paddle.matmul(table, weight.astype(ctx.dtype))
         grad_hidden_states = grad_hidden_states.astype(hidden_states.dtype)
         if ctx.group is not None:
-            dist.all_reduce(grad_hidden_states, group=ctx.group)
+            all_reduce(grad_hidden_states, ctx.group)
         if weight.stop_gradient:  # as with LoRA
             return grad_hidden_states, None
         grad_weight = paddle.matmul(table, hidden_states.astype(ctx.dtype), transpose_x=True)
@@ -277,11 +243,21 @@ def linear(layer, inputs):
     """
     if type(layer) is RowParallelLinear:
         outputs = paddle.matmul(inputs, layer.weight)
-        dist.all_reduce(outputs, group=layer.model_parallel_group)
+        all_reduce(outputs, layer.model_parallel_group)
         return outputs + layer.bias
     if type(layer) in (paddle.nn.Linear, ColumnParallelLinear):
         return paddle._C_ops.linear(inputs, layer.weight, layer.bias)
     return layer(inputs)
+
+
+def _embedding(layer, token_ids):
+    """Return the rows of ``token_ids``, with tensor parallelism those of all processes' parts."""
+    if type(layer) is not VocabParallelEmbedding:
+        return layer(token_ids)
+    first, count = layer.vocab_start_index, layer.num_embeddings
+    rows = paddle._C_ops.c_embedding(layer.weight, token_ids, first, count)
+    all_reduce(rows, layer.model_parallel_group)
+    return rows
 
 
 def forward(model, input_ids, position_ids, core_attention):
@@ -301,7 +277,7 @@ def forward(model, input_ids, position_ids, core_attention):
     """
     glm, stack = model.glm, model.glm.transformer
     hidden_states = (
-        glm.word_embeddings(input_ids)
+        _embedding(glm.word_embeddings, input_ids)
         + stack.position_embeddings(position_ids[:, 0])
         + stack.block_position_embeddings(position_ids[:, 1])
     )  # [B, Q, C]

@@ -16,10 +16,11 @@ from helpers import (
     repeats_ngram,
 )
 
+from glm import device
 from glm.cache import decode_one_token, prefill
 from glm.candidates import drawn_candidates
+from glm.device import Replayed
 from glm.generation import Beams, beam_search
-from glm.modeling import Replayed
 
 START, END = 1, 2
 
@@ -142,11 +143,11 @@ def captured(monkeypatch):
     monkeypatch.setattr(paddle, "to_tensor", counted(paddle.to_tensor, "uploads"))
     monkeypatch.setattr(paddle.Tensor, "set_value", counted(paddle.Tensor.set_value, "uploads"))
     monkeypatch.setattr(paddle.Tensor, "numpy", counted(paddle.Tensor.numpy, "downloads"))
-    monkeypatch.setattr("glm.modeling.CUDAGraph", counted(RecordedGraph, "captures"))
+    monkeypatch.setattr("glm.device.CUDAGraph", counted(RecordedGraph, "captures"))
     monkeypatch.setattr(RecordedGraph, "replay", counted(RecordedGraph.replay, "replays"))
     for room in ("glm.modeling", "glm.cache"):
         monkeypatch.setattr(f"{room}.on_cpu", lambda: False)
-    for room in ("glm.modeling", "glm.cache", "glm.generation"):
+    for room in ("glm.device", "glm.cache", "glm.generation"):
         monkeypatch.setattr(f"{room}.captures", lambda: True)
     return counts
 
@@ -207,6 +208,53 @@ def test_an_exception_ends_a_capture(captured):
     with pytest.raises(KeyboardInterrupt):
         replayed()
     assert RecordedGraph.capturing is None and captured["replays"] == 0
+
+
+def test_a_collective_runs_between_two_graphs(captured, monkeypatch):
+    """At every replay, on what the graph before it computed."""
+    calls = []
+
+    def all_reduce(tensor, op, group, use_calc_stream):  # of two processes with equal tensors
+        assert RecordedGraph.capturing is None
+        calls.append(tensor.tolist())
+        OPERATORS["assign_out_"](OPERATORS["scale"](tensor, 2.0, 0.0, True), tensor)
+
+    monkeypatch.setattr(paddle.distributed.stream, "all_reduce", all_reduce)
+    value = paddle.zeros([1])
+
+    def step():
+        value.add_(paddle.ones([1]))
+        total = value * 10.0
+        device.all_reduce(total, None)
+        return total + 1.0
+
+    replayed = Replayed(step)
+    for call in (1, 2, 3):
+        assert replayed().tolist() == [20.0 * call + 1] and calls == [[10.0 * n] for n in range(1, call + 1)]
+    assert captured["captures"] == 2 and captured["replays"] == 6
+
+
+def test_where_a_capture_fails_the_search_goes_on_without(captured, monkeypatch):
+    _, input_ids, lengths = make_sources()
+    model = random_glm(num_layers=1)
+    monkeypatch.setattr(Replayed, "failed", False)
+    args = model, input_ids, lengths, generation_arguments(), START, END
+    expected = best_hypotheses(*args)
+    assert captured["replays"]
+
+    end = RecordedGraph.capture_end
+
+    def capture_end(graph):
+        end(graph)
+        raise OSError("(External) CUDA error(900): not permitted here")
+
+    captured.update(replays=0, captures=0)
+    monkeypatch.setattr(RecordedGraph, "capture_end", capture_end)
+    warnings = []
+    monkeypatch.setattr("glm.device.logger.warning", warnings.append)
+    assert best_hypotheses(*args) == expected
+    assert captured["captures"] == 1 and captured["replays"] == 0
+    assert len(warnings) == 1 and "error(900)" in warnings[0]
 
 
 @pytest.mark.parametrize("select_topk", [True, False])
