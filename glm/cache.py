@@ -159,9 +159,13 @@ def prefill(model, input_ids, source_length, num_beams):
 
     def core_attention(number, attention, projected):
         heads = split_heads(attention, projected)  # [3, B, H, S, D]
-        query, keys, values = heads[:1], heads[1:2], heads[2:]
-        cache.layers.append((heads[1:].reshape([-1, cache.head_size]), keys, values))
-        return attend(query, keys, values, mask)
+        # On a card this copies, for the heads are a transposed view there. Views of the copy
+        # are kept: views of the heads would keep those, and the queries, beside it.
+        layer = heads[1:].reshape([-1, cache.head_size])
+        keys_values = layer.reshape([2, *heads.shape[1:]])
+        keys, values = keys_values[:1], keys_values[1:]
+        cache.layers.append((layer, keys, values))
+        return attend(heads[:1], keys, values, mask)
 
     positions = paddle.arange(length)
     position_ids = paddle.stack([positions, paddle.zeros_like(positions)]).unsqueeze(0)

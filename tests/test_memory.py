@@ -5,11 +5,14 @@ import json
 import subprocess
 import sys
 
+import numpy as np
+import paddle
 import pytest
 from helpers import ROOT, flags, lora_config, random_glm
 from paddlenlp.transformers import GLMConfig, GLMForConditionalGeneration
 
 from glm import arguments, lora, memory
+from glm.cache import prefill
 
 
 @pytest.mark.parametrize("config", [None, lora_config(), lora_config(["dense_h_to_4h"], r=5)])
@@ -37,6 +40,23 @@ def test_memory_of_several_processes_by_hand():
     assert needs["total"] == sum(size for name, size in needs.items() if name != "total")
     adapter = memory.training_memory(dataclasses.replace(setting, lora_config=lora_config()))
     assert adapter["optimizer"] < needs["optimizer"] / 100 and adapter["total"] < 0.25 * needs["total"]
+
+
+@paddle.no_grad()
+@pytest.mark.parametrize("cpu, tables", [(True, 3), (False, 2)])
+def test_what_prefill_keeps(monkeypatch, cpu, tables):
+    """Keys and values once; on a CPU the queries beside them, which is faster than a copy."""
+    for room in ("cache", "modeling"):
+        monkeypatch.setattr(f"glm.{room}.on_cpu", lambda: cpu)
+    model, lengths = random_glm(num_layers=3), np.full([20], 60)
+    input_ids = paddle.ones([20, 60], "int64")
+    prefill(model, input_ids, lengths, 5)  # the orders of rows that it makes are kept
+    allocated = paddle.base.core.host_memory_stat_current_value
+    before = allocated("Allocated", 0)
+    cache = prefill(model, input_ids, lengths, 5)
+    kept = allocated("Allocated", 0) - before
+    table = 20 * 60 * model.config.hidden_size * 4
+    assert len(cache.layers) == 3 and 1 < kept / (3 * tables * table) < 1.1
 
 
 @pytest.mark.parametrize("setting", ["train", "train recompute lora"])
