@@ -9,7 +9,6 @@ import paddle.distributed as dist
 import paddle.nn.functional as F
 from paddle.autograd import PyLayer
 from paddle.distributed.fleet.meta_parallel import (
-    ColumnParallelLinear,
     RowParallelLinear,
     VocabParallelEmbedding,
     get_rng_state_tracker,
@@ -235,19 +234,25 @@ def prepare_for_training(model):
 
 
 def linear(layer, inputs):
-    """Return what ``layer`` computes, by its operator alone; one with an adapter computes it itself.
+    """Return what a linear computes, with its adapter if it has one, without dropout.
 
-    The layers' own ways take the host longer than the operator takes a card: PaddleNLP 3 puts
-    a choice of precisions before F.linear, and fleet's layers put collectives without effect
-    around theirs. Paddle's operator has no public name.
+    The layers' own ways take the host longer than the operators take a card: PaddleNLP 3
+    puts a choice of precisions before F.linear, and fleet's layers put collectives without
+    effect around theirs. Paddle's operator has no public name.
     """
-    if type(layer) is RowParallelLinear:
+    split_inputs = isinstance(layer, RowParallelLinear)
+    if split_inputs:
         outputs = paddle.matmul(inputs, layer.weight)
+    else:
+        outputs = paddle._C_ops.linear(inputs, layer.weight, layer.bias)
+    adapter = getattr(layer, "lora_A", None)
+    if adapter is not None:
+        adapted = paddle.matmul(paddle.matmul(inputs, adapter), layer.lora_B)
+        outputs = outputs + adapted * layer.scaling
+    if split_inputs:
         all_reduce(outputs, layer.model_parallel_group)
-        return outputs + layer.bias
-    if type(layer) in (paddle.nn.Linear, ColumnParallelLinear):
-        return paddle._C_ops.linear(inputs, layer.weight, layer.bias)
-    return layer(inputs)
+        outputs = outputs + layer.bias
+    return outputs
 
 
 def _embedding(layer, token_ids):
