@@ -57,6 +57,9 @@ class GLMTrainer(ResumableTrainer):
 
     def target_losses(self, model, inputs):
         smoothing, group = self.args.label_smoothing, self.tensor_parallel_group
+        if group is not None:
+            # fleet's wrapper would only send the batch to processes that have it already.
+            model = self.model
         return target_losses(self.model, model, inputs, smoothing, group)
 
     # training

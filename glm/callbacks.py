@@ -280,12 +280,25 @@ class CheckFinite(TrainerCallback):
                 f"loss is not finite in {MOST_SKIPPED} steps in a row, the last of them step {last}", args
             )
 
-    def on_step_end(self, args, state, control, model=None, **kwargs):
-        if not (control.should_log or control.should_evaluate or control.should_save):
-            return
+    def read(self, loss, args):
+        """Return the ``loss`` to log, float; end the run if one of those added up in it was no number.
+
+        Both are read at once, so that a logged step waits for the device a single time.
+        """
+        bad = (self.first_bad_step != NEVER).astype(loss.dtype)
+        value, bad = paddle.stack([loss, bad]).tolist()
+        if bad:
+            self.check_losses(args)
+        return value
+
+    def check_losses(self, args):
         step = self.first_bad_step.item()
         if step != NEVER:
             self.stop(f"loss is not finite at step {step}", args)
+
+    def on_step_end(self, args, state, control, model=None, **kwargs):
+        if control.should_evaluate or control.should_save:  # a loss that is logged is read then
+            self.check_losses(args)
         if control.should_save:
             trained = [weight for weight in model.parameters() if not weight.stop_gradient]
             if not all(paddle.isfinite(weight).all().item() for weight in trained):

@@ -237,6 +237,13 @@ class ResumableTrainer(Trainer):
         if self.do_grad_scaling and scaler.is_file():
             self.scaler.load_state_dict(paddle.load(str(scaler), return_numpy=True))
 
+    # PaddleNLP 3 waits here for the loss of every step. CheckFinite does when one is logged.
+    def _check_loss_valid(self, loss):
+        """Nothing to check."""
+
+    def _get_item_from_loss(self, loss):
+        return self.check_finite.read(loss, self.args)
+
     # The Trainer's fails where the GPU build runs on a CPU, and SeedEachStep needs no
     # state.
     def _load_rng_state(self, checkpoint):

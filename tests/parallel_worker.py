@@ -21,8 +21,6 @@ import paddle.distributed as dist
 from paddle.autograd import PyLayer
 from paddle.base import core
 from paddle.distributed.fleet.layers.mpu import mp_ops
-from paddle.distributed.fleet.meta_parallel import tensor_parallel
-from paddle.distributed.fleet.utils import hybrid_parallel_util
 
 import finetune_generation
 
@@ -155,8 +153,6 @@ def use_gloo():
         core.ProcessGroupGloo.create = Hub
     for module in (mp_ops, paddle.distributed.collective):
         module._c_identity, module._mp_allreduce, module._c_concat = c_identity, mp_allreduce, c_concat
-    for module in (tensor_parallel, hybrid_parallel_util):
-        module.broadcast_input_data = lambda hcg, *inputs, **kwargs: (inputs, kwargs)
 
 
 def main():

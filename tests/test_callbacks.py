@@ -98,12 +98,13 @@ class Run:
         control = SimpleNamespace(should_log=True, should_evaluate=False, should_save=False)
         common = {"lr_scheduler": self.scheduler}
         self.check.on_step_begin(self.args, self.state, control, **common)
-        self.check.note(paddle.to_tensor(loss), self.state.global_step + 1)
+        noted = self.check.note(paddle.to_tensor(loss), self.state.global_step + 1)
         if not skipped:
             self.scheduler.step()
         self.check.on_optimizer_end(self.args, self.state, control, scaler=scaler, **common)
         self.state.global_step += 1
         self.check.on_step_end(self.args, self.state, control, model=None)
+        assert self.check.read(noted, self.args) == noted.item()  # as the Trainer logs it
 
 
 @pytest.mark.parametrize("loss", [math.nan, math.inf])
@@ -154,6 +155,10 @@ def test_without_a_scaler_the_first_ends_the_run(tmp_path):
     run.step(1.0, False, scaler=None)
     with pytest.raises(Fault, match="the loss is not finite at step 2: lower --learning_rate"):
         run.step(math.nan, False, scaler=None)
+    for name in ("should_evaluate", "should_save"):
+        control = SimpleNamespace(**{"should_evaluate": False, "should_save": False, name: True})
+        with pytest.raises(Fault, match="the loss is not finite at step 2: lower --learning_rate"):
+            run.check.on_step_end(run.args, run.state, control, model=None)
 
 
 def test_the_rate_depends_on_the_step_alone(tmp_path):

@@ -83,3 +83,37 @@ def test_evaluation_is_not_under_autocast(tmp_path, monkeypatch):
     assert sorted(trainer.outputs) == [0, 1, 2]
     with pytest.raises(ZeroDivisionError):
         trainer.training_step(trainer.model, {key: paddle.to_tensor(value) for key, value in batch.items()})
+
+
+def test_only_a_logged_step_waits_for_the_device(tmp_path, monkeypatch):
+    """Once: whatever the host reads of a tensor is a wait. (A GradScaler waits beside it.)"""
+    features, _ = make_batch()
+    settings = {"per_device_train_batch_size": 2, "save_strategy": "no", "dataloader_num_workers": 0}
+    trainer = make_trainer(tmp_path, random_glm(), max_steps=7, logging_steps=3, **settings)
+    trainer.train_dataset = [{**feature, "index": i} for i, feature in enumerate(features)]
+    trainer.data_collator, reads, reading = DataCollator(0), [], []
+
+    def counted(method):
+        def read(tensor, *args, **kwargs):
+            reads[-1] += not reading  # one reads by another
+            reading.append(method)
+            try:
+                return method(tensor, *args, **kwargs)
+            finally:
+                reading.pop()
+
+        return read
+
+    def training_step(*args):
+        reads.append(0)
+        return original(*args)
+
+    original = trainer.training_step
+    monkeypatch.setattr(trainer, "training_step", training_step)
+    for name in ("item", "numpy", "tolist", "cpu", "__array__", "__bool__", "__int__", "__float__"):
+        monkeypatch.setattr(paddle.Tensor, name, counted(getattr(paddle.Tensor, name)))
+    reads.append(0)
+    trainer.train()
+    assert reads[1:7] == [0, 0, 1, 0, 0, 1]
+    logged = [row["loss"] for row in trainer.state.log_history if "loss" in row]
+    assert len(logged) == 2 and all(np.isfinite(logged))
