@@ -175,7 +175,7 @@ class StopBySignal(TrainerCallback):
             return
         if self.pending_exchange is not None:
             self.pending_exchange.wait()
-            self.signal_number = self.largest.item() or None
+            self.signal_number = self.largest.tolist() or None
         self.largest = paddle.to_tensor(self.received)
         self.pending_exchange = dist.all_reduce(self.largest, dist.ReduceOp.MAX, sync_op=False)
 
@@ -272,7 +272,7 @@ class CheckFinite(TrainerCallback):
         bad = (self.first_bad_step != NEVER).astype("int64")
         if args.world_size > 1:  # they must end together
             dist.all_reduce(bad, dist.ReduceOp.MAX)
-        self.in_a_row = self.in_a_row + 1 if bad.item() else 0
+        self.in_a_row = self.in_a_row + 1 if bad.tolist() else 0
         self.forget()
         if self.in_a_row == MOST_SKIPPED:
             last = state.global_step + 1
@@ -292,7 +292,7 @@ class CheckFinite(TrainerCallback):
         return value
 
     def check_losses(self, args):
-        step = self.first_bad_step.item()
+        step = self.first_bad_step.tolist()
         if step != NEVER:
             self.stop(f"loss is not finite at step {step}", args)
 

@@ -91,6 +91,9 @@ class Peers:
     ends by itself says "done"; or "ending", if early, and the others then have GRACE
     seconds to end for the same reason with a line of their own.
 
+    A thread does so, which needs Python's lock. Tensor.item() keeps it while it waits for
+    a device: what may wait for another process is read by numpy() or tolist().
+
     Args: advice (function): returns what the line about a process that is gone ends with.
     """
 
