@@ -8,7 +8,7 @@ import paddle
 
 from glm.cache import decode_one_token, prefill
 from glm.candidates import drawn_candidates, likeliest_tokens, without_banned
-from glm.device import Replayed, all_gather, captures
+from glm.device import Replayed, all_gather, captures, upload
 
 GROWTH = 16  # steps by which a cache grows: slots not written yet are attended over too, masked
 SPARE = 14  # candidates beyond those that are needed, in place of banned ones
@@ -81,9 +81,9 @@ class Beams:
         """Take one step with ``candidates`` (Candidates). Examples that are done leave."""
         num_rows, num_beams, count = candidates[0].shape
         step, penalty = self.step, self.generation.length_penalty
-        keys, log_probabilities, token_ids = (x.reshape([num_rows, -1]) for x in candidates)
-        sums = np.repeat(self.sums, count, axis=1)
-        keys, sums = keys + sums, log_probabilities + sums
+        sums = (candidates.log_probabilities + self.sums[:, :, None]).reshape([num_rows, -1])
+        keys = (candidates.keys + self.sums[:, :, None]).reshape([num_rows, -1])
+        token_ids = candidates.token_ids.reshape([num_rows, -1])
         row = np.arange(num_rows)[:, None]
         # The 2 * num_beams to go on with, best first: by their key if drawn, then by
         # their sum.
@@ -200,7 +200,7 @@ class Decoder:
         inputs = self.idle_inputs.copy()
         inputs[0, rows] = beams.tokens[:, :, beams.step - 1] if beams.step else self.start_token_id
         inputs[1, rows] = origins
-        self.inputs.set_value(inputs)
+        upload(inputs, self.inputs)
         logits, table = self.step()
         banned = beams.banned()  # while the device is at work
         count = 2 * num_beams

@@ -18,7 +18,7 @@ from helpers import (
 
 from glm import device
 from glm.cache import decode_one_token, prefill
-from glm.candidates import drawn_candidates
+from glm.candidates import Candidates, drawn_candidates
 from glm.device import Replayed
 from glm.generation import Beams, beam_search
 
@@ -141,7 +141,7 @@ def captured(monkeypatch):
         return call
 
     monkeypatch.setattr(paddle, "to_tensor", counted(paddle.to_tensor, "uploads"))
-    monkeypatch.setattr(paddle.Tensor, "set_value", counted(paddle.Tensor.set_value, "uploads"))
+    monkeypatch.setattr("glm.generation.upload", counted(device.upload, "uploads"))
     monkeypatch.setattr(paddle.Tensor, "numpy", counted(paddle.Tensor.numpy, "downloads"))
     monkeypatch.setattr("glm.device.CUDAGraph", counted(RecordedGraph, "captures"))
     monkeypatch.setattr(RecordedGraph, "replay", counted(RecordedGraph.replay, "replays"))
@@ -286,7 +286,7 @@ def test_draws_are_ranked_by_their_sums():
     keys, log_p = [9.0, 8.0, 7.0, 6.0, 5.0], [-3.0, -4.0, -2.0, -1.0, -0.5]
     dead = [-np.inf] * 5
     token_ids = np.array([[[3, END, 4, 5, 6], [0] * 5]])
-    beams.advance((np.array([[keys, dead]]), np.array([[log_p, dead]]), token_ids))
+    beams.advance(Candidates(np.array([[keys, dead]]), np.array([[log_p, dead]]), token_ids))
     assert beams.tokens[0, :, 0].tolist() == [5, 4] and beams.sums[0].tolist() == [-1.0, -2.0]
     assert (
         beams.finished_scores[0].tolist() == [-np.inf] * 2
