@@ -258,7 +258,7 @@ def predict_lines(model, tokenizer, src_length, generation, batch_size, output):
         hypotheses = beam_search(model, input_ids, source_length, generation, start, end)
         for feature, best in zip(features, hypotheses):
             candidates = generation.num_return_sequences > 1
-            row = prediction_row(tokenizer, feature["record"], best, candidates)
+            row, _ = prediction_row(tokenizer, feature["record"], best, candidates)
             print(json.dumps(row, ensure_ascii=False), file=output)
         output.flush()
 

@@ -22,11 +22,14 @@ from glm.trainer import ResumableTrainer
 
 
 def prediction_row(tokenizer, record, hypotheses, candidates=False):
-    """What a predictions file holds of a record, dict.
+    """What a predictions file holds of a record.
 
     Args:
         hypotheses: list of (token ids, score), the best first.
         candidates (bool): whether to show them all.
+
+    Returns:
+        the row, dict, and what ``rouge`` says of it, dict; None without a reference.
     """
     shown = []
     for token_ids, score in hypotheses:
@@ -34,9 +37,11 @@ def prediction_row(tokenizer, record, hypotheses, candidates=False):
         shown.append({"prediction": text, "score": score, "token_ids": token_ids})
     row = {key: record[key] for key in ("id", "context", "answer")}
     row.update(reference=record["question"], **shown[0], rougel=None)
+    scores = None
     if row["reference"] is not None:
-        row["rougel"] = rouge(row["prediction"], row["reference"])["rougel"]
-    return {**row, "candidates": shown} if candidates else row
+        scores = rouge(row["prediction"], row["reference"])
+        row["rougel"] = scores["rougel"]
+    return ({**row, "candidates": shown} if candidates else row), scores
 
 
 class GLMTrainer(ResumableTrainer):
@@ -180,12 +185,14 @@ class GLMTrainer(ResumableTrainer):
 
         Args: seconds (float): how long it took to generate ``self.outputs``.
         """
-        rows, losses, generated_tokens = [], [], 0
+        rows, scores, losses, generated_tokens = [], [], [], 0
         candidates = self.generation.num_return_sequences > 1
         for index, result in sorted(self.outputs.items()):
             hypotheses = result["hypotheses"]
             record = dataset[index]["record"]
-            rows.append(prediction_row(self.tokenizer, record, hypotheses, candidates))
+            row, rouges = prediction_row(self.tokenizer, record, hypotheses, candidates)
+            rows.append(row)
+            scores += [rouges] if rouges else []
             losses.append(result["losses"])
             generated_tokens += len(hypotheses[0][0])
         speed = round(generated_tokens / seconds, 2)
@@ -195,7 +202,7 @@ class GLMTrainer(ResumableTrainer):
             metrics["loss"] = float(np.concatenate(losses).mean())
             predictions = [row["prediction"] for row in scored]
             references = [row["reference"] for row in scored]
-            metrics.update(compute_metrics(predictions, references))
+            metrics.update(compute_metrics(predictions, references, scores))
         return rows, metrics
 
     # Private methods of PaddleNLP's Trainer, which its next release may rename. Its

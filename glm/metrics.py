@@ -42,18 +42,20 @@ def rouge(prediction, reference):
     return {f"rouge{kind}": scores[f"rouge-{kind}"]["f"] for kind in "12l"}
 
 
-def compute_metrics(predictions, references):
+def compute_metrics(predictions, references, scores=None):
     """Return the mean of ``rouge`` over the records and corpus BLEU-4 over the same words, dict.
 
     Each is 0..1.
 
-    Args: two lists of str of the same length.
+    Args:
+        predictions, references: two lists of str of the same length.
+        scores: what ``rouge`` says of each pair, list of dict, where that is known already.
     """
+    if scores is None:
+        scores = [rouge(*pair) for pair in zip(predictions, references)]
     bleu = BLEU(n_size=4)
-    scores = []
     for prediction, reference in zip(predictions, references):
         bleu.add_inst(_words(prediction), [_words(reference)])
-        scores.append(rouge(prediction, reference))
     metrics = {name: sum(score[name] for score in scores) / len(scores) for name in scores[0]}
     # Without a single generated word BLEU's brevity penalty has no value, and its limit
     # is 0.
