@@ -299,7 +299,9 @@ def main():
         signal.signal(number, stop)
 
     def advice():
-        if not args.do_train:
+        # Until training begins, the checkpoints in output_dir may be those of another run.
+        anew = args.overwrite_output_dir or args.resume_from_checkpoint
+        if not args.do_train or (anew and not args.training_began):
             return "the same command starts again"
         return where_to_resume(args)
 

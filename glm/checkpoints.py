@@ -252,6 +252,7 @@ class WholeCheckpoints(TrainerCallback):
             path.parent.mkdir(parents=True, exist_ok=True)
             write_whole(path, json.dumps(text))
         barrier()
+        args.training_began = True
 
     def find_best(self, recorded, output_dir):
         """The path of the best checkpoint, str, which the run ``recorded``; None where it is gone.

@@ -32,6 +32,7 @@ from glm.errors import Fault
 from glm.modeling import LabelSmoothedLoss
 
 METHODS = {
+    "train": utils.GLMTrainer,
     "training_step": utils.GLMTrainer,
     "prediction_step": utils.GLMTrainer,
     "on_save": WholeCheckpoints,  # the files of a checkpoint are written, its mark is not

@@ -130,6 +130,19 @@ def test_a_process_that_dies_ends_all(tmp_path, processes, rank, method, call):
     assert len((out / "eval_predictions.jsonl").read_text(encoding="utf-8").splitlines()) == 60
 
 
+@pytest.mark.parametrize("flag", ["--overwrite_output_dir", "--resume_from_checkpoint"])
+def test_a_process_that_dies_before_a_run_begins_anew(tmp_path, flag):
+    """The others name no checkpoint of the run before, which this one does not go on from."""
+    out, log = tmp_path / "out", tmp_path / "log"
+    args = flags(output_dir=out, max_steps=3, save_steps=1)
+    assert finish(start(2, tmp_path / "log0", *args)) == 0
+    again = [flag] if "overwrite" in flag else [flag, out / "checkpoint-2"]
+    assert finish(start(2, log, *args, *again, hook=["fault", "SIGKILL", "train", 1, 1])) != 0
+    (line,), _ = errors(log)
+    assert line.endswith("process 1 is gone, so this one of 2 ends too: the same command starts again")
+    assert (out / "checkpoint-3" / CHECKPOINT_DONE).exists()
+
+
 @pytest.mark.parametrize("method, call", [("training_step", 4), ("on_save", 2)])
 def test_a_process_that_ends_alone_ends_all(tmp_path, method, call):
     """For a reason of its own, which it says: the other names it, and shows no traceback."""
