@@ -12,7 +12,7 @@ from paddlenlp.trainer.trainer_utils import SchedulerType
 from paddlenlp.utils.log import logger
 
 from glm.checks import check_argument, check_together
-from glm.device import supports_dtype, use_device
+from glm.device import supports_dtype, supports_tensor_parallelism, use_device
 from glm.errors import InputError, mistakes
 from glm.lora import LORA_MODULES
 
@@ -196,6 +196,11 @@ class GLMTrainingArguments(TrainingArguments):
         paddle_level = "INFO" if self.log_level in ("debug", "info") else "WARNING"
         log_util.set_log_level(paddle_level)
         self.device = use_device(self.device)
+        if self.tensor_parallel_degree > 1 and not supports_tensor_parallelism():
+            raise InputError(
+                f"--tensor_parallel_degree {self.tensor_parallel_degree} needs cards, for Paddle "
+                "can't compute a layer in parts on CPUs: leave it out here"
+            )
         dtype = "float16" if self.fp16 else "bfloat16"
         if self.fp16 != self.bf16 and not supports_dtype(dtype):
             logger.warning(

@@ -32,7 +32,7 @@ class Limits(NamedTuple):
         if number and self.least <= value <= self.most and value < self.under:
             return
         upper = f" and under {self.under}" if self.under < inf else ""
-        if self.most < 2**63 - 1:
+        if self.most < 2**63 - 1 or number and value > self.most:
             upper = f" and at most {self.most}"
         expected = f"a finite number of at least {self.least}{upper}"
         raise InputError(f"{name} is {value}: it must be {expected}")
@@ -202,9 +202,10 @@ def check_processes(values):
             "it out, and choose cards by --gpus of python -m paddle.distributed.launch"
         )
     if degree > 1 and processes % degree:
+        number = "one process" if processes == 1 else f"{processes} processes"
         raise InputError(
-            f"--tensor_parallel_degree {degree} does not divide the {processes} processes of "
-            "this run: start that many by python -m paddle.distributed.launch"
+            f"--tensor_parallel_degree {degree} does not divide the {number} of this run: "
+            f"start {degree} by python -m paddle.distributed.launch, or a multiple"
         )
 
 

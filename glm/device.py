@@ -93,6 +93,11 @@ def supports_dtype(name):
     return kind != "cpu" and getattr(paddle.amp, f"is_{name}_supported")()
 
 
+def supports_tensor_parallelism():
+    """Return whether fleet's layers compute in parts here: gloo lacks their collectives."""
+    return not on_cpu()
+
+
 def captures():
     """Return whether the device in use captures CUDA graphs."""
     return paddle.get_device().startswith("gpu") and is_cuda_graph_supported()

@@ -10,6 +10,7 @@ import contextlib
 import json
 import os
 import shutil
+import tempfile
 from pathlib import Path
 
 import paddle.distributed as dist
@@ -226,8 +227,12 @@ def _check_writable(flag, folder):
         existing = os.path.dirname(existing)
     if not os.path.isdir(existing):
         raise InputError(f"{flag} {folder}: {existing} is not a folder: give another one")
-    if not os.access(existing, os.W_OK | os.X_OK):
-        raise InputError(f"{flag} {folder}: {existing} can't be written to: give another one")
+    try:  # os.access lets root write in /proc. The other processes look for other names than LOCK*.
+        tempfile.TemporaryFile(prefix=LOCK, dir=existing).close()
+    except OSError as error:
+        raise InputError(
+            f"{flag} {folder}: {existing} can't be written to ({error.strerror}): give another one"
+        ) from error
 
 
 def check_other_models(output_dir, model, adapter_base=None):
@@ -252,7 +257,7 @@ def check_other_models(output_dir, model, adapter_base=None):
 
 def _check_contents(folder, checkpoint):
     """Raise InputError where ``folder`` holds a model that is not gone on with, or nothing of a run."""
-    names = [name for name in os.listdir(folder) if name != LOCK]
+    names = [name for name in os.listdir(folder) if not name.startswith(LOCK)]
     if UNFINISHED in names:  # a run of this folder was killed while it saved
         return
     if find(folder, (*WHOLE_MODEL, *ADAPTER)) and checkpoint is None:

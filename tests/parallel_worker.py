@@ -23,6 +23,7 @@ from paddle.base import core
 from paddle.distributed.fleet.layers.mpu import mp_ops
 
 import finetune_generation
+from glm import arguments
 
 
 class Identity(PyLayer):
@@ -153,6 +154,7 @@ def use_gloo():
         core.ProcessGroupGloo.create = Hub
     for module in (mp_ops, paddle.distributed.collective):
         module._c_identity, module._mp_allreduce, module._c_concat = c_identity, mp_allreduce, c_concat
+    arguments.supports_tensor_parallelism = lambda: True
 
 
 def main():

@@ -73,6 +73,7 @@ MISTAKES = [
     # the arguments alone
     ("--label_smoothing nan", None, "--label_smoothing"),
     ("--learning_rate much", None, "--learning_rate"),
+    ("--learning_rate 1e30", None, "and at most 9223372036854775807"),
     ("--num_train_epochs 0", None, "--num_train_epochs"),
     ("--min_tgt_length 161", None, "--tgt_length 160"),
     ("--num_beams 2000", None, "--num_beams"),
@@ -86,7 +87,7 @@ MISTAKES = [
     ("--report_to paper", None, "--report_to"),
     ("--lr_scheduler_type zigzag", None, "zigzag"),
     ("--evaluation_strategy often", None, "--evaluation_strategy"),
-    ("--tensor_parallel_degree 3", None, "--tensor_parallel_degree 3"),
+    ("--tensor_parallel_degree 3", None, "--tensor_parallel_degree 3 does not divide the one process"),
     ("--sharding stage2", None, "--sharding"),
     ("--past_index 0", None, "--past_index"),
     ("--hybrid_parallel_topo_order up", None, "hybrid_parallel_topo_order"),
@@ -95,6 +96,7 @@ MISTAKES = [
     ("--save_steps 0.5", None, "--save_steps"),
     ("--report_to visualdl none", None, "--report_to visualdl none"),
     ("--logging_dir {folder}/data/dev.json/x", None, "--logging_dir {folder}/data/dev.json/x"),
+    ("--logging_dir /proc/runs", None, "--logging_dir /proc/runs: /proc can't be written to"),
     ("--num_beems 5", None, "--num_beems"),
     ("--predict_file -", None, "--predict_file -"),
     ("--predict_file {folder}/none.json", None, "none.json"),
@@ -105,6 +107,7 @@ MISTAKES = [
     ("--output_dir {folder}/data/dev.json/out", None, "dev.json"),
     ("--output_dir {folder}/texts", write("texts/notes.log", "mine"), "notes.log"),
     ("--output_dir=", None, "--output_dir"),
+    ("--output_dir /proc/out", None, "--output_dir /proc/out: /proc can't be written to"),
     ("--resume_from_checkpoint {folder}/data", None, "--resume_from_checkpoint"),
     ("--resume_from_checkpoint {folder}/gone", None, "gone: there is no such folder"),
     ("--resume_from_checkpoint True", None, "True: there is no such folder"),
@@ -173,6 +176,14 @@ def test_processes_that_the_degree_does_not_divide(folder, monkeypatch, capsys):
     assert code == 2 and "--tensor_parallel_degree 2 does not divide the 3 processes" in lines[-1]
 
 
+def test_tensor_parallelism_on_cpus(folder, monkeypatch, capsys):
+    monkeypatch.setattr(finetune_generation.paddle.distributed, "get_world_size", lambda: 2)
+    code, lines = main(
+        monkeypatch, capsys, "--output_dir", folder / "out", "--do_train", "--tensor_parallel_degree", 2
+    )
+    assert code == 2 and "--tensor_parallel_degree 2 needs cards" in lines[-1]
+
+
 def test_one_card_for_several_processes(folder, monkeypatch, capsys):
     monkeypatch.setattr(arguments, "use_device", lambda name: name)
     monkeypatch.setattr(finetune_generation.paddle.distributed, "get_world_size", lambda: 2)
@@ -187,7 +198,7 @@ def test_a_folder_that_cannot_be_written_to(folder, monkeypatch, capsys):
         model_name_or_path=folder / "model", task_name=folder / "data", output_dir=folder / "data/out"
     )
     code, lines = main(monkeypatch, capsys, *args, "--do_train")
-    assert code == 2 and "can't be written to: give another one" in lines[-1]
+    assert code == 2 and "can't be written to (Permission denied): give another one" in lines[-1]
 
 
 # What an argument file says, and what the line has to have beside the file's name.
