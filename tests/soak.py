@@ -8,15 +8,17 @@ asked for. A run that has come to its end must be like one that was never touche
 predictions, and no temporary file left. Then the next run begins. Prints a table of the faults, and
 ends with 1 where anything was otherwise.
 
-A full disk is a small tmpfs that is filled up where one can be mounted (root), else a checkpoint's
-file that is a link to /dev/full.
+A full disk is a small tmpfs that is filled up where one can be mounted (root), else a limit on the
+size of the files that a run writes.
 """
 
 import argparse
+import contextlib
 import json
 import os
 import random
 import re
+import resource
 import shutil
 import signal
 import subprocess
@@ -150,7 +152,7 @@ def damage_a_checkpoint(folder, draw):
 
 
 class Disk:
-    """The folder of the runs: a small file system, if it can be mounted, that can be filled up."""
+    """The folder of the runs: a small file system that can be filled up, if it can be mounted."""
 
     def __init__(self, folder):
         self.folder = folder
@@ -158,7 +160,8 @@ class Disk:
         command = ["mount", "-t", "tmpfs", "-o", "size=150m", "tmpfs", folder]
         self.mounted = subprocess.run(command, stderr=subprocess.DEVNULL).returncode == 0
 
-    def fill(self, output_dir, draw):
+    def fill(self, pids):
+        """Leave the run of the processes ``pids`` no room, until it ends."""
         if self.mounted:
             with open(self.folder / "filler", "wb", buffering=0) as file:
                 try:
@@ -166,19 +169,13 @@ class Disk:
                         file.write(bytes(1 << 18))
                 except OSError:
                     return
-        (output_dir / f"checkpoint-{SAVE_STEPS * draw.randint(1, STEPS // SAVE_STEPS)}").mkdir(exist_ok=True)
-        for checkpoint in output_dir.glob("checkpoint-*"):
-            if (
-                not (checkpoint / ".checkpoint_done").exists()
-                and not (checkpoint / "scheduler.pdparams").exists()
-            ):
-                (checkpoint / "scheduler.pdparams").symlink_to("/dev/full")
+        _, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+        for pid in pids:
+            with contextlib.suppress(ProcessLookupError):  # less than weights, more than a log
+                resource.prlimit(pid, resource.RLIMIT_FSIZE, (1 << 18, hard))
 
     def empty(self):
         (self.folder / "filler").unlink(missing_ok=True)
-        for path in self.folder.glob("*/checkpoint-*/*"):
-            if path.is_symlink():
-                path.unlink()
 
     def close(self):
         if self.mounted:
@@ -229,8 +226,7 @@ def soak(processes, times, draw, folder):
                     elif now == "SIGTERM":
                         os.kill(draw.choice([session.process.pid, *pids]), signal.SIGTERM)
                     elif now == "full disk":
-                        run.mkdir(exist_ok=True)
-                        disk.fill(run, draw)
+                        disk.fill(pids)
             code, text, step = session.wait(), session.text(), session.step()
             disk.empty()
             # Not what Paddle itself prints of a SIGTERM that comes while it is imported.
