@@ -11,9 +11,11 @@ from paddlenlp.peft import LoRAConfig
 from paddlenlp.transformers import GLMConfig
 from paddlenlp.utils.log import logger
 
-from glm.device import on_cpu
+from glm.device import captures, on_cpu
 from glm.lora import adapter_shapes, is_split_adapter, new_lora_config
 from glm.processes import gather_objects
+
+PADDLE_2 = paddle.__version__.startswith("2.")
 
 
 def count_parameters(config, degree=1, lora_config=None):
@@ -80,6 +82,16 @@ class Setting:
         return self.batch_size * self.length**2 * 4 * (self.heads if on_cpu() else 1)
 
 
+def _gradient_copies(setting):
+    """Return how many times the gradients of a process exist while it clips them.
+
+    Paddle 3 clips in place, and so do fleet's optimizers of several processes in every
+    version. Paddle 2 alone on one process makes all gradients anew.
+    """
+    one_process = setting.degree * setting.sharding_degree == 1
+    return 2 if PADDLE_2 and one_process else 1
+
+
 def _largest(peaks):
     """Return that pair of ``peaks``, a dict, whose sum is the largest."""
     return max(peaks.values(), key=sum)
@@ -91,10 +103,15 @@ def _layer_memory(setting):
     width, residual, linear = config.hidden_size, setting.weight_size, setting.linear_size
     positions = setting.batch_size * setting.length
     scores = setting.batch_size * setting.heads * setting.length**2
-    # Inputs and outputs of both layer norms; q k v, their context and twice four
-    # widths; dropout's masks.
-    kept = positions * width * (2 * residual + (2 + 12 / setting.degree) * linear + 2)
-    kept += scores * (residual + (linear + 1 if config.attention_dropout_prob else 0))
+    # Inputs and outputs of both layer norms; scaled queries, q k v, their context and what
+    # gelu gives; what it is given, which autocast's float32 biases make float32.
+    kept = 2 * residual + 2 * linear + (9 * linear + 4 * residual) / setting.degree
+    kept = positions * width * (kept + (2 if config.output_dropout_prob else 0))
+    kept += scores * residual  # softmax
+    if config.attention_dropout_prob:
+        kept += scores * (linear + 1)  # what is left, and dropout's mask
+    elif precision == "O1":
+        kept += scores * linear  # the softmax, cast
     if precision == "O1":  # the linears' weights, cast
         kept += 24 * width**2 / setting.degree
     gradients = 2 * scores * residual + positions * 4 * width / setting.degree * linear
@@ -123,17 +140,21 @@ def training_memory(setting):
     layer_input = setting.batch_size * setting.length * config.hidden_size * setting.weight_size
     activations = config.num_layers * (layer_input if recompute else layer) + setting.mask_size
     logits = setting.batch_size * setting.target_length * setting.vocab_size
-    head_gradient = setting.vocab_size * config.hidden_size * setting.weight_size
-    if setting.lora_config:
-        head_gradient = 0
+    loss = logits * (4 + setting.linear_size)
+    embeddings = setting.vocab_size * config.hidden_size
+    if setting.precision == "O1":  # the head's weight or its gradient, cast
+        loss += embeddings * setting.linear_size
+    head_gradient = 0 if setting.lora_config else embeddings * setting.weight_size
     peaks = {  # (gradients, activations) at the moments that may take most
-        "loss": (head_gradient, activations + logits * (4 + setting.linear_size)),
+        "loss": (head_gradient, activations + loss),
         "last layer": (
             head_gradient,
             activations + layer_gradients + (layer if recompute else 0),
         ),
         "first layer": (gradients, setting.mask_size + layer + layer_gradients),
-        "update": (2 * clipped, 0),  # clipping makes all gradients anew
+        # The table's gradient as the embedding comes to that as the head.
+        "embeddings": (gradients + head_gradient, setting.mask_size + layer_input),
+        "update": (_gradient_copies(setting) * clipped, 0),
     }
     gradients, activations = _largest(peaks)
     bytes_needed = {
@@ -148,7 +169,8 @@ def training_memory(setting):
 def evaluation_memory(setting):
     """Estimate the bytes of a process at the peak of an evaluation by beam search, by what they are for.
 
-    Half of the slots for generated tokens are taken to hold keys and values.
+    The cache has slots for all tokens at once where CUDA graphs are captured. Elsewhere it
+    grows, and half of the slots for generated tokens are taken to hold keys and values.
 
     Returns:
         dict: weights, caches (keys and values), activations, and their total.
@@ -158,17 +180,18 @@ def evaluation_memory(setting):
     source = batch_size * setting.source_length * width * size  # hidden states of the sources
     hidden = batch_size * setting.length * width * size  # and of whole sequences
     scores = batch_size * setting.heads * size  # of one query and one key
-    slots = setting.source_length + setting.num_beams * setting.target_length / 2
+    tokens = setting.target_length / (1 if captures() else 2)
+    slots = setting.source_length + setting.num_beams * tokens
     caches = layers * batch_size * slots * 2 * width / degree * size
     weights = count_parameters(config, degree, setting.lora_config)[0] * size
 
     prefill = 2 * scores * setting.source_length**2 + source * (3 + 8 / degree)
-    logits = batch_size * setting.num_beams * setting.vocab_size * (size + 8)  # and their softmax
+    logits = batch_size * setting.num_beams * setting.vocab_size * (size + 12)
     target_logits = batch_size * setting.target_length * setting.vocab_size * (4 + size)
     last_layer = 2 * scores * setting.length**2 + hidden * (layers + 1 + 7 / degree)
     peaks = {  # (caches, activations) at the moments that may take most
-        # q, k and v are kept until the beams take over.
-        "prefill": (layers * 3 * source / degree, prefill),
+        # Keys and values, on a CPU the queries too, are kept until the beams take over.
+        "prefill": (layers * (3 if on_cpu() else 2) * source / degree, prefill),
         # One layer's cache at a time is copied when it grows.
         "decoding": (caches, caches / layers + logits),
         "last layer of the loss": (0, setting.mask_size + last_layer),
@@ -274,6 +297,37 @@ def what_would_help(kind, setting):
     return [(flags, size) for flags, size in ordered if size > 0]
 
 
+def what_would_be_faster(settings, totals, free, records):
+    """Return sentences about the flags that would make the run faster and fit, list of str.
+
+    The paces are those of GLM-Large on an H100. A CPU gains nothing by larger batches.
+
+    Args:
+        settings (dict): the Settings of "train" and "eval", those that the run is about to do.
+        totals (dict): their bytes. free (int): the bytes that there are. records (int): to
+            evaluate.
+    """
+    texts = []
+    most = 0.9 * free  # the estimates may be wrong by a tenth
+    if "train" in settings and settings["train"].recompute:
+        size = training_memory(dataclasses.replace(settings["train"], recompute=False))["total"]
+        if size < most:
+            pace = "train faster" if on_cpu() else "a step take about two thirds of the time"
+            size = f"{size / 1e9:.2f} GB"
+            texts.append(f"without --recompute it would need {size} to train, which fits, and {pace}")
+    if "eval" in settings and settings["eval"].batch_size <= 4 and records >= 16 and not on_cpu():
+        setting = dataclasses.replace(settings["eval"], batch_size=16)
+        size = totals["eval"] + evaluation_memory(setting)["total"]
+        size -= evaluation_memory(settings["eval"])["total"]
+        if size < most:
+            size = f"{size / 1e9:.2f} GB"
+            texts.append(
+                f"with --per_device_eval_batch_size 16 it would need {size} to evaluate, which fits, "
+                "and be several times as fast"
+            )
+    return texts
+
+
 def estimate_memory(args, config, lora_config, generation, train_dataset, test_dataset):
     """Say what memory this run is about to take, and warn where that is more than there is.
 
@@ -301,8 +355,12 @@ def estimate_memory(args, config, lora_config, generation, train_dataset, test_d
     if free is not None:  # of a GPU Paddle can't say what other processes take
         has = f"; {device} has {free / 1e9:.2f} GB{' free' if device == 'cpu' else ''}"
     logger.train(f"each process is about to need {' and '.join(texts)}{has}")
+    if free is None:
+        return totals
+    for text in what_would_be_faster(settings, totals, free, len(test_dataset)):
+        logger.train(text)
     kind = max(totals, key=totals.get)
-    if free is not None and totals[kind] > free:
+    if totals[kind] > free:
         ways = what_would_help(kind, settings[kind])
         advice = ", ".join(f"{flags} ({size / 1e9:.2f} GB less)" for flags, size in ways)
         logger.warning(f"that may not fit: what would help most is {advice}")

@@ -36,10 +36,62 @@ def test_memory_of_several_processes_by_hand():
     needs = memory.training_memory(setting)
     count = linears // 8 + whole
     assert needs["weights"] == 2 * count and needs["optimizer"] == 12 * count  # two moments, master weights
-    assert needs["gradients"] == 8 * count  # in float32, and once more while they are clipped
+    assert needs["gradients"] == 4 * count  # in float32; fleet clips them in place
     assert needs["total"] == sum(size for name, size in needs.items() if name != "total")
     adapter = memory.training_memory(dataclasses.replace(setting, lora_config=lora_config()))
     assert adapter["optimizer"] < needs["optimizer"] / 100 and adapter["total"] < 0.25 * needs["total"]
+
+
+def allocated():
+    return paddle.base.core.host_memory_stat_current_value("Allocated", 0)
+
+
+def test_clipped_gradients_are_counted():
+    """Of one process: Paddle 2 makes them anew, Paddle 3 does not."""
+    weights = [paddle.create_parameter([256, 256], "float32") for _ in range(8)]
+    sum((weight * 100).sum() for weight in weights).backward()
+    gradients = [(weight, weight.grad) for weight in weights]
+    before = allocated()
+    clipped = paddle.nn.ClipGradByGlobalNorm(1.0)(gradients)
+    copies = 1 + (allocated() - before) / (8 * 256 * 256 * 4)
+    assert float(sum((gradient**2).sum() for _, gradient in clipped)) == pytest.approx(1, abs=1e-3)
+    assert copies == pytest.approx(memory._gradient_copies(memory.Setting(None, 1, 1, 1)), abs=0.01)
+    assert memory._gradient_copies(memory.Setting(None, 1, 1, 1, degree=2)) == 1
+
+
+@pytest.mark.parametrize("precision, megabytes", [("float32", 179.3), ("O1", 207.6), ("O2", 89.1)])
+def test_what_a_layer_keeps_on_a_card(monkeypatch, precision, megabytes):
+    """Against Paddle's allocator on a custom device, where a layer of GLM-Large's width kept so much."""
+    monkeypatch.setattr(memory, "on_cpu", lambda: False)
+    config = GLMConfig(
+        num_layers=4,
+        hidden_size=1024,
+        num_attention_heads=16,
+        vocab_size=50048,
+        attention_dropout_prob=0.0,
+        output_dropout_prob=0.0,
+    )
+    kept, _ = memory._layer_memory(memory.Setting(config, 2, 608, 160, precision))
+    assert kept / 1e6 == pytest.approx(megabytes, rel=0.05)
+
+
+@paddle.no_grad()
+@pytest.mark.parametrize("cpu", [True, False])
+def test_the_cache_is_counted(monkeypatch, cpu):
+    """A card has slots for all tokens at once; a CPU half of them, in the middle of the search."""
+    monkeypatch.setattr("glm.cache.on_cpu", lambda: cpu)
+    monkeypatch.setattr("glm.modeling.on_cpu", lambda: cpu)
+    for room in ("cache", "memory"):
+        monkeypatch.setattr(f"glm.{room}.captures", lambda: not cpu)
+    model, lengths, beams = random_glm(num_layers=3), np.full([20], 40), 4
+    setting = memory.Setting(model.config, 20, 40, 20, num_beams=beams)
+    source = np.ones([20, 40], "int64")
+    cache = prefill(model, paddle.to_tensor(source), lengths, beams)
+    before, kept = allocated(), 3 * (3 if cpu else 2) * source.size * model.config.hidden_size * 4
+    cache.arrange(np.arange(20 * beams).reshape([20, beams]), 0, 10 if cpu else 20)
+    taken = allocated() - before + kept
+    monkeypatch.setattr(memory, "_largest", lambda peaks: peaks["decoding"])
+    assert taken / memory.evaluation_memory(setting)["caches"] == pytest.approx(1, abs=0.1)
 
 
 @paddle.no_grad()
@@ -51,10 +103,9 @@ def test_what_prefill_keeps(monkeypatch, cpu, tables):
     model, lengths = random_glm(num_layers=3), np.full([20], 60)
     input_ids = paddle.ones([20, 60], "int64")
     prefill(model, input_ids, lengths, 5)  # the orders of rows that it makes are kept
-    allocated = paddle.base.core.host_memory_stat_current_value
-    before = allocated("Allocated", 0)
+    before = allocated()
     cache = prefill(model, input_ids, lengths, 5)
-    kept = allocated("Allocated", 0) - before
+    kept = allocated() - before
     table = 20 * 60 * model.config.hidden_size * 4
     assert len(cache.layers) == 3 and 1 < kept / (3 * tables * table) < 1.1
 
@@ -108,3 +159,33 @@ def test_a_run_says_what_it_needs(tmp_path, monkeypatch, capfd):
         "--per_device_train_batch_size 1",
     ):
         assert flag in logged[1]
+
+
+@pytest.mark.parametrize("cpu", [True, False])
+def test_a_run_says_what_would_be_faster(monkeypatch, cpu):
+    """Where it would fit, and no more: what it would then need is what such a run says it needs."""
+    monkeypatch.setattr(memory, "on_cpu", lambda: cpu)
+    monkeypatch.setattr(memory, "captures", lambda: not cpu)
+    config = GLMConfig(num_layers=24, hidden_size=1024, num_attention_heads=16, vocab_size=50048)
+    train = memory.Setting(config, 2, 608, 160, recompute=True)
+    search = memory.Setting(config, 2, 608, 160, num_beams=5)
+    settings = {"train": train, "eval": search}
+    plain = memory.training_memory(dataclasses.replace(train, recompute=False))["total"]
+    large = memory.evaluation_memory(dataclasses.replace(search, batch_size=16))["total"]
+    totals = {"train": 6e9, "eval": memory.evaluation_memory(search)["total"] + 3e9}
+
+    def told(free, records=16):
+        return memory.what_would_be_faster(settings, totals, free, records)
+
+    texts = told(1e11)
+    assert f"without --recompute it would need {plain / 1e9:.2f} GB" in texts[0]
+    assert ("two thirds" in texts[0]) == (not cpu) and len(texts) == (1 if cpu else 2)
+    if not cpu:
+        assert f"_eval_batch_size 16 it would need {(large + 3e9) / 1e9:.2f} GB" in texts[1]
+        assert len(told(1e11, records=15)) == 1
+    assert told(min(plain, large + 3e9)) == []
+    settings["train"], settings["eval"] = (
+        dataclasses.replace(train, recompute=False),
+        dataclasses.replace(search, batch_size=8),
+    )
+    assert told(1e11) == []
