@@ -207,4 +207,4 @@ def test_a_degree_that_does_not_divide(data, tmp_path):
     errors = [line for line in lines if line.startswith("finetune_generation.py: error:")]
     assert len(errors) == 1 and "does not divide the 1 attention heads" in errors[0]
     assert "Traceback" not in "".join(lines)
-    assert "does not divide the 1 processes" in run(*args, code=2)[-1]
+    assert "does not divide the one process" in run(*args, code=2)[-1]
