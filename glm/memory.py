@@ -98,24 +98,27 @@ def _largest(peaks):
 
 
 def _layer_memory(setting):
-    """Return the bytes that a layer keeps for its backward pass, and those of the gradients within it."""
-    config, precision = setting.config, setting.precision
-    width, residual, linear = config.hidden_size, setting.weight_size, setting.linear_size
-    positions = setting.batch_size * setting.length
+    """Return the bytes that a layer keeps for its backward pass, and those of that pass's peak."""
+    config, degree, precision = setting.config, setting.degree, setting.precision
+    residual, linear = setting.weight_size, setting.linear_size
+    table = setting.batch_size * setting.length * config.hidden_size  # a hidden state's numbers
     scores = setting.batch_size * setting.heads * setting.length**2
-    # Inputs and outputs of both layer norms; scaled queries, q k v, their context and what
-    # gelu gives; what it is given, which autocast's float32 biases make float32.
-    kept = 2 * residual + 2 * linear + (9 * linear + 4 * residual) / setting.degree
-    kept = positions * width * (kept + (2 if config.output_dropout_prob else 0))
-    kept += scores * residual  # softmax
-    if config.attention_dropout_prob:
-        kept += scores * (linear + 1)  # what is left, and dropout's mask
-    elif precision == "O1":
-        kept += scores * linear  # the softmax, cast
+    dropout_mask = 1 if config.attention_dropout_prob else 0
+    # The first layer norm's input and output; q k v, scaled queries and the context.
+    attention = table * (residual + linear + 5 * linear / degree)
+    # The second layer norm's, and gelu's: autocast's float32 biases make its input float32.
+    mlp = table * (residual + linear + 4 * (residual + linear) / degree)
+    if config.output_dropout_prob:  # masks
+        attention, mlp = attention + table, mlp + table
     if precision == "O1":  # the linears' weights, cast
-        kept += 24 * width**2 / setting.degree
-    gradients = 2 * scores * residual + positions * 4 * width / setting.degree * linear
-    return kept, gradients
+        attention += 24 * config.hidden_size**2 / degree
+    softmax = scores * (residual + dropout_mask)
+    if dropout_mask or precision == "O1":  # and what of it is left, or what it is cast to
+        softmax += scores * linear
+    kept = attention + softmax + mlp
+    # At the softmax its output and two gradients of its size are alive, and no more of the MLP.
+    of_softmax = attention + scores * (3 * residual + dropout_mask) + 3 * table * linear
+    return kept, max(of_softmax, kept + 4 * table / degree * linear)
 
 
 def training_memory(setting):
@@ -136,7 +139,7 @@ def training_memory(setting):
     gradients = trained * setting.weight_size
     clipped = trained * (4 if setting.master_grad else setting.weight_size)
 
-    layer, layer_gradients = _layer_memory(setting)
+    layer, backward = _layer_memory(setting)
     layer_input = setting.batch_size * setting.length * config.hidden_size * setting.weight_size
     activations = config.num_layers * (layer_input if recompute else layer) + setting.mask_size
     logits = setting.batch_size * setting.target_length * setting.vocab_size
@@ -147,11 +150,8 @@ def training_memory(setting):
     head_gradient = 0 if setting.lora_config else embeddings * setting.weight_size
     peaks = {  # (gradients, activations) at the moments that may take most
         "loss": (head_gradient, activations + loss),
-        "last layer": (
-            head_gradient,
-            activations + layer_gradients + (layer if recompute else 0),
-        ),
-        "first layer": (gradients, setting.mask_size + layer + layer_gradients),
+        "last layer": (head_gradient, activations + backward - (0 if recompute else layer)),
+        "first layer": (gradients, setting.mask_size + backward),
         # The table's gradient as the embedding comes to that as the head.
         "embeddings": (gradients + head_gradient, setting.mask_size + layer_input),
         "update": (_gradient_copies(setting) * clipped, 0),
@@ -193,7 +193,7 @@ def evaluation_memory(setting):
         # Keys and values, on a CPU the queries too, are kept until the beams take over.
         "prefill": (layers * (3 if on_cpu() else 2) * source / degree, prefill),
         # One layer's cache at a time is copied when it grows.
-        "decoding": (caches, caches / layers + logits),
+        "decoding": (caches, max(caches / layers, logits)),
         "last layer of the loss": (0, setting.mask_size + last_layer),
         "loss": (0, setting.mask_size + hidden * layers + target_logits),
     }
