@@ -242,7 +242,7 @@ def losses(folder):
     return {row["step"]: row["loss"] for row in history if "loss" in row}
 
 
-def random_glm(seed=0, vocab_size=24, num_layers=2, hidden_size=32, heads=4, spread=0.35):
+def random_glm(seed=0, vocab_size=24, num_layers=2, hidden_size=32, heads=4, spread=0.35, dropout=0.0):
     """A GLM whose weights are wide enough that its predictions are far from uniform."""
     paddle.seed(seed)
     config = GLMConfig(
@@ -252,9 +252,9 @@ def random_glm(seed=0, vocab_size=24, num_layers=2, hidden_size=32, heads=4, spr
         vocab_size=vocab_size,
         max_sequence_length=64,
         initializer_range=spread,
-        embedding_dropout_prob=0.0,
-        attention_dropout_prob=0.0,
-        output_dropout_prob=0.0,
+        embedding_dropout_prob=dropout,
+        attention_dropout_prob=dropout,
+        output_dropout_prob=dropout,
         output_predict=True,
     )
     model = GLMForConditionalGeneration(config)
