@@ -2,9 +2,12 @@
 
 import contextlib
 import copy
+import ctypes
+import os
 import re
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +17,7 @@ from paddlenlp.transformers.model_utils import dtype_guard, no_init_weights
 from paddlenlp.utils.log import logger
 from tqdm import tqdm
 
+from glm.device import on_cpu
 from glm.errors import mistakes
 from glm.formats import find_forms, read_arrays, read_file, release_pages
 
@@ -181,10 +185,7 @@ def fill(model, parts, saved_degree):
             saved, dtype = saved_dtype(array), str(weight.dtype).split(".")[-1]
             if saved != dtype:
                 casts.add((saved, dtype))
-                array = float32(array)
-                if dtype != "float32":
-                    array = paddle.to_tensor(array).astype(dtype)  # numpy has no bfloat16
-            weight.set_value(array)
+            _set_weight(weight, array, dtype)
             for array in arrays:
                 release_pages(array)
                 bar.update(array.nbytes)
@@ -192,6 +193,26 @@ def fill(model, parts, saved_degree):
                 told = True
                 logger.train(f"loading {size / 1e9:.2f} GB of weights")
     return casts
+
+
+def _set_weight(weight, array, dtype):
+    """Copy a saved array into a weight of its shape and of the type ``dtype`` (str)."""
+    if saved_dtype(array) == dtype:
+        weight.set_value(array)
+    elif dtype == "float32" and on_cpu():
+        # Cast to where it stays: an array in between would take as long again. There is no
+        # public way to give a weight memory without a copy.
+        made = paddle.empty(array.shape, dtype)
+        memory = (ctypes.c_char * (4 * array.size)).from_address(made.data_ptr())
+        into = np.frombuffer(memory, dtype).reshape(array.shape)
+        with ThreadPoolExecutor() as pool:  # NumPy casts without Python's lock
+            pieces = (np.array_split(whole, os.cpu_count()) for whole in (array, into))
+            list(pool.map(_cast_to_float32, *pieces))
+        weight.get_tensor()._share_data_with(made.get_tensor())
+    elif dtype == "float32":
+        weight.set_value(float32(array))
+    else:
+        weight.set_value(paddle.to_tensor(float32(array)).astype(dtype))  # numpy has no bfloat16
 
 
 def convert_layout(model, saved_degree):
@@ -266,9 +287,16 @@ def saved_dtype(value):
 
 def float32(value):
     """Return a saved array in float32."""
+    into = np.empty(value.shape, "float32")
+    _cast_to_float32(value, into)
+    return into
+
+
+def _cast_to_float32(value, into):
     if saved_dtype(value) == "bfloat16":
-        return (value.astype("uint32") << 16).view("float32")
-    return value.astype("float32")
+        np.left_shift(value, 16, out=into.view("uint32"), dtype="uint32")
+    else:
+        into[...] = value
 
 
 def read_parts(checkpoint, kind, ending, model):
