@@ -332,6 +332,11 @@ class WholeCheckpoints(TrainerCallback):
         except OSError as error:
             if self.folder is None or control.should_evaluate:  # it was not the checkpoint that failed
                 raise
+            # Nor did it where a process is gone that this one waited for. Paddle's errors
+            # have no number.
+            collective = args.world_size > 1 and error.errno is None
+            if collective or isinstance(error, ConnectionError):
+                raise
             shutil.rmtree(self.folder, ignore_errors=True)
             reason = error.strerror or error
             raise Fault(f"{self.folder} can't be written: {reason}; {where_to_resume(args)}") from error

@@ -11,6 +11,7 @@ from helpers import TRAIN, flags, last_whole_checkpoint, losses, make_trainer, r
 
 from glm import checkpoints
 from glm.checkpoints import CHECKPOINT_DONE, WholeCheckpoints
+from glm.errors import Fault
 
 
 def saving_arguments(folder):
@@ -224,6 +225,24 @@ def test_a_damaged_checkpoint_is_skipped(two_checkpoints, tmp_path):
 def test_only_as_many_checkpoints_as_wanted_stay(tmp_path):
     run(*TRAIN, *flags(output_dir=tmp_path, save_steps=1, max_steps=4, save_total_limit=2))
     assert sorted(path.name for path in tmp_path.glob("checkpoint-*")) == ["checkpoint-3", "checkpoint-4"]
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_a_checkpoint_that_waits_for_a_process_that_is_gone_is_not_unwritable(tmp_path, processes):
+    """Then the collective's error ends the process, and the folder stays as it was."""
+    unwritable = OSError(28, "No space left on device")
+    collective = OSError("(External) NCCL error")  # as Paddle raises it, without a number
+    args = SimpleNamespace(world_size=processes, output_dir=str(tmp_path))
+    for error in (unwritable, collective, ConnectionResetError(104, "Connection reset by peer")):
+        whole = WholeCheckpoints(None, RUN_A)
+        whole.folder = str(tmp_path / "checkpoint-2")
+        os.makedirs(whole.folder, exist_ok=True)
+        with pytest.raises(BaseException) as raised:
+            with whole.failing_as_fault(args, SimpleNamespace(should_evaluate=False)):
+                raise error
+        file_failed = error is unwritable or (error is collective and processes == 1)
+        assert isinstance(raised.value, Fault) == file_failed
+        assert os.path.isdir(whole.folder) != file_failed
 
 
 def test_a_model_beside_a_torn_checkpoint_is_not_written_over(tmp_path):
