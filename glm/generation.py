@@ -236,7 +236,7 @@ class Decoder:
         self.inputs = paddle.to_tensor(self.idle_inputs)
         count = 2 * self.generation.num_beams + SPARE if self.generation.select_topk else None
         step = functools.partial(_step, self.model, self.cache, self.inputs, count, self.group)
-        self.step = Replayed(step) if self.captured else step
+        self.step = Replayed(step)
 
 
 def _step(model, cache, inputs, count, group):
