@@ -47,12 +47,7 @@ def encode_source(tokenizer, record, src_length):
             )
     # Opening and context are encoded as one text, as in pre-training: a piece may span the seam.
     ids = encode_text(tokenizer, opening + record["context"])[:room]
-    return [
-        tokenizer.cls_token_id,
-        *ids,
-        tokenizer.gmask_token_id,
-        tokenizer.eos_token_id,
-    ]
+    return [tokenizer.cls_token_id, *ids, tokenizer.gmask_token_id, tokenizer.eos_token_id]
 
 
 def encode_target(tokenizer, question, tgt_length):
@@ -113,8 +108,7 @@ def build_position_ids(source_length, length, padded_length):
     gmask_position = source_length - 2  # the last but one of encode_source
     target = column >= source_length
     position_ids = np.stack(
-        [np.where(target, gmask_position, column), (column - source_length + 1) * target],
-        axis=1,
+        [np.where(target, gmask_position, column), (column - source_length + 1) * target], axis=1
     )
     return position_ids * (column < np.asarray(length)[:, None])[:, None]
 
@@ -223,11 +217,7 @@ class DataCollator:
         length = np.array([len(feature["input_ids"]) for feature in features])
         source_length = np.array([feature["source_length"] for feature in features])
         padded_length = -(-length.max() // PAD_MULTIPLE) * PAD_MULTIPLE
-        input_ids = np.full(
-            [len(features), padded_length],
-            self.pad_token_id,
-            dtype="int64",
-        )
+        input_ids = np.full([len(features), padded_length], self.pad_token_id, dtype="int64")
         for row, feature in enumerate(features):
             input_ids[row, : length[row]] = feature["input_ids"]
         target_positions = [
@@ -239,8 +229,6 @@ class DataCollator:
             "attention_mask": build_attention_mask(source_length, length, padded_length),
             "source_length": source_length,
             "index": np.array([feature["index"] for feature in features]),
-            "labels": np.concatenate([feature["labels"] for feature in features]).astype(
-                "int64",
-            ),
+            "labels": np.concatenate([feature["labels"] for feature in features]).astype("int64"),
             "target_positions": np.concatenate(target_positions),
         }

@@ -13,20 +13,11 @@ import threading
 
 import paddle
 from paddlenlp.trainer import set_seed
-from paddlenlp.transformers import (
-    AutoConfig,
-    GLMTokenizer,
-)
+from paddlenlp.transformers import AutoConfig, GLMTokenizer
 from paddlenlp.utils.log import logger
 from tqdm.contrib.logging import logging_redirect_tqdm
 
-from data import (
-    DataCollator,
-    build_dataset,
-    build_features,
-    check_target_length,
-    encode_source,
-)
+from data import DataCollator, build_dataset, build_features, check_target_length, encode_source
 from glm.arguments import parse_arguments
 from glm.checkpoints import begin_run, find_last_checkpoint, where_to_resume
 from glm.checks import (

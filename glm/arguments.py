@@ -31,14 +31,8 @@ class ModelArguments:
     model_name_or_path: str = argument(
         "THUDM/glm-large-chinese", "A published model's name, or a folder that holds one."
     )
-    lora: bool = argument(
-        False,
-        "Train an adapter, and leave the model's weights as they are.",
-    )
-    lora_rank: Optional[int] = argument(
-        None,
-        "Its rank: 8, or that of the adapter at hand.",
-    )
+    lora: bool = argument(False, "Train an adapter, and leave the model's weights as they are.")
+    lora_rank: Optional[int] = argument(None, "Its rank: 8, or that of the adapter at hand.")
     lora_alpha: Optional[float] = argument(
         None, "The adapter is scaled by lora_alpha / rank; by default 2 * rank."
     )
@@ -49,13 +43,9 @@ class ModelArguments:
     lora_base: Optional[str] = argument(
         None, "The model an adapter belongs to, where the adapter names another place."
     )
-    merge_lora: bool = argument(
-        False,
-        "Write a whole model with the adapter in its weights into output_dir.",
-    )
+    merge_lora: bool = argument(False, "Write a whole model with the adapter in its weights into output_dir.")
     export_torch: bool = argument(
-        False,
-        "Write the model into output_dir/torch as PyTorch's transformers loads it.",
+        False, "Write the model into output_dir/torch as PyTorch's transformers loads it."
     )
 
 
@@ -67,62 +57,32 @@ class DataArguments:
         "dureader_qg",
         "dureader_qg (downloaded by paddlenlp), or a folder with train.json, dev.json and test.json.",
     )
-    src_length: int = argument(
-        608,
-        "Most token ids of a source: prompt, answer, context, special tokens.",
-    )
+    src_length: int = argument(608, "Most token ids of a source: prompt, answer, context, special tokens.")
     predict_file: str = argument(
-        "",
-        "JSON lines to predict from, in place of test.json; -: from standard input to standard output.",
+        "", "JSON lines to predict from, in place of test.json; -: from standard input to standard output."
     )
-    max_train_samples: Optional[int] = argument(
-        None,
-        "Train on the first so many records.",
-    )
-    max_eval_samples: Optional[int] = argument(
-        None,
-        "Evaluate the first so many records.",
-    )
-    max_predict_samples: Optional[int] = argument(
-        None,
-        "Predict the first so many records.",
-    )
+    max_train_samples: Optional[int] = argument(None, "Train on the first so many records.")
+    max_eval_samples: Optional[int] = argument(None, "Evaluate the first so many records.")
+    max_predict_samples: Optional[int] = argument(None, "Predict the first so many records.")
 
 
 @dataclass
 class GenerationArguments:
     """Beam search; the names and the rules are those of THUDM/GLM."""
 
-    tgt_length: int = argument(
-        160,
-        "Most tokens of a question, in training and generation.",
-    )
+    tgt_length: int = argument(160, "Most tokens of a question, in training and generation.")
     min_tgt_length: int = argument(55, "Fewest tokens generated before the end token.")
     num_beams: int = argument(5, "Beams; 1 with select_topk is greedy search.")
-    num_return_sequences: int = argument(
-        1,
-        "Candidates a record in the predictions, the best first.",
-    )
-    length_penalty: float = argument(
-        0.7,
-        "A hypothesis scores log-probability / length ** length_penalty.",
-    )
+    num_return_sequences: int = argument(1, "Candidates a record in the predictions, the best first.")
+    length_penalty: float = argument(0.7, "A hypothesis scores log-probability / length ** length_penalty.")
     no_repeat_ngram_size: int = argument(3, "No n-gram of this size twice; 0: no limit.")
-    select_topk: bool = argument(
-        True,
-        "Go on with the best tokens; False: draw them by their probability.",
-    )
+    select_topk: bool = argument(True, "Go on with the best tokens; False: draw them by their probability.")
     temperature: float = argument(
-        1.0,
-        "Draw by the probabilities of logits / temperature, before top_k and top_p.",
+        1.0, "Draw by the probabilities of logits / temperature, before top_k and top_p."
     )
-    top_k: int = argument(
-        0,
-        "Draw from a beam's top_k likeliest tokens only; 0: from all.",
-    )
+    top_k: int = argument(0, "Draw from a beam's top_k likeliest tokens only; 0: from all.")
     top_p: float = argument(
-        0.0,
-        "Draw from a beam's fewest tokens that hold this probability; 0 or 1: from all.",
+        0.0, "Draw from a beam's fewest tokens that hold this probability; 0 or 1: from all."
     )
 
 
@@ -133,25 +93,13 @@ class GLMTrainingArguments(TrainingArguments):
     label_smoothing: float = argument(
         0.1, "The part of a target's weight that is spread over the vocabulary."
     )
-    lr_decay_ratio: float = argument(
-        0.1,
-        "A linear schedule ends at lr_decay_ratio * learning_rate.",
-    )
+    lr_decay_ratio: float = argument(0.1, "A linear schedule ends at lr_decay_ratio * learning_rate.")
     early_stopping_patience: Optional[int] = argument(
         None, "End training after so many evaluations that did not improve on the best."
     )
-    output_dir: str = argument(
-        "",
-        "The folder for checkpoints, the model and the results.",
-    )
-    device: str = argument(
-        "",
-        "gpu, cpu, xpu or npu; a GPU if Paddle can use one, else cpu.",
-    )
-    group_by_length: bool = argument(
-        True,
-        "Train on batches of records of like length, in random order.",
-    )
+    output_dir: str = argument("", "The folder for checkpoints, the model and the results.")
+    device: str = argument("", "gpu, cpu, xpu or npu; a GPU if Paddle can use one, else cpu.")
+    group_by_length: bool = argument(True, "Train on batches of records of like length, in random order.")
     amp_master_grad: Optional[bool] = argument(
         None, "Gradients in float32; by default in O2, where float16 ones would overflow."
     )
@@ -161,11 +109,7 @@ class GLMTrainingArguments(TrainingArguments):
         choices=("debug", "info", "train", "eval", "warning"),
     )
     # PaddleNLP's fields that take any text, and fail later or silently.
-    fp16_opt_level: str = argument(
-        "O1",
-        "O1: autocast; O2: weights in half precision.",
-        choices=("O1", "O2"),
-    )
+    fp16_opt_level: str = argument("O1", "O1: autocast; O2: weights in half precision.", choices=("O1", "O2"))
     lr_scheduler_type: str = argument(
         "linear",
         "The learning rate's course after the warm-up.",
@@ -176,17 +120,11 @@ class GLMTrainingArguments(TrainingArguments):
         "The metric that --load_best_model_at_end and early stopping compare.",
         choices=(*METRICS, *(f"eval_{metric}" for metric in METRICS)),
     )
-    optim: str = argument(
-        "adamw",
-        "The optimizer; PaddleNLP has adamw alone.",
-        choices=("adamw",),
-    )
+    optim: str = argument("adamw", "The optimizer; PaddleNLP has adamw alone.", choices=("adamw",))
     # stage3 clears the embedding after the forward, which the loss and decoding read; stage2,
     # of which Paddle has GPU code alone, has not been seen to give what one process gives.
     sharding: str = argument(
-        "",
-        "stage1 splits the optimizer's state over the processes.",
-        choices=("", "stage1"),
+        "", "stage1 splits the optimizer's state over the processes.", choices=("", "stage1")
     )
 
     training_began = False  # the checkpoints in output_dir are this run's from then on
@@ -203,9 +141,7 @@ class GLMTrainingArguments(TrainingArguments):
             )
         dtype = "float16" if self.fp16 else "bfloat16"
         if self.fp16 != self.bf16 and not supports_dtype(dtype):
-            logger.warning(
-                f"{'fp16' if self.fp16 else 'bf16'} needs a GPU: running in float32",
-            )
+            logger.warning(f"{'fp16' if self.fp16 else 'bf16'} needs a GPU: running in float32")
             self.fp16 = self.bf16 = False
         if self.amp_master_grad is None:
             self.amp_master_grad = self.fp16_opt_level == "O2" and (self.fp16 or self.bf16)
@@ -290,9 +226,7 @@ def parse_arguments():
         tuple: ModelArguments, DataArguments, GenerationArguments, GLMTrainingArguments. Raises
         InputError where an argument is wrong.
     """
-    parser = ArgumentParser(
-        (ModelArguments, DataArguments, GenerationArguments, GLMTrainingArguments),
-    )
+    parser = ArgumentParser((ModelArguments, DataArguments, GenerationArguments, GLMTrainingArguments))
     refusals = (ValueError, TypeError, AttributeError, AssertionError, OSError)
     with mistakes("PaddleNLP refuses these arguments", "change them", refusals):
         if len(sys.argv) >= 2 and sys.argv[1].endswith(".json"):

@@ -5,14 +5,7 @@ import paddle
 import paddle.nn.functional as F
 
 from glm.device import captures, on_cpu
-from glm.modeling import (
-    MASKED,
-    additive_mask,
-    attend,
-    forward,
-    laid_out_by_head,
-    split_heads,
-)
+from glm.modeling import MASKED, additive_mask, attend, forward, laid_out_by_head, split_heads
 
 
 class Cache:

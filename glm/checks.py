@@ -114,9 +114,7 @@ def check_argument(name, value, default):
         raise InputError(f"--{name}: {REFUSED[name]}, leave it out")
     # NUL and halves of characters, which neither a file's name nor a log can hold
     if isinstance(value, str) and re.search("[\0\ud800-\udfff]", value):
-        raise InputError(
-            f"--{name} is {value!r}, which is no text in UTF-8: give it in UTF-8",
-        )
+        raise InputError(f"--{name} is {value!r}, which is no text in UTF-8: give it in UTF-8")
 
 
 def check_together(values):
@@ -186,9 +184,7 @@ def check_steps(values):
         )
     for name in reports:
         if name not in ("all", "none", *get_available_reporting_integrations()):
-            raise InputError(
-                f"--report_to {name} is not installed here, or unknown: give visualdl or none",
-            )
+            raise InputError(f"--report_to {name} is not installed here, or unknown: give visualdl or none")
 
 
 def check_processes(values):
@@ -225,9 +221,7 @@ def check_config(config, name, src_length, generation, degree):
     for key, limits in CONFIG_LIMITS.items():
         limits.check(getattr(config, key), f"{model}: {key} in its config.json")
     if config.block_position_encoding is not True:
-        raise InputError(
-            f"{model}: block_position_encoding in its config.json is not true",
-        )
+        raise InputError(f"{model}: block_position_encoding in its config.json is not true")
     with mistakes(f"{model}: its weights can't be loaded", "give whole files of one model"):
         check_files(name, count_parameters(config)[0])
     heads, width = config.num_attention_heads, config.hidden_size

@@ -86,10 +86,7 @@ def write_weights(path, base, config, adapter, lora_config):
 
     def merged_arrays():
         for name in weights:
-            array, linear = (
-                convert(name, [part[name] for part in parts]),
-                name.removesuffix(".weight"),
-            )
+            array, linear = (convert(name, [part[name] for part in parts]), name.removesuffix(".weight"))
             if f"{linear}.lora_A" in adapter:
                 change = adapter[f"{linear}.lora_A"] @ adapter[f"{linear}.lora_B"]
                 array = cast(float32(array) + lora_config.scaling * change, array.dtype)

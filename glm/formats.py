@@ -31,12 +31,7 @@ FORMS = (
     "pytorch_model.bin.index.json",
 )
 LINEAR = re.compile(r".*\.(query_key_value|dense|dense_h_to_4h|dense_4h_to_h)\.weight")
-SAFETENSORS_DTYPES = {
-    "F64": "float64",
-    "F32": "float32",
-    "F16": "float16",
-    "BF16": "uint16",
-}
+SAFETENSORS_DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "uint16"}
 TORCH_DTYPES = {
     "DoubleStorage": "float64",
     "FloatStorage": "float32",
@@ -91,11 +86,7 @@ def read_file(path):
         ValueError: where a file is missing, torn or of another kind.
     """
     path = Path(path)
-    readers = {
-        ".json": read_shards,
-        ".pdparams": read_arrays,
-        ".safetensors": read_safetensors,
-    }
+    readers = {".json": read_shards, ".pdparams": read_arrays, ".safetensors": read_safetensors}
     try:
         return readers.get(path.suffix, read_torch)(path)
     except Exception as error:  # of pickle, zipfile, json and numpy
@@ -158,11 +149,7 @@ class _ArrayReader(pickle._Unpickler):  # the public one, in C, copies all it re
             return _MappedArray
         known = {"builtins.tuple", "collections.OrderedDict", "_codecs.encode"}
         if f"{module}.{name}" not in known:
-            if not module.startswith("numpy") or name not in (
-                "ndarray",
-                "dtype",
-                "scalar",
-            ):
+            if not module.startswith("numpy") or name not in ("ndarray", "dtype", "scalar"):
                 raise pickle.UnpicklingError(f"it holds {module}.{name}, which is no array")
         return super().find_class(module, name)
 
@@ -220,11 +207,7 @@ def write_safetensors(path, shapes, arrays):
     header, end = {"__metadata__": {"format": "pt"}}, 0
     for name, (dtype, shape) in shapes.items():
         start, end = end, end + np.dtype(dtype).itemsize * int(np.prod(shape))
-        header[name] = {
-            "dtype": names[str(dtype)],
-            "shape": shape,
-            "data_offsets": [start, end],
-        }
+        header[name] = {"dtype": names[str(dtype)], "shape": shape, "data_offsets": [start, end]}
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)  # the data is aligned
     with open(path, "wb") as file:

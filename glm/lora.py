@@ -15,12 +15,7 @@ from glm.formats import find_forms, read_arrays
 from glm.weights import fill, load, without_weights
 
 LORA_WEIGHTS = "lora_model_state.pdparams"  # as PaddleNLP calls the file
-LORA_MODULES = (
-    "query_key_value",
-    "dense",
-    "dense_h_to_4h",
-    "dense_4h_to_h",
-)  # the linears of a layer
+LORA_MODULES = ("query_key_value", "dense", "dense_h_to_4h", "dense_4h_to_h")  # the linears of a layer
 
 
 def is_split_adapter(name):
@@ -43,9 +38,7 @@ class LoRA(LoRAModel):
         action = split_or_merge_func(is_split, degree, rank, config.num_attention_heads)
         return {
             name: functools.partial(
-                action,
-                is_column=name.endswith("lora_B"),
-                is_old_qkv="query_key_value" in name,
+                action, is_column=name.endswith("lora_B"), is_old_qkv="query_key_value" in name
             )
             for name in self.state_dict()
             if ".lora_" in name and is_split_adapter(name)
@@ -99,18 +92,11 @@ def prepare(arguments, name, dtype, degree):
     else:
         base, folder = name, None
         config = new_lora_config(
-            arguments.lora_rank,
-            arguments.lora_alpha,
-            arguments.lora_target_modules,
-            arguments.rslora,
+            arguments.lora_rank, arguments.lora_alpha, arguments.lora_target_modules, arguments.rslora
         )
     # An absolute path is found from any working directory.
     config.base_model_name_or_path = os.path.abspath(base) if os.path.isdir(base) else base
-    config.dtype, config.tensor_parallel_degree, config.merge_weights = (
-        dtype,
-        degree,
-        False,
-    )
+    config.dtype, config.tensor_parallel_degree, config.merge_weights = (dtype, degree, False)
     return base, folder, config
 
 
@@ -120,10 +106,7 @@ def check_flags(arguments, folder, config):
     given = {
         "lora_rank": (arguments.lora_rank, config.r),
         "lora_alpha": (arguments.lora_alpha, config.lora_alpha),
-        "lora_target_modules": (
-            modules and target_modules(modules),
-            config.target_modules,
-        ),
+        "lora_target_modules": (modules and target_modules(modules), config.target_modules),
         "rslora": (arguments.rslora or None, config.rslora),
     }
     for flag, (value, saved) in given.items():
@@ -135,10 +118,7 @@ def new_lora_config(rank=None, alpha=None, modules=None, rslora=False):
     """Return the LoRAConfig of a new adapter."""
     rank = rank or 8
     return LoRAConfig(
-        r=rank,
-        lora_alpha=alpha or 2 * rank,
-        target_modules=target_modules(modules),
-        rslora=rslora,
+        r=rank, lora_alpha=alpha or 2 * rank, target_modules=target_modules(modules), rslora=rslora
     )
 
 
@@ -215,10 +195,7 @@ def merge_lora(lora):
     """Add the adapters to the weights beside them, in float32, and remove them. Returns the GLM."""
     for layer in lora.model.sublayers():
         if hasattr(layer, "lora_A"):
-            lora_a, lora_b = (
-                layer.lora_A.astype("float32"),
-                layer.lora_B.astype("float32"),
-            )
+            lora_a, lora_b = (layer.lora_A.astype("float32"), layer.lora_B.astype("float32"))
             merged = layer.weight.astype("float32") + paddle.matmul(lora_a, lora_b) * layer.scaling
             layer.weight.set_value(merged.astype(layer.weight.dtype))
             layer.merged = True  # the layer's forward then is a plain linear's

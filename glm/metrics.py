@@ -9,7 +9,7 @@ from paddlenlp.transformers import BasicTokenizer
 from rouge import Rouge
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def _basic_tokenizer():
     return BasicTokenizer(do_lower_case=True)
 

@@ -343,9 +343,7 @@ def target_losses(model, wrapped, inputs, label_smoothing, group=None):
         attention = model.glm.transformer.layers[0].attention
         mask = mask.tile([1, attention.num_attention_heads, 1, 1])
     hidden_states = wrapped(
-        input_ids=inputs["input_ids"],
-        position_ids=inputs["position_ids"],
-        attention_mask=mask,
+        input_ids=inputs["input_ids"], position_ids=inputs["position_ids"], attention_mask=mask
     )[0]
     hidden_states = hidden_states.reshape([-1, hidden_states.shape[-1]])
     hidden_states = hidden_states.gather(inputs["target_positions"])  # [N, C]

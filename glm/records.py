@@ -61,14 +61,10 @@ def read_records(task_name, split, require_question=True):
 
 def load_dureader_qg(split):
     """Download a split of DuReaderQG. Returns its rows, dicts with source, title and target."""
-    from paddlenlp.datasets import (
-        load_dataset,
-    )  # takes a second, which folders need not wait
+    from paddlenlp.datasets import load_dataset  # takes a second, which folders need not wait
 
     if split not in ("train", "dev"):
-        raise InputError(
-            f"dureader_qg has no {split} split: give --task_name a folder with {split}.json",
-        )
+        raise InputError(f"dureader_qg has no {split} split: give --task_name a folder with {split}.json")
     advice = "check the connection, or give --task_name a folder with train.json and dev.json"
     with mistakes("dureader_qg could not be downloaded", advice):
         return load_dataset("dureader_qg", splits=split)
@@ -158,9 +154,7 @@ def parse_record(row, where, number, require_question):
     record = {"id": row.get("id", row.get("question_id", number)), "where": where}
     if not isinstance(record["id"], (str, int)):
         kind = type(record["id"]).__name__
-        raise InputError(
-            f"{where}: 'id' is a {kind}: it must be a string or a whole number",
-        )
+        raise InputError(f"{where}: 'id' is a {kind}: it must be a string or a whole number")
     values = {
         "context": row.get("context", row.get("source")),
         "answer": find_answer(row, where),
@@ -188,9 +182,7 @@ def check_text(name, value, where):
         kind = type(value).__name__
         raise InputError(f"{where}: the field '{name}' is a {kind}: it must be a string")
     if name == "question" and not value.strip():
-        raise InputError(
-            f"{where}: the field 'question' is empty: it is what the model learns to write",
-        )
+        raise InputError(f"{where}: the field 'question' is empty: it is what the model learns to write")
 
 
 def find_answer(row, where):

@@ -20,15 +20,7 @@ class GroupedBatchSampler(DistributedBatchSampler):
     """
 
     def __init__(
-        self,
-        dataset,
-        batch_size,
-        num_replicas,
-        rank,
-        global_batch_size,
-        shuffle,
-        group_by_length,
-        seed,
+        self, dataset, batch_size, num_replicas, rank, global_batch_size, shuffle, group_by_length, seed
     ):
         layout = {"num_replicas": num_replicas, "rank": rank}
         super().__init__(dataset, batch_size, shuffle=shuffle, **layout)

@@ -30,10 +30,7 @@ def where_and_advice(name, adapter=None):
     )
     if adapter is None:
         return f"--model_name_or_path {name}", f"give {advice}"
-    return (
-        f"--model_name_or_path {adapter}: its base {name}",
-        f"give by --lora_base {advice}",
-    )
+    return (f"--model_name_or_path {adapter}: its base {name}", f"give by --lora_base {advice}")
 
 
 def load(loader, name, what, adapter=None):
@@ -158,11 +155,7 @@ def fill(model, parts, saved_degree):
     Raises:
         ValueError: where a weight has another shape than the model's.
     """
-    weights, convert, casts = (
-        model.state_dict(),
-        convert_layout(model, saved_degree),
-        set(),
-    )
+    weights, convert, casts = (model.state_dict(), convert_layout(model, saved_degree), set())
     names = [name for name in weights if name in parts[0]]
     size = sum(part[name].nbytes for part in parts for name in names)
     start, terminal = time.time(), sys.stderr.isatty()
@@ -227,10 +220,7 @@ def convert_layout(model, saved_degree):
         process's alone where the degrees are the same.
     """
     config = copy.deepcopy(model.config)
-    degree, rank = (
-        max(config.tensor_parallel_degree, 1),
-        max(config.tensor_parallel_rank, 0),
-    )
+    degree, rank = (max(config.tensor_parallel_degree, 1), max(config.tensor_parallel_rank, 0))
     if saved_degree == degree:
         return lambda name, parts: parts[0]
     config.tensor_parallel_degree = max(saved_degree, degree)

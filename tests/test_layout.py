@@ -14,14 +14,7 @@ FLOORS = [
     ["glm.memory", "glm.checkpoints", "glm.modeling", "glm.export", "data"],
     ["glm.lora", "glm.runs", "glm.optimizer"],
     ["glm.weights", "glm.outputs"],
-    [
-        "glm.formats",
-        "glm.metrics",
-        "glm.processes",
-        "glm.device",
-        "glm.sampler",
-        "glm.records",
-    ],
+    ["glm.formats", "glm.metrics", "glm.processes", "glm.device", "glm.sampler", "glm.records"],
     ["glm.errors"],
 ]
 FLOOR = {room: number for number, rooms in enumerate(FLOORS) for room in rooms}

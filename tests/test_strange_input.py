@@ -14,12 +14,7 @@ from helpers import TINY_GLM, Run, flags
 from hypothesis import HealthCheck, Phase, assume, example, given, settings
 from hypothesis import strategies as st
 
-from glm.arguments import (
-    DataArguments,
-    GenerationArguments,
-    GLMTrainingArguments,
-    ModelArguments,
-)
+from glm.arguments import DataArguments, GenerationArguments, GLMTrainingArguments, ModelArguments
 
 pytestmark = pytest.mark.slow
 CASES = int(os.environ.get("STRANGE_CASES", 100))
