@@ -19,7 +19,6 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 
 from data import DataCollator, build_dataset, build_features, check_target_length, encode_source
 from glm.arguments import parse_arguments
-from glm.checkpoints import begin_run, find_last_checkpoint, where_to_resume
 from glm.checks import (
     check_accumulation,
     check_config,
@@ -27,13 +26,11 @@ from glm.checks import (
     check_tokenizer,
     check_tokenizer_files,
 )
+from glm.decoding.decoder import beam_search
 from glm.device import use_the_whole_cpu
 from glm.errors import Fault, InputError
-from glm.export import export_torch
-from glm.generation import beam_search
-from glm.lora import LORA_WEIGHTS, adapter_weights, add_lora, prepare
-from glm.memory import estimate_memory
-from glm.outputs import (
+from glm.outputs.checkpoints import begin_run, find_last_checkpoint, where_to_resume
+from glm.outputs.folder import (
     MODEL,
     RESULTS,
     RUN,
@@ -46,10 +43,13 @@ from glm.outputs import (
     replaced_by,
     write_results,
 )
+from glm.outputs.runs import describe_run, new_run
 from glm.processes import Peers, locked
 from glm.records import parse_lines, read_in_batches, read_records
-from glm.runs import describe_run, new_run
-from glm.weights import load, load_model
+from glm.training.memory import estimate_memory
+from glm.weights.adapters import LORA_WEIGHTS, adapter_weights, add_lora, prepare
+from glm.weights.loading import load, load_model
+from glm.weights.torch_folder import export_torch
 from utils import GLMTrainer, prediction_row
 
 # What the system says where nothing more can be written.

@@ -11,14 +11,14 @@ from paddlenlp.utils.log import logger
 from tqdm import tqdm
 
 from data import decode_target
-from glm.generation import beam_search
-from glm.memory import memory_metrics, memory_peak
+from glm.decoding.decoder import beam_search
 from glm.metrics import compute_metrics, rouge
 from glm.modeling import prepare_for_training, target_losses
-from glm.outputs import write_predictions
+from glm.outputs.folder import write_predictions
 from glm.processes import gather_objects
-from glm.sampler import GroupedBatchSampler
-from glm.trainer import ResumableTrainer
+from glm.training.memory import memory_metrics, memory_peak
+from glm.training.sampler import GroupedBatchSampler
+from glm.training.trainer import ResumableTrainer
 
 
 def prediction_row(tokenizer, record, hypotheses, candidates=False):

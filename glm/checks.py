@@ -14,9 +14,9 @@ from paddlenlp.transformers import GLMBertTokenizer, GLMConfig, GLMGPT2Tokenizer
 from paddlenlp.utils.log import logger
 
 from glm.errors import InputError, mistakes
-from glm.formats import check_pointer
-from glm.memory import count_parameters
-from glm.weights import check_files
+from glm.training.memory import count_parameters
+from glm.weights.formats import check_pointer
+from glm.weights.loading import check_files
 
 
 class Limits(NamedTuple):

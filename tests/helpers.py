@@ -24,9 +24,10 @@ from paddlenlp.utils.log import logger
 
 import finetune_generation
 from data import DataCollator, build_features
-from glm import checkpoints, lora
 from glm.arguments import GenerationArguments, GLMTrainingArguments
-from glm.generation import beam_search
+from glm.decoding.decoder import beam_search
+from glm.outputs import checkpoints
+from glm.weights import adapters as lora
 from utils import GLMTrainer
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -27,9 +27,9 @@ from paddlenlp.transformers.glm.configuration import GLM_PRETRAINED_INIT_CONFIGU
 import finetune_generation
 import utils
 from data import DataCollator
-from glm.checkpoints import WholeCheckpoints
 from glm.errors import Fault
 from glm.modeling import LabelSmoothedLoss
+from glm.outputs.checkpoints import WholeCheckpoints
 
 METHODS = {
     "train": utils.GLMTrainer,

@@ -12,9 +12,17 @@ from helpers import FAST, TINY_GLM, run, small_data
 from paddle.distributed.fleet.meta_parallel import get_rng_state_tracker
 from visualdl import LogReader
 
-from glm import callbacks
-from glm.callbacks import MOST_SKIPPED, SHOWN, CheckFinite, Curves, Gradients, SeedEachStep, StopBySignal
 from glm.errors import Fault
+from glm.training import callbacks
+from glm.training.callbacks import (
+    MOST_SKIPPED,
+    SHOWN,
+    CheckFinite,
+    Curves,
+    Gradients,
+    SeedEachStep,
+    StopBySignal,
+)
 
 
 def test_each_step_draws_anew_and_a_resumed_one_alike():

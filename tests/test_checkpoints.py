@@ -9,9 +9,9 @@ from types import SimpleNamespace
 import pytest
 from helpers import TRAIN, flags, last_whole_checkpoint, losses, make_trainer, random_glm, run
 
-from glm import checkpoints
-from glm.checkpoints import CHECKPOINT_DONE, WholeCheckpoints
 from glm.errors import Fault
+from glm.outputs import checkpoints
+from glm.outputs.checkpoints import CHECKPOINT_DONE, WholeCheckpoints
 
 
 def saving_arguments(folder):

@@ -30,7 +30,7 @@ from data import (
 )
 from glm.errors import InputError
 from glm.records import parse_lines, read_in_batches, read_records
-from glm.sampler import GroupedBatchSampler
+from glm.training.sampler import GroupedBatchSampler
 
 RECORD = {
     "context": "白云山海拔1200米。",

@@ -11,8 +11,8 @@ import time
 import pytest
 from helpers import TINY_GLM, TRAIN, Run, flags, last_whole_checkpoint, losses, run
 
-from glm.checkpoints import CHECKPOINT_DONE
-from glm.outputs import UNFINISHED
+from glm.outputs.checkpoints import CHECKPOINT_DONE
+from glm.outputs.folder import UNFINISHED
 from glm.processes import LOCK, locked
 
 EVALUATE = [*TRAIN, *flags(do_train=False, do_eval=True, per_device_eval_batch_size=30)]

@@ -16,8 +16,11 @@ from paddlenlp.transformers import AutoConfig, GLMConfig
 from test_lora import lora_config, random_adapter
 from test_weights import bfloat16_bits
 
-from glm import export, formats, lora, weights
 from glm.errors import InputError
+from glm.weights import adapters as lora
+from glm.weights import formats
+from glm.weights import loading as weights
+from glm.weights import torch_folder as export
 
 STORAGES = {"float32": "FloatStorage", "float16": "HalfStorage", "uint16": "BFloat16Storage"}
 TYPES = {"float32": "F32", "float16": "F16", "uint16": "BF16"}
@@ -294,7 +297,7 @@ import sys
 sys.path.insert(0, ".")
 import paddle
 from paddlenlp.transformers import AutoConfig
-from glm import weights
+from glm.weights import loading as weights
 paddle.set_device("cpu")
 paddle.normal = paddle.uniform = None
 config = AutoConfig.from_pretrained(sys.argv[1])

@@ -17,10 +17,10 @@ from helpers import (
 )
 
 from glm import device
-from glm.cache import decode_one_token, prefill
-from glm.candidates import Candidates, drawn_candidates
+from glm.decoding.cache import decode_one_token, prefill
+from glm.decoding.candidates import Candidates, drawn_candidates
+from glm.decoding.decoder import Beams, beam_search
 from glm.device import Replayed
-from glm.generation import Beams, beam_search
 
 START, END = 1, 2
 
@@ -141,13 +141,13 @@ def captured(monkeypatch):
         return call
 
     monkeypatch.setattr(paddle, "to_tensor", counted(paddle.to_tensor, "uploads"))
-    monkeypatch.setattr("glm.generation.upload", counted(device.upload, "uploads"))
+    monkeypatch.setattr("glm.decoding.decoder.upload", counted(device.upload, "uploads"))
     monkeypatch.setattr(paddle.Tensor, "numpy", counted(paddle.Tensor.numpy, "downloads"))
     monkeypatch.setattr("glm.device.CUDAGraph", counted(RecordedGraph, "captures"))
     monkeypatch.setattr(RecordedGraph, "replay", counted(RecordedGraph.replay, "replays"))
-    for room in ("glm.modeling", "glm.cache"):
+    for room in ("glm.modeling", "glm.decoding.cache"):
         monkeypatch.setattr(f"{room}.on_cpu", lambda: False)
-    for room in ("glm.device", "glm.cache", "glm.generation"):
+    for room in ("glm.device", "glm.decoding.cache", "glm.decoding.decoder"):
         monkeypatch.setattr(f"{room}.captures", lambda: True)
     return counts
 
@@ -350,7 +350,7 @@ def test_a_cache_that_grows_while_examples_leave(monkeypatch, growth):
         best_hypotheses(model, input_ids[i : i + 1, :n], lengths[i : i + 1], generation, START, END)[0]
         for i, n in enumerate(lengths.tolist())
     ]
-    monkeypatch.setattr("glm.generation.GROWTH", growth)
+    monkeypatch.setattr("glm.decoding.decoder.GROWTH", growth)
     for (tokens, score), (expected_tokens, expected_score) in zip(
         best_hypotheses(model, input_ids, lengths, generation, START, END), expected
     ):

@@ -10,7 +10,7 @@ import time
 import pytest
 from helpers import ROOT, TRAIN, flags, launcher, losses
 
-from glm.checkpoints import CHECKPOINT_DONE
+from glm.outputs.checkpoints import CHECKPOINT_DONE
 
 pytestmark = pytest.mark.slow
 ARGS = [*TRAIN, *flags(tensor_parallel_degree=2, per_device_eval_batch_size=20)]

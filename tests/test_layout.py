@@ -8,13 +8,27 @@ from helpers import ROOT
 FLOORS = [
     ["finetune_generation"],
     ["utils"],
-    ["glm.trainer"],
-    ["glm.arguments", "glm.callbacks", "glm.generation"],
-    ["glm.checks", "glm.cache", "glm.candidates"],
-    ["glm.memory", "glm.checkpoints", "glm.modeling", "glm.export", "data"],
-    ["glm.lora", "glm.runs", "glm.optimizer"],
-    ["glm.weights", "glm.outputs"],
-    ["glm.formats", "glm.metrics", "glm.processes", "glm.device", "glm.sampler", "glm.records"],
+    ["glm.training.trainer"],
+    ["glm.arguments", "glm.training.callbacks", "glm.decoding.decoder"],
+    ["glm.checks", "glm.decoding.cache", "glm.decoding.candidates"],
+    [
+        "glm.training.memory",
+        "glm.training.sampler",
+        "glm.outputs.checkpoints",
+        "glm.modeling",
+        "glm.weights.torch_folder",
+        "data",
+    ],
+    ["glm.weights.adapters", "glm.outputs.runs", "glm.weights.optimizer_state"],
+    ["glm.weights.loading", "glm.outputs.folder"],
+    [
+        "glm.weights.formats",
+        "glm.metrics",
+        "glm.processes",
+        "glm.device",
+        "glm.training.sampler",
+        "glm.records",
+    ],
     ["glm.errors"],
 ]
 FLOOR = {room: number for number, rooms in enumerate(FLOORS) for room in rooms}
@@ -37,7 +51,7 @@ def imports_of(room):
 
 def test_every_room_stands_on_a_floor():
     rooms = [
-        path for pattern in ("*.py", "glm/*.py") for path in ROOT.glob(pattern) if path.stem != "__init__"
+        path for pattern in ("*.py", "glm/**/*.py") for path in ROOT.glob(pattern) if path.stem != "__init__"
     ]
     assert {path_of(room) for room in FLOOR} == set(rooms)
 

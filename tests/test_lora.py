@@ -23,7 +23,7 @@ from helpers import (
 from paddlenlp.transformers import GLMConfig, GLMForConditionalGeneration
 
 from data import DataCollator
-from glm import lora
+from glm.weights import adapters as lora
 
 
 def random_adapter(model, config, seed=0):

@@ -11,8 +11,10 @@ import pytest
 from helpers import ROOT, flags, lora_config, random_glm
 from paddlenlp.transformers import GLMConfig, GLMForConditionalGeneration
 
-from glm import arguments, lora, memory
-from glm.cache import prefill
+from glm import arguments
+from glm.decoding.cache import prefill
+from glm.training import memory
+from glm.weights import adapters as lora
 
 
 @pytest.mark.parametrize("config", [None, lora_config(), lora_config(["dense_h_to_4h"], r=5)])
@@ -79,9 +81,9 @@ def test_what_a_layer_keeps_on_a_card(monkeypatch, precision, megabytes):
 @pytest.mark.parametrize("cpu", [True, False])
 def test_the_cache_is_counted(monkeypatch, cpu):
     """A card has slots for all tokens at once; a CPU half of them, in the middle of the search."""
-    monkeypatch.setattr("glm.cache.on_cpu", lambda: cpu)
+    monkeypatch.setattr("glm.decoding.cache.on_cpu", lambda: cpu)
     monkeypatch.setattr("glm.modeling.on_cpu", lambda: cpu)
-    for room in ("cache", "memory"):
+    for room in ("training.memory", "decoding.cache"):
         monkeypatch.setattr(f"glm.{room}.captures", lambda: not cpu)
     model, lengths, beams = random_glm(num_layers=3), np.full([20], 40), 4
     setting = memory.Setting(model.config, 20, 40, 20, num_beams=beams)
@@ -98,7 +100,7 @@ def test_the_cache_is_counted(monkeypatch, cpu):
 @pytest.mark.parametrize("cpu, tables", [(True, 3), (False, 2)])
 def test_what_prefill_keeps(monkeypatch, cpu, tables):
     """Keys and values once; on a CPU the queries beside them, which is faster than a copy."""
-    for room in ("cache", "modeling"):
+    for room in ("decoding.cache", "modeling"):
         monkeypatch.setattr(f"glm.{room}.on_cpu", lambda: cpu)
     model, lengths = random_glm(num_layers=3), np.full([20], 60)
     input_ids = paddle.ones([20, 60], "int64")

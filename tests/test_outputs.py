@@ -11,10 +11,11 @@ import pytest
 from helpers import TINY_GLM, TRAIN, flags, run, small_data
 from paddlenlp.transformers import GLMForConditionalGeneration
 
-from glm import checkpoints, outputs
-from glm.checkpoints import CHECKPOINT_DONE
 from glm.errors import InputError
-from glm.outputs import MODEL, RESULTS, RUN, UNFINISHED, finishing, move_into_place
+from glm.outputs import checkpoints
+from glm.outputs import folder as outputs
+from glm.outputs.checkpoints import CHECKPOINT_DONE
+from glm.outputs.folder import MODEL, RESULTS, RUN, UNFINISHED, finishing, move_into_place
 
 NO_TRAINING = [*TRAIN, *flags(do_train=False)]
 WEIGHTS = outputs.WHOLE_MODEL + outputs.ADAPTER

@@ -18,7 +18,7 @@ from helpers import (
     tiny_glm,
 )
 
-from glm.checkpoints import CHECKPOINT_DONE
+from glm.outputs.checkpoints import CHECKPOINT_DONE
 
 
 @pytest.fixture(scope="module")

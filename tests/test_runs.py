@@ -7,10 +7,10 @@ import signal
 import pytest
 from helpers import TINY_GLM, TRAIN, flags, losses, run, small_data
 
-from glm.checkpoints import read_mark
 from glm.errors import InputError
-from glm.outputs import RUN
-from glm.runs import compare_runs, describe_run
+from glm.outputs.checkpoints import read_mark
+from glm.outputs.folder import RUN
+from glm.outputs.runs import compare_runs, describe_run
 
 
 class Group:
@@ -53,7 +53,7 @@ DIFFERENCES = [
 @pytest.mark.parametrize("changes, text", DIFFERENCES)
 def test_what_differs_is_one_line(capsys, monkeypatch, changes, text):
     lines = []
-    monkeypatch.setattr("glm.runs.logger.train", lines.append)
+    monkeypatch.setattr("glm.outputs.runs.logger.train", lines.append)
     line_of(describe(), describe(**changes), capsys)
     prefix = "this run differs from the one that wrote out/checkpoint-3: "
     assert lines == ([prefix + text] if text else [])

@@ -6,7 +6,8 @@ import numpy as np
 import paddle
 import pytest
 
-from glm import optimizer, weights
+from glm.weights import loading as weights
+from glm.weights import optimizer_state as optimizer
 
 
 def bfloat16_bits(values):

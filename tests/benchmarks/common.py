@@ -81,8 +81,8 @@ def save_model(folder, layers, width):
 def load_model(folder):
     from paddlenlp.transformers import AutoConfig
 
-    from glm import weights
     from glm.device import use_the_whole_cpu
+    from glm.weights import loading as weights
 
     use_the_whole_cpu()
     return weights.load_model(folder, AutoConfig.from_pretrained(folder))

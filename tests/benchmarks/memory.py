@@ -29,9 +29,10 @@ from paddlenlp.peft import LoRAConfig
 from paddlenlp.transformers import GLMConfig
 
 from data import DataCollator, build_features
-from glm import lora, memory
 from glm.arguments import GenerationArguments, GLMTrainingArguments
-from glm.generation import beam_search
+from glm.decoding.decoder import beam_search
+from glm.training import memory
+from glm.weights import adapters as lora
 from utils import GLMTrainer
 
 CARDS = (16, 24, 40, 80)  # GiB

@@ -30,7 +30,7 @@ from common import (
 
 from data import DataCollator, build_attention_mask
 from glm.arguments import GenerationArguments, GLMTrainingArguments
-from glm.sampler import GroupedBatchSampler
+from glm.training.sampler import GroupedBatchSampler
 from utils import GLMTrainer
 
 

@@ -14,8 +14,8 @@ from paddlenlp.trainer.trainer_utils import IntervalStrategy
 from paddlenlp.utils.log import logger
 from tqdm import tqdm
 
-from glm.checkpoints import where_to_resume
 from glm.errors import Fault
+from glm.outputs.checkpoints import where_to_resume
 
 NEVER = 2**62  # a step that is never reached
 MOST_SKIPPED = 10  # losses in a row that may be no numbers, if gradients are scaled

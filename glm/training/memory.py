@@ -12,8 +12,8 @@ from paddlenlp.transformers import GLMConfig
 from paddlenlp.utils.log import logger
 
 from glm.device import captures, on_cpu
-from glm.lora import adapter_shapes, is_split_adapter, new_lora_config
 from glm.processes import gather_objects
+from glm.weights.adapters import adapter_shapes, is_split_adapter, new_lora_config
 
 PADDLE_2 = paddle.__version__.startswith("2.")
 

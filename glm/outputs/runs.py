@@ -13,7 +13,7 @@ from pathlib import Path
 from paddlenlp.utils.log import logger
 
 from glm.errors import InputError
-from glm.outputs import ADAPTER, RUN, WHOLE_MODEL, find, read_json
+from glm.outputs.folder import ADAPTER, RUN, WHOLE_MODEL, find, read_json
 
 SAMPLES, SAMPLE_SIZE = 256, 1 << 16  # of a file of weights: how many parts are read, and their bytes
 

@@ -13,9 +13,9 @@ from paddlenlp.trainer.trainer_callback import TrainerCallback
 from paddlenlp.utils.log import logger
 
 from glm.errors import Fault, InputError
-from glm.outputs import RUN, read_json, write_whole
+from glm.outputs.folder import RUN, read_json, write_whole
+from glm.outputs.runs import compare_runs, is_of_run, new_run
 from glm.processes import barrier, gather_objects
-from glm.runs import compare_runs, is_of_run, new_run
 
 CHECKPOINT_DONE = ".checkpoint_done"  # a checkpoint's last file, which says what the others are
 

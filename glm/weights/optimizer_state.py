@@ -6,7 +6,7 @@ from typing import NamedTuple
 import paddle
 from paddlenlp.utils.log import logger
 
-from glm.weights import convert_layout, float32, read_checkpoint, read_parts
+from glm.weights.loading import convert_layout, float32, read_checkpoint, read_parts
 
 
 class OptimizerState(NamedTuple):

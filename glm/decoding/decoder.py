@@ -6,8 +6,8 @@ from collections import defaultdict
 import numpy as np
 import paddle
 
-from glm.cache import decode_one_token, prefill
-from glm.candidates import drawn_candidates, likeliest_tokens, without_banned
+from glm.decoding.cache import decode_one_token, prefill
+from glm.decoding.candidates import drawn_candidates, likeliest_tokens, without_banned
 from glm.device import Replayed, all_gather, captures, upload
 
 GROWTH = 16  # steps by which a cache grows: slots not written yet are attended over too, masked

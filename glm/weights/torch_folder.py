@@ -10,10 +10,10 @@ import json
 import numpy as np
 import paddle.distributed as dist
 
-from glm.formats import LINEAR, release_pages, write_safetensors
-from glm.lora import adapter_weights
-from glm.outputs import finishing
-from glm.weights import convert_layout, float32, open_model, saved_dtype
+from glm.outputs.folder import finishing
+from glm.weights.adapters import adapter_weights
+from glm.weights.formats import LINEAR, release_pages, write_safetensors
+from glm.weights.loading import convert_layout, float32, open_model, saved_dtype
 
 # The classes of the published configuration_glm.py, modeling_glm.py and
 # tokenization_glm.py.

@@ -11,8 +11,8 @@ from paddlenlp.peft import LoRAConfig, LoRAModel
 from paddlenlp.transformers.conversion_utils import split_or_merge_func
 
 from glm.errors import InputError, mistakes
-from glm.formats import find_forms, read_arrays
-from glm.weights import fill, load, without_weights
+from glm.weights.formats import find_forms, read_arrays
+from glm.weights.loading import fill, load, without_weights
 
 LORA_WEIGHTS = "lora_model_state.pdparams"  # as PaddleNLP calls the file
 LORA_MODULES = ("query_key_value", "dense", "dense_h_to_4h", "dense_4h_to_h")  # the linears of a layer

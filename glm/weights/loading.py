@@ -19,7 +19,7 @@ from tqdm import tqdm
 
 from glm.device import on_cpu
 from glm.errors import mistakes
-from glm.formats import find_forms, read_arrays, read_file, release_pages
+from glm.weights.formats import find_forms, read_arrays, read_file, release_pages
 
 
 def where_and_advice(name, adapter=None):

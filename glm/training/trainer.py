@@ -10,7 +10,10 @@ from paddlenlp.trainer.trainer_callback import PrinterCallback, ProgressCallback
 from paddlenlp.trainer.trainer_utils import TrainOutput
 from paddlenlp.utils.log import logger
 
-from glm.callbacks import (
+from glm.errors import mistakes
+from glm.outputs.checkpoints import CHECKPOINT_DONE, WholeCheckpoints, read_mark
+from glm.processes import gather_objects
+from glm.training.callbacks import (
     CheckFinite,
     Curves,
     EarlyStopping,
@@ -19,13 +22,10 @@ from glm.callbacks import (
     StopBySignal,
     TrainingProgress,
 )
-from glm.checkpoints import CHECKPOINT_DONE, WholeCheckpoints, read_mark
-from glm.errors import mistakes
-from glm.lora import merge_lora
-from glm.memory import memory_metrics, memory_peak
-from glm.optimizer import read_optimizer_state
-from glm.processes import gather_objects
-from glm.weights import load_checkpoint
+from glm.training.memory import memory_metrics, memory_peak
+from glm.weights.adapters import merge_lora
+from glm.weights.loading import load_checkpoint
+from glm.weights.optimizer_state import read_optimizer_state
 
 
 class ResumableTrainer(Trainer):
