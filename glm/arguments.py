@@ -13,7 +13,7 @@ from paddlenlp.utils.log import logger
 
 from glm.checks import check_argument, check_together
 from glm.device import supports_dtype, supports_tensor_parallelism, use_device
-from glm.errors import InputError, mistakes
+from glm.errors import InputError, as_input_error
 from glm.weights.adapters import LORA_MODULES
 
 METRICS = ("loss", "rouge1", "rouge2", "rougel", "bleu4")
@@ -174,7 +174,7 @@ class ArgumentParser(PdArgumentParser):
 
     def read_json(self, json_file):
         """Read an argument file. Returns a command line; each entry is checked by itself."""
-        with mistakes(f"{json_file} can't be read", "give a JSON object, no comments"):
+        with as_input_error(f"{json_file} can't be read", "give a JSON object, no comments"):
             entries = json.loads(Path(json_file).read_text("utf-8-sig"))
         if not isinstance(entries, dict):
             kind = type(entries).__name__
@@ -228,7 +228,7 @@ def parse_arguments():
     """
     parser = ArgumentParser((ModelArguments, DataArguments, GenerationArguments, GLMTrainingArguments))
     refusals = (ValueError, TypeError, AttributeError, AssertionError, OSError)
-    with mistakes("PaddleNLP refuses these arguments", "change them", refusals):
+    with as_input_error("PaddleNLP refuses these arguments", "change them", refusals):
         if len(sys.argv) >= 2 and sys.argv[1].endswith(".json"):
             return parser.parse_json_file_and_cmd_lines()
         return parser.parse_args_into_dataclasses()

@@ -13,7 +13,7 @@ from paddlenlp.trainer.integrations import get_available_reporting_integrations
 from paddlenlp.transformers import GLMBertTokenizer, GLMConfig, GLMGPT2Tokenizer
 from paddlenlp.utils.log import logger
 
-from glm.errors import InputError, mistakes
+from glm.errors import InputError, as_input_error
 from glm.training.memory import count_parameters
 from glm.weights.formats import check_pointer
 from glm.weights.loading import check_files
@@ -222,7 +222,7 @@ def check_config(config, name, src_length, generation, degree):
         limits.check(getattr(config, key), f"{model}: {key} in its config.json")
     if config.block_position_encoding is not True:
         raise InputError(f"{model}: block_position_encoding in its config.json is not true")
-    with mistakes(f"{model}: its weights can't be loaded", "give whole files of one model"):
+    with as_input_error(f"{model}: its weights can't be loaded", "give whole files of one model"):
         check_files(name, count_parameters(config)[0])
     heads, width = config.num_attention_heads, config.hidden_size
     if heads % degree or config.vocab_size % degree:
@@ -260,7 +260,7 @@ def check_tokenizer_files(name):
                 f"--model_name_or_path {name}: its tokenizer can't be loaded: {file} is "
                 "missing: copy it from the model that this one was made from"
             )
-        with mistakes(f"--model_name_or_path {name}: its {file} can't be loaded", "copy it anew"):
+        with as_input_error(f"--model_name_or_path {name}: its {file} can't be loaded", "copy it anew"):
             check_pointer(folder / file)
 
 

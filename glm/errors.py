@@ -3,6 +3,8 @@
 import contextlib
 import traceback
 
+LONGEST_LINE = 1000  # characters
+
 
 class InputError(ValueError):
     """A mistake in what the user gave, told in one line: what is wrong, where, and what to do."""
@@ -19,8 +21,22 @@ class Fault(BaseException):
         self.exit_code = exit_code
 
 
+def printable(text, limit=LONGEST_LINE):
+    """Return ``text`` as one line of at most ``limit`` characters, all of which can be printed.
+
+    What a file holds may stand in it: an escape sequence would change the terminal, and a line break
+    forge a line of this project's.
+    """
+    text = "".join(
+        character if character.isprintable() else " " if character.isspace() else repr(character)[1:-1]
+        for character in text[: 4 * limit]
+    )
+    text = " ".join(text.split())
+    return text if len(text) <= limit else f"{text[: limit // 2]} ... {text[-limit // 2 + 5 :]}"
+
+
 @contextlib.contextmanager
-def mistakes(where, advice, kinds=Exception):
+def as_input_error(where, advice, kinds=Exception):
     """Turn an exception of a library within this block into an InputError.
 
     Its one line says ``where`` (what can't be read or done), what the library said, and the

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from paddlenlp.utils.log import logger
 
-from glm.errors import InputError, mistakes
+from glm.errors import InputError, as_input_error
 
 # The lists that a nested file holds its questions in, from the outermost.
 LEVELS = ("data", "paragraphs", "qas")
@@ -66,7 +66,7 @@ def load_dureader_qg(split):
     if split not in ("train", "dev"):
         raise InputError(f"dureader_qg has no {split} split: give --task_name a folder with {split}.json")
     advice = "check the connection, or give --task_name a folder with train.json and dev.json"
-    with mistakes("dureader_qg could not be downloaded", advice):
+    with as_input_error("dureader_qg could not be downloaded", advice):
         return load_dataset("dureader_qg", splits=split)
 
 

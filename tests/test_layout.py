@@ -29,7 +29,7 @@ FLOORS = [
         "glm.training.sampler",
         "glm.records",
     ],
-    ["glm.errors"],
+    ["glm.errors", "glm.files"],
 ]
 FLOOR = {room: number for number, rooms in enumerate(FLOORS) for room in rooms}
 

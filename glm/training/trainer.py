@@ -10,7 +10,7 @@ from paddlenlp.trainer.trainer_callback import PrinterCallback, ProgressCallback
 from paddlenlp.trainer.trainer_utils import TrainOutput
 from paddlenlp.utils.log import logger
 
-from glm.errors import mistakes
+from glm.errors import as_input_error
 from glm.outputs.checkpoints import CHECKPOINT_DONE, WholeCheckpoints, read_mark
 from glm.processes import gather_objects
 from glm.training.callbacks import (
@@ -213,7 +213,7 @@ class ResumableTrainer(Trainer):
             if checkpoint is None or begun:
                 raise
             advice = "remove it to go on from the checkpoint before it"
-            with mistakes(f"{checkpoint} can't be loaded", advice):
+            with as_input_error(f"{checkpoint} can't be loaded", advice):
                 raise error
 
     # What follows overrides private methods of PaddleNLP's Trainer, which its next

@@ -10,7 +10,7 @@ import paddle
 from paddlenlp.peft import LoRAConfig, LoRAModel
 from paddlenlp.transformers.conversion_utils import split_or_merge_func
 
-from glm.errors import InputError, mistakes
+from glm.errors import InputError, as_input_error
 from glm.weights.formats import find_forms, read_arrays
 from glm.weights.loading import fill, load, without_weights
 
@@ -170,7 +170,7 @@ def adapter_weights(folder, config, lora_config, seed):
             weights[name] = values.astype("float32")
         return weights
     path = Path(folder, LORA_WEIGHTS)
-    with mistakes(f"{path} can't be loaded", "give the folder of a whole adapter"):
+    with as_input_error(f"{path} can't be loaded", "give the folder of a whole adapter"):
         weights = read_arrays(path)
         found = {name: list(weight.shape) for name, weight in weights.items()}
     for name in sorted({*shapes, *found}):

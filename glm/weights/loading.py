@@ -18,7 +18,7 @@ from paddlenlp.utils.log import logger
 from tqdm import tqdm
 
 from glm.device import on_cpu
-from glm.errors import mistakes
+from glm.errors import as_input_error
 from glm.weights.formats import find_forms, read_arrays, read_file, release_pages
 
 
@@ -44,7 +44,7 @@ def load(loader, name, what, adapter=None):
         InputError: where it can't be loaded.
     """
     where, advice = where_and_advice(name, adapter)
-    with mistakes(f"{where}: its {what} can't be loaded", advice):
+    with as_input_error(f"{where}: its {what} can't be loaded", advice):
         return loader.from_pretrained(name)
 
 
@@ -74,7 +74,7 @@ def open_model(name, config, dtype="float32", degree=1, rank=0, adapter=None):
         weights.
     """
     where, advice = where_and_advice(name, adapter)
-    with mistakes(f"{where}: its weights can't be loaded", advice):
+    with as_input_error(f"{where}: its weights can't be loaded", advice):
         paths = find_weights(name)
         saved_degree = len(paths)
         if saved_degree == degree:
@@ -95,7 +95,7 @@ def load_model(name, config, dtype="float32", degree=1, rank=0, adapter=None):
     """Return the GLM ``name`` with its weights; see open_model for the arguments and errors."""
     model, parts, saved_degree = open_model(name, config, dtype, degree, rank, adapter)
     where, advice = where_and_advice(name, adapter)
-    with mistakes(f"{where}: its weights can't be loaded", advice):
+    with as_input_error(f"{where}: its weights can't be loaded", advice):
         fill(model, parts, saved_degree)
     return model
 

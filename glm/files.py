@@ -1,0 +1,123 @@
+"""Read regular files alone, parse JSON within bounds, write completely or not at all and through no link.
+
+Every room that reads a small file of a model folder, a checkpoint or output_dir does it here. Arrays
+are mapped in glm/weights/formats.py, by the same ``open_regular``.
+"""
+
+import contextlib
+import json
+import math
+import os
+import stat
+from pathlib import Path
+
+LARGEST_JSON = 1 << 28  # bytes: a manifest of 100,000 weights has a tenth of it
+
+
+def open_regular(path):
+    """Open a regular file for reading. Returns it, binary.
+
+    Links are followed, for a model folder may be one of links: a hub's cache is.
+
+    Raises:
+        ValueError: where ``path`` is a folder, a pipe or a device. OSError: where it can't be opened.
+    """
+    # O_NONBLOCK: a pipe without a writer would be waited for.
+    number = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    try:
+        if not stat.S_ISREG(os.fstat(number).st_mode):
+            raise ValueError("it is no regular file")
+        return os.fdopen(number, "rb")
+    except BaseException:
+        os.close(number)
+        raise
+
+
+def parse_json(text):
+    """Parse JSON, str or bytes of UTF-8. Raises ValueError, also where it is nested too deeply."""
+    try:
+        return json.loads(text)
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None
+
+
+def read_json(path):
+    """Return the object, dict, in a JSON file.
+
+    Raises:
+        ValueError: where it is no regular file, no JSON, too large, or holds something else than an
+            object. OSError: where it can't be opened.
+    """
+    with open_regular(path) as file:
+        data = file.read(LARGEST_JSON + 1)
+    if len(data) > LARGEST_JSON:
+        raise ValueError(f"it is larger than {LARGEST_JSON >> 20} MiB")
+    values = parse_json(data.decode("utf-8-sig"))
+    if not isinstance(values, dict):
+        raise ValueError(f"it is a {type(values).__name__}: it must be a JSON object")
+    return values
+
+
+def get_typed(values, name, kinds, default=None, least=-(2**63), most=2**63 - 1):
+    """Return ``values[name]``, checked; ``default`` where it is missing or null.
+
+    Args:
+        values (dict): of a JSON file. kinds: a type or a tuple of types. An int is taken for a float,
+            and a bool for nothing but a bool.
+        least, most: of a number.
+
+    Raises:
+        ValueError: where it is of another type, out of the range, or no finite number.
+
+    Example: ``get_typed({"step": "3"}, "step", int)`` raises "'step' is a str: it must be an int".
+    """
+    value = values.get(name)
+    if value is None:
+        return default
+    kinds = kinds if isinstance(kinds, tuple) else (kinds,)
+    accepted = (*kinds, int) if float in kinds else kinds
+    if not isinstance(value, accepted) or isinstance(value, bool) and bool not in kinds:
+        expected = " or ".join(f"{'an' if kind is int else 'a'} {kind.__name__}" for kind in kinds)
+        raise ValueError(f"{name!r} is a {type(value).__name__}: it must be {expected}")
+    number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    if number and not (math.isfinite(value) and least <= value <= most):
+        raise ValueError(f"{name!r} is out of its range")
+    return value
+
+
+def check_plain_name(name):
+    """Return ``name`` if it is the plain name of a file, else raise ValueError: no path, no dots alone."""
+    if not isinstance(name, str) or name in ("", ".", "..") or "/" in name or "\0" in name:
+        raise ValueError(f"{str(name)[:80]!r} is no plain name of a file")
+    return name
+
+
+def dump_json(values, **kwargs):
+    """Return ``values`` as JSON, str. A number that is not finite, which JSON has not, becomes null."""
+
+    def finite(value):
+        if isinstance(value, float) and not math.isfinite(value):
+            return None
+        if isinstance(value, dict):
+            return {key: finite(item) for key, item in value.items()}
+        return [finite(item) for item in value] if isinstance(value, (list, tuple)) else value
+
+    return json.dumps(finite(values), allow_nan=False, **kwargs)
+
+
+def write_atomically(path, text):
+    """Write a file completely or not at all. A link at ``path`` is replaced, and never written through."""
+    path = Path(path)
+    temporary = path.with_name(path.name + ".tmp")
+    with contextlib.suppress(FileNotFoundError):
+        temporary.unlink()
+    try:
+        number = os.open(
+            temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666
+        )
+        with os.fdopen(number, "w", encoding="utf-8") as file:
+            file.write(text)
+        temporary.replace(path)
+    finally:
+        with contextlib.suppress(FileNotFoundError):
+            temporary.unlink()
