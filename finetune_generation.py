@@ -176,6 +176,7 @@ def train_and_evaluate(trainer, checkpoint, merge_lora, adapter, test_dataset):
             if first:
                 trainer.state.save_to_json(folder / "trainer_state.json")
                 (folder / RUN).write_text(json.dumps({**run, "model": step}))
+        trainer.stop_by_signal.stop_when_written(args)
     if merge_lora:
         known = args.do_train or is_same_folder(adapter, args.output_dir)
         with finishing(args.output_dir, WHOLE_MODEL if known else (*MODEL, *RESULTS)) as folder:

@@ -109,9 +109,9 @@ class GLMTrainer(ResumableTrainer):
 
     def evaluate(self, *args, **kwargs):
         """The Trainer's; weights that were evaluated already keep their results."""
-        if self.evaluated is None:
-            self.evaluated = super().evaluate(*args, **kwargs)
-        return self.evaluated
+        if self.cached_metrics is None:
+            self.cached_metrics = super().evaluate(*args, **kwargs)
+        return self.cached_metrics
 
     def prediction_step(self, model, inputs, prediction_loss_only=None, ignore_keys=None):
         """Put beam search and loss of a batch into ``self.outputs``, for ``evaluation_loop``."""
@@ -213,7 +213,7 @@ class GLMTrainer(ResumableTrainer):
         self.train_sampler = self.sampler(
             self.train_dataset,
             batch_size=self.args.per_device_train_batch_size,
-            global_batch_size=self.args.records_a_step,
+            global_batch_size=self.args.global_batch_size,
             shuffle=True,
             group_by_length=self.args.group_by_length,
         )

@@ -153,7 +153,7 @@ class GLMTrainingArguments(TrainingArguments):
         self.disable_tqdm = self.disable_tqdm or not sys.stderr.isatty()  # no bars in files
 
     @property
-    def records_a_step(self):
+    def global_batch_size(self):
         """The number of records between two updates, of all processes."""
         passes = self.gradient_accumulation_steps * self.dataset_world_size
         return self.per_device_train_batch_size * passes

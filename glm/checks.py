@@ -280,7 +280,7 @@ def check_tokenizer(tokenizer, config, name):
 
 def check_accumulation(args, records):
     """Raise InputError where the last passes of a step could only repeat ``records``."""
-    passes = -(-records * args.gradient_accumulation_steps // args.records_a_step)
+    passes = -(-records * args.gradient_accumulation_steps // args.global_batch_size)
     if args.gradient_accumulation_steps > max(passes, 1):
         raise InputError(
             f"--gradient_accumulation_steps {args.gradient_accumulation_steps}: the "

@@ -15,7 +15,7 @@ from glm.outputs.checkpoints import CHECKPOINT_DONE, WholeCheckpoints
 
 
 def saving_arguments(folder):
-    return SimpleNamespace(output_dir=str(folder), local_rank=-1, world_size=1, records_a_step=24)
+    return SimpleNamespace(output_dir=str(folder), local_rank=-1, world_size=1, global_batch_size=24)
 
 
 NO_MODEL = SimpleNamespace(state_dict=dict)

@@ -28,7 +28,7 @@ def names(folder):
 def test_who_may_write_into_a_folder(tmp_path):
     """Results may go where other files are; a run that writes over another does not go on with it."""
     (tmp_path / "thesis.txt").write_text("mine")
-    args = SimpleNamespace(output_dir=str(tmp_path), records_a_step=24)
+    args = SimpleNamespace(output_dir=str(tmp_path), global_batch_size=24)
     args.do_train = args.overwrite_output_dir = False
     outputs.check_output_dir(args, None)
     args.do_train = True

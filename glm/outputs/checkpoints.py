@@ -147,7 +147,7 @@ def find_last_checkpoint(args, lora):
         return None
     _check_files(checkpoint, lora)
     _check_layout(checkpoint, max(args.tensor_parallel_degree, 1))
-    keep_records_a_step(args, read_mark(checkpoint).get("records"))
+    keep_global_batch_size(args, read_mark(checkpoint).get("records"))
     logger.train(f"resuming from {checkpoint}; --overwrite_output_dir starts anew")
     return checkpoint
 
@@ -178,12 +178,12 @@ def _check_layout(checkpoint, degree):
         )
 
 
-def keep_records_a_step(args, records):
+def keep_global_batch_size(args, records):
     """Let each update be of as many ``records`` as before, int, or None where that is not known.
 
     With others the order of the data would be another.
     """
-    now = args.records_a_step
+    now = args.global_batch_size
     if records in (None, now):
         return
     passes = now // args.gradient_accumulation_steps
@@ -290,7 +290,7 @@ class WholeCheckpoints(TrainerCallback):
         mark = {
             "files": checksums(self.folder, {*os.listdir(self.folder)} - {CHECKPOINT_DONE}),
             "parameters": {weight.name: name for name, weight in model.state_dict().items()},
-            "records": args.records_a_step,
+            "records": args.global_batch_size,
             "step": state.global_step,
             "run": self.run,
         }

@@ -13,16 +13,10 @@ from paddlenlp.utils.log import logger
 from glm.errors import as_input_error
 from glm.outputs.checkpoints import CHECKPOINT_DONE, WholeCheckpoints, read_mark
 from glm.processes import gather_objects
-from glm.training.callbacks import (
-    CheckFinite,
-    Curves,
-    EarlyStopping,
-    Gradients,
-    SeedEachStep,
-    StopBySignal,
-    TrainingProgress,
-)
 from glm.training.memory import memory_metrics, memory_peak
+from glm.training.numerics import CheckFinite, Gradients, SeedEachStep
+from glm.training.progress import Curves, TrainingProgress
+from glm.training.stopping import EarlyStopping, StopBySignal
 from glm.weights.adapters import merge_lora
 from glm.weights.loading import load_checkpoint
 from glm.weights.optimizer_state import read_optimizer_state
@@ -46,7 +40,7 @@ class ResumableTrainer(Trainer):
         save_total_limit, args.save_total_limit = args.save_total_limit, None
         super().__init__(args=args, **kwargs)
         self.memory = memory or {}
-        self.evaluated = None  # the metrics of the weights as they are
+        self.cached_metrics = None  # the metrics of the weights as they are
         self.rows = []  # the last predictions, as the predictions file has them
         self.first_step = 0  # the step that training goes on from
         self.weights_step = None  # of the weights at hand, if not the last one of training
@@ -83,8 +77,8 @@ class ResumableTrainer(Trainer):
 
     def training_step(self, *args, **kwargs):
         """The Trainer's, with its loss noted and its tokens counted."""
-        self.evaluated, step = None, self.state.global_step
-        loss = self.check_finite.note(super().training_step(*args, **kwargs), step + 1)
+        self.cached_metrics, step = None, self.state.global_step
+        loss = self.check_finite.record_loss(super().training_step(*args, **kwargs), step + 1)
         tokens = self.in_batch(self.train_sampler.tokens)
         self.train_tokens += tokens / self.args.gradient_accumulation_steps
         return loss
@@ -98,7 +92,8 @@ class ResumableTrainer(Trainer):
                 state = TrainerState.load_from_json(Path(checkpoint, "trainer_state.json"))
             self.first_step = state.global_step
             if self.early_stopping:
-                self.early_stopping.restore(read_mark(checkpoint))
+                count = read_mark(checkpoint).get("evaluations_without_better", 0)
+                self.early_stopping.early_stopping_patience_counter = count
             reason = self.why_finished(state.global_step)
             if reason:
                 logger.train(f"nothing is left to train: {checkpoint} {reason}")
@@ -159,7 +154,7 @@ class ResumableTrainer(Trainer):
             logger.warning(f"the best checkpoint, {best}, is gone: the weights are the last ones")
             return
         self._load_from_checkpoint(best)
-        self.evaluated, self.weights_step = None, read_mark(best)["step"]
+        self.cached_metrics, self.weights_step = None, read_mark(best)["step"]
         logger.train(f"the weights are those of {best}, the best up to step {last_step}")
 
     def log(self, logs, **kwargs):
@@ -168,7 +163,7 @@ class ResumableTrainer(Trainer):
         trainer_state.json and a resumed run hold the history.
         """
         if "train_loss" in logs:
-            self.complete(logs)
+            self.correct_speed_metrics(logs)
         numbers = {name: value for name, value in logs.items() if value is not None}
         history, self.state.log_history = self.state.log_history, []
         super().log(numbers, **kwargs)
@@ -176,7 +171,7 @@ class ResumableTrainer(Trainer):
         history.append({**numbers, "step": self.state.global_step})
         self.state.log_history = history
 
-    def complete(self, metrics):
+    def correct_speed_metrics(self, metrics):
         """Make of the Trainer's ``metrics``, which it takes for the whole run's, this process's."""
         step = self.state.global_step
         steps = step - self.first_step
@@ -191,7 +186,7 @@ class ResumableTrainer(Trainer):
     def save_merged(self, folder):
         """Write the whole model with the adapter in its weights, which stays in them."""
         model = merge_lora(self.model)
-        self.evaluated = None
+        self.cached_metrics = None
         if self.args.should_save:
             self.tokenizer.save_pretrained(folder)
         if self.args.should_save_model_state:
@@ -209,7 +204,7 @@ class ResumableTrainer(Trainer):
         try:
             yield
         except Exception as error:
-            begun = self.stop_by_signal.handlers_before is not None
+            begun = bool(self.stop_by_signal.handlers_before)
             if checkpoint is None or begun:
                 raise
             advice = "remove it to go on from the checkpoint before it"
@@ -242,7 +237,7 @@ class ResumableTrainer(Trainer):
         """Nothing to check."""
 
     def _get_item_from_loss(self, loss):
-        return self.check_finite.read(loss, self.args)
+        return self.check_finite.loss_to_log(loss, self.args)
 
     # The Trainer's fails where the GPU build runs on a CPU, and SeedEachStep needs no
     # state.

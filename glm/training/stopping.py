@@ -1,0 +1,125 @@
+"""What ends training before its last step: a signal, or evaluations that get no better."""
+
+import signal
+import time
+
+import paddle
+import paddle.distributed as dist
+from paddlenlp.trainer.trainer_callback import EarlyStoppingCallback, TrainerCallback
+from paddlenlp.trainer.trainer_utils import IntervalStrategy
+
+from glm.errors import Fault
+from glm.outputs.checkpoints import where_to_resume
+
+
+class EarlyStopping(EarlyStoppingCallback):
+    """End training after so many evaluations in a row that were no better than the best.
+
+    A checkpoint keeps the count, early_stopping_patience_counter, and a resumed run counts on.
+    """
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        pass  # PaddleNLP's demands load_best_model_at_end, which the Trainer here takes over
+
+    def is_due(self) -> bool:
+        """Return whether it has ended training."""
+        return self.early_stopping_patience_counter >= self.early_stopping_patience
+
+
+class StopBySignal(TrainerCallback):
+    """End training by SIGINT, SIGTERM or SIGHUP within a step or two, with a checkpoint.
+
+    With one process:
+        step n      a signal arrives; as its update is done, the step is to be saved;
+                    its checkpoint is complete: the run stops.
+    With several, which have to save the same step:
+        step n      a signal arrives; as its update is done, each process sends the number of the
+                    signal that it has received, or 0, and waits for nothing;
+        step n + 1  as its update is done, each reads the largest number, which has long arrived;
+                    the step's checkpoint is complete: all stop.
+
+    Where that step is the last one, training ends as it would have, and ``signal_number`` says that
+    the run is to stop once its model is written. A second signal ends the run at once, and so does
+    one in an evaluation, which may take long. A signal that was ignored before stays ignored.
+    """
+
+    signals = ("SIGINT", "SIGTERM", "SIGHUP")
+    signal_number = None  # of the signal that training is to end by, the same on all processes
+    received = 0  # the number of the signal that this process has received
+    pending_exchange = None  # of the largest number received, begun the step before
+    fault = None  # the Fault by which a signal ended the run at once
+
+    def __init__(self):
+        self.handlers_before = {}  # those before training began
+
+    def on_train_begin(self, args, state, control, model=None, **kwargs):
+        self.received, first = 0, time.monotonic()
+
+        def receive(number, _):
+            nonlocal first
+            # Paddle's launcher sends one up to three times in 0.6 seconds.
+            if args.world_size > 1 and self.received and time.monotonic() - first < 2:
+                return
+            if self.received or not model.training:
+                self.stop(number, args, state)
+            self.received, first = number, time.monotonic()
+
+        for number in (signal.Signals[name] for name in self.signals):
+            if signal.getsignal(number) != signal.SIG_IGN:
+                self.handlers_before[number] = signal.signal(number, receive)
+
+    def exchange(self, world_size: int):
+        """Read the largest number that any process had received a call ago, and send this one's.
+
+        The answer to what is sent now is read at the next call, so that no step waits for it.
+        """
+        if world_size == 1:
+            self.signal_number = self.received or None
+            return
+        if self.pending_exchange is not None:
+            self.pending_exchange.wait()
+            self.signal_number = self.largest.tolist() or None
+        # Filled by the device: a copy to it would wait, with Python's lock held.
+        self.largest = paddle.full([], self.received, "int64")
+        self.pending_exchange = dist.all_reduce(self.largest, dist.ReduceOp.MAX, sync_op=False)
+
+    def on_optimizer_end(self, args, state, control, **kwargs):
+        if self.fault is not None:  # what was raised in a library's callback may have got lost there
+            raise self.fault
+        # Here a GradScaler has just waited for the device, so that this need not.
+        self.exchange(args.world_size)
+        if self.signal_number is not None:  # before the others' on_step_end, where they look at should_save
+            control.should_save = args.save_strategy != IntervalStrategy.NO
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if self.signal_number is not None:
+            control.should_evaluate = False
+            last = state.global_step >= state.max_steps
+            if args.save_strategy == IntervalStrategy.NO and not last:
+                self.stop(self.signal_number, args, state)
+
+    def on_save(self, args, state, control, **kwargs):
+        if self.signal_number is not None:
+            self.stop(self.signal_number, args, state)
+
+    def on_train_end(self, args, state, control, **kwargs):
+        for _ in range(2):  # what was sent before, and what is sent now
+            self.exchange(args.world_size)
+        self.restore_handlers()
+
+    def restore_handlers(self):
+        """Let signals do again what they did before training."""
+        while self.handlers_before:
+            signal.signal(*self.handlers_before.popitem())
+
+    def stop_when_written(self, args):
+        """Raise the Fault that ends a run whose model is written, if a signal came in its last step."""
+        if self.signal_number is not None:
+            stopped = f"stopped by {signal.Signals(self.signal_number).name} after the last step"
+            raise Fault(f"{stopped}: the trained model is in {args.output_dir}", 128 + self.signal_number)
+
+    def stop(self, number: int, args, state):
+        """Raise the Fault that ends the run by the signal ``number``."""
+        stopped = f"stopped by {signal.Signals(number).name} at step {state.global_step}"
+        self.fault = Fault(f"{stopped}: {where_to_resume(args)}", 128 + number)
+        raise self.fault
