@@ -1,8 +1,9 @@
-"""Run every command of the READMEs and of docs/: only paths, sizes and the number of cards change.
+"""Run every command of the pages: only paths, sizes and the number of cards change.
 
 A command stands in a ```bash block or, if it is short, between backquotes. ROWS knows it by its beginning.
 """
 
+import importlib.util
 import json
 import os
 import re
@@ -13,7 +14,7 @@ import subprocess
 import sys
 import time
 import urllib.request
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Callable
 
@@ -33,18 +34,25 @@ from helpers import (
     tiny_glm,
 )
 
-from glm.arguments import parse_arguments
+from glm.arguments import (
+    DataArguments,
+    GenerationArguments,
+    GLMTrainingArguments,
+    ModelArguments,
+    parse_arguments,
+)
 
-NAMES = ("README.md", "README_zh.md", "docs/reference.md", "docs/benchmarks.md")
+NAMES = ("README.md", "README_zh.md", "CONTRIBUTING.md", "docs/reference.md", "docs/benchmarks.md")
 TEXTS = {name: (ROOT / name).read_text(encoding="utf-8") for name in NAMES}
 SHORT = "--tgt_length 24 --src_length 160 --num_beams 2"
 SMALL = f"{SHORT} --min_tgt_length 0 --max_steps 2"
 
 
 def find_commands(text):
-    """The commands of a markdown text, list of str, each on one line."""
+    """The commands of a markdown text, list of str, each on one line, without comments."""
     blocks = re.findall(r"```bash\n(.*?)```", text, re.DOTALL)
     lines = "".join(blocks).replace("\\\n", "").splitlines()
+    lines = [line for line in lines if not line.startswith("#")]
     text = re.sub(r"```.*?```", "", text, flags=re.DOTALL)
     return lines + re.findall(r"`((?:python|pip|visualdl|cat) [^`]+)`", text)
 
@@ -59,14 +67,16 @@ def localise(command, folder):
         worker = f"--nproc_per_node {processes} --log_dir {folder}/log tests/parallel_worker.py"
         command = command.replace(cards[0], worker)
     (folder / "data").mkdir()
-    data = small_data(folder / "data", train=12 if "--eval_steps 500" in command else 4, dev=3)
-    if "--do_train" in command and "--task_name" not in command:
+    data = small_data(folder / "data", train=4, dev=3)
+    if ("--do_train" in command or "configs/" in command) and "--task_name" not in command:
         command += f" --task_name {data}"
+    if "configs/" in command:
+        command += f" --model_name_or_path {model} --output_dir {folder}/out"
     for old, new in {
         "./my_data": data,
         "tests/fixtures/make": f"{folder}/make",
         "answers.jsonl": f"{folder}/answers.jsonl",
-        "--eval_steps 500 --save_steps 500": "--eval_steps 2 --save_steps 2",
+        """$(python -c "import sysconfig; print(sysconfig.get_path('purelib'))")""": str(folder / "site"),
     }.items():
         command = command.replace(old, new)
     command = re.sub(r"(?<=path )(THUDM/\S+|./my_model|checkpoints/demo)", str(model), command)
@@ -75,11 +85,12 @@ def localise(command, folder):
 
 
 def run_in_shell(command, folder):
-    """Run a command at the root; pip only looks whether its file is there. Returns what is printed."""
+    """Run a command at the root; pip only looks whether its files are there. Returns what is printed."""
     binaries = folder / "bin"
     binaries.mkdir()
     (binaries / "python").write_text(f'#!/bin/sh\nexec {shlex.quote(sys.executable)} "$@"\n')
-    (binaries / "pip").write_text('#!/bin/sh\ntest "$1 $2" = "install -r" && test -f "$3"\n')
+    pip = 'while [ $# -gt 0 ]; do [ "$1" != -r ] || test -f "$2" || exit 1; shift; done'
+    (binaries / "pip").write_text(f"#!/bin/sh\n{pip}\n")
     for path in binaries.iterdir():
         path.chmod(0o755)
     env = {**os.environ, "PATH": f"{binaries}:{os.environ['PATH']}", "PYTHONPATH": str(ROOT)}
@@ -107,7 +118,7 @@ def serve_curves(command, folder):
     """Ask VisualDL's server for the curves of a short run."""
     train_two_steps(folder, "out")
     program, flag, logs = shlex.split(command)
-    logs, port = logs.replace("./checkpoints/glm-large-chinese", f"{folder}/out"), free_port()
+    logs, port = logs.replace("./checkpoints/glm-large", f"{folder}/out"), free_port()
     server = subprocess.Popen(
         [Path(sys.executable).parent / program, flag, logs, "--port", str(port)],
         start_new_session=True,
@@ -185,7 +196,7 @@ def predictions(count, split="eval", shortest=0):
     return check
 
 
-def whole_model(count, **limits):
+def complete_model(count, **limits):
     def check(folder, printed):
         assert (folder / "out/model_state.pdparams").exists()
         predictions(count, **limits)(folder, printed)
@@ -202,11 +213,12 @@ def single_card(folder, printed):
     assert rates[-1] == pytest.approx(3e-6)  # lr_decay_ratio of the peak
 
 
-def evaluated_in_training(folder, printed):
-    assert 3 <= len(list(folder.glob("out/checkpoint-*"))) <= 4
+def evaluated_each_epoch(folder, printed):
+    assert 2 <= len(list(folder.glob("out/checkpoint-*"))) <= 3
     state = json.loads((folder / "out/trainer_state.json").read_text())
     scores = [row["eval_rougel"] for row in state["log_history"] if "eval_rougel" in row]
     assert len(scores) == 4 and state["best_metric"] == max(scores)
+    predictions(3)(folder, printed)
 
 
 def adapter(folder, printed):
@@ -226,10 +238,25 @@ def piped(folder, printed):
 
 def memory_tables(folder, printed):
     """Every figure of the memory tables is printed."""
-    first, second = printed.strip().split("\n\n")
-    for name in ("README.md", "README_zh.md", "docs/benchmarks.md"):
-        assert first in TEXTS[name]
-    assert second in TEXTS["docs/benchmarks.md"]
+    for table in printed.strip().split("\n\n"):
+        assert table in TEXTS["docs/benchmarks.md"]
+    for name in ("README.md", "README_zh.md"):
+        rows = re.findall(r"^\| GLM-\S+ +\| .*", TEXTS[name], re.M)
+        assert len(rows) == 4 and set(rows) <= set(printed.splitlines())
+
+
+def link_libraries(command, folder):
+    """Link CUDA's libraries as pip installs them; a library of Python's stands for each."""
+    names = "cublas/lib/libcublas.so.11 cublas/lib/libcublasLt.so.11 cusolver/lib/libcusolver.so.11"
+    library = importlib.util.find_spec("_ctypes").origin
+    for name in f"{names} cudnn/lib/libcudnn.so.8 nccl/lib/libnccl.so.2".split():
+        path = folder / "site/nvidia" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(library, path)
+    run_in_shell(command, folder)
+    assert (folder / "site/nvidia/lib/libcublasLt.so").samefile(
+        path.parents[2] / "cublas/lib/libcublasLt.so.11"
+    )
 
 
 def prints(*words):
@@ -260,30 +287,37 @@ TINY = "--layers 1 --width 64"
 DECODE = f"{TINY} --tokens 4 --source 64"
 ONE_BATCH = "--batch_size 1 --beams 2 --peer_tokens 3"
 ROWS = [
-    Row("pip install -r requirements.txt", slow=False),
+    Row("pip install -r requirements.txt -r requirements-cuda11.txt", slow=False),
+    Row("lib=$(python", run=link_libraries, slow=False),
     Row("pip install -r tests/requirements.txt && python -m pytest", "--collect-only -q"),
+    Row("pip install -r tests/requirements.txt", slow=False),
+    Row("pip install -r requirements-paddle3.txt", slow=False),
     Row(
-        "pip install -r requirements-paddle3.txt",
+        "pip install -r requirements-paddle3.txt && python",
         "--output_dir out --max_steps 2 --evaluation_strategy no --do_predict False",
         predictions(60),
     ),
+    Row("ruff check"),
+    Row("python -m pytest", "--collect-only -q"),
     Row('python -c "import paddle', check=prints("cpu\n", "PaddlePaddle is installed successfully")),
     Row(f"{SCRIPT} --help", check=prints("--num_return_sequences", "--tensor_parallel_degree"), slow=False),
     Row(DEMO, "--output_dir out --max_steps 20 --eval_steps 10 --logging_steps 5", predictions(60)),
-    Row(f"{SCRIPT} {LARGE} --task_name", SMALL, whole_model(3), slow=False),
+    Row(f"{SCRIPT} configs/glm-large.json", SHORT, evaluated_each_epoch, slow=False),
+    Row(f"{SCRIPT} configs/glm-10b-lora.json", SHORT, adapter),
     Row(f"{SCRIPT} {LARGE} --num_train_epochs", check=single_card),
-    Row(f"{SCRIPT} {LARGE} --output_dir ./checkpoints/glm-large-dureader_qg", SMALL, whole_model(3)),
-    Row(
-        f"{SCRIPT} {LARGE} --output_dir", f"{SHORT} --max_steps 8 --learning_rate 1e-3", evaluated_in_training
-    ),
+    Row(f"{SCRIPT} {LARGE} --output_dir ./checkpoints/glm-large-dureader_qg", SMALL, complete_model(3)),
     Row("echo", check=prints('"answer": "1205米"', '"prediction": "'), slow=False),
     Row(f"{SCRIPT} --model_name_or_path ./my_model", SHORT, predictions(3, "test"), slow=False),
     Row(f"{SCRIPT} --model_name_or_path ./my_model --export_torch", check=exported, slow=False),
     Row("cat ./my_data/test.json", check=piped, slow=False),
     Row(f"{SCRIPT} --model_name_or_path ./checkpoints/glm-10b-lora --merge_lora", run=merge),
-    Row(f"{LAUNCH} {CARDS} finetune_generation.py {LARGE}", check=whole_model(3, shortest=55)),
-    Row(f'{LAUNCH} --gpus "0,1" ', SMALL, adapter),
-    Row(f"{LAUNCH} {CARDS} finetune_generation.py --model_name_or_path THUDM/glm-10b", SMALL, whole_model(3)),
+    Row(f"{LAUNCH} {CARDS} finetune_generation.py {LARGE}", check=complete_model(3, shortest=55)),
+    Row(f'{LAUNCH} --gpus "0,1" ', SHORT, adapter),
+    Row(
+        f"{LAUNCH} {CARDS} finetune_generation.py --model_name_or_path THUDM/glm-10b",
+        SMALL,
+        complete_model(3),
+    ),
     Row(f"{LAUNCH} --master", run=start_two_machines),
     Row("visualdl --logdir", run=serve_curves),
     Row("python tests/benchmarks/memory.py", check=memory_tables, slow=False),
@@ -352,7 +386,36 @@ def test_links(name):
 def test_the_folder_is_shown_as_it_is(name):
     tree = TEXTS[name].split("\nfinetune_generation.py  ")[1].split("```")[0]
     shown = {"finetune_generation.py", *re.findall(r"\w+\.py", tree)}
-    assert shown == {path.name for path in [*ROOT.glob("*.py"), *ROOT.glob("glm/[!_]*.py")]}
+    assert shown == {path.name for path in [*ROOT.glob("*.py"), *ROOT.glob("glm/**/[!_]*.py")]}
+
+
+@pytest.mark.parametrize("name", ["README.md", "README_zh.md"])
+def test_a_readme_is_short(name):
+    assert len(TEXTS[name].splitlines()) <= 200
+
+
+@pytest.mark.parametrize("name", ["README.md", "README_zh.md"])
+def test_defaults(name):
+    defaults = {
+        item.name: item.default
+        for group in (ModelArguments, DataArguments, GenerationArguments, GLMTrainingArguments)
+        for item in fields(group)
+    }
+    rows = re.findall(r"^\| `(\w+)` \| (\S+) \|", TEXTS[name], re.M)
+    assert len(rows) == 8 and all(str(defaults[argument]) == default for argument, default in rows)
+
+
+def test_the_seed_file_is_the_command(monkeypatch):
+    """configs/glm-large-seed.json and the README's single-card command give the same arguments."""
+    command = next(text for text in COMMANDS if text.startswith(f"{SCRIPT} {LARGE} --num_train_epochs"))
+    words = (shlex.split(command)[2:], ["configs/glm-large-seed.json"])
+    groups = []
+    for arguments in words:
+        monkeypatch.setattr(sys, "argv", ["finetune_generation.py", *arguments])
+        groups.append([vars(group) for group in parse_arguments()])
+    for values in groups:
+        values[3].pop("logging_dir")  # which holds the time
+    assert groups[0] == groups[1]
 
 
 @pytest.mark.parametrize("name", NAMES)
