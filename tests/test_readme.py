@@ -93,7 +93,11 @@ def run_in_shell(command, folder):
     (binaries / "pip").write_text(f"#!/bin/sh\n{pip}\n")
     for path in binaries.iterdir():
         path.chmod(0o755)
-    env = {**os.environ, "PATH": f"{binaries}:{os.environ['PATH']}", "PYTHONPATH": str(ROOT)}
+    env = {
+        **os.environ,
+        "PATH": f"{binaries}:{Path(sys.executable).parent}:{os.environ['PATH']}",
+        "PYTHONPATH": str(ROOT),
+    }
     result = subprocess.run(
         ["bash", "-c", command], cwd=ROOT, env=env, capture_output=True, text=True, timeout=600
     )
