@@ -29,26 +29,15 @@ from glm.checks import (
 from glm.decoding.decoder import beam_search
 from glm.device import use_the_whole_cpu
 from glm.errors import Fault, InputError
-from glm.outputs.checkpoints import begin_run, find_last_checkpoint, where_to_resume
-from glm.outputs.folder import (
-    MODEL,
-    RESULTS,
-    RUN,
-    WHOLE_MODEL,
-    check_other_models,
-    check_output_dir,
-    complete_moves,
-    finishing,
-    is_same_folder,
-    replaced_by,
-    write_results,
-)
-from glm.outputs.runs import describe_run, new_run
-from glm.processes import Peers, locked
+from glm.outputs.folder import open_run_folder
+from glm.outputs.layout import TRAINER_STATE
+from glm.outputs.replace import check_complete
+from glm.outputs.results import write_results
+from glm.processes import Peers
 from glm.records import parse_lines, read_in_batches, read_records
 from glm.training.memory import estimate_memory
 from glm.weights.adapters import LORA_WEIGHTS, adapter_weights, add_lora, prepare
-from glm.weights.loading import load, load_model
+from glm.weights.loading import fingerprint_weights, load, load_model
 from glm.weights.torch_folder import export_torch
 from utils import GLMTrainer, prediction_row
 
@@ -56,33 +45,35 @@ from utils import GLMTrainer, prediction_row
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
 
 
-def run(model_args, data_args, generation, args, output=None):
+def run(model_args, data_args, generation, args, folder=None, output=None):
     """Check, read, load, train, evaluate, predict; or answer standard input.
 
     Args:
         model_args, data_args, generation, args: the groups that ``parse_arguments`` returns.
+        folder (RunFolder): output_dir; None where standard input is answered.
         output: the text stream that the answers to standard input go to, or None.
     """
     # Everything that can be wrong is read and checked before the weights are.
     name, degree = model_args.model_name_or_path, max(args.tensor_parallel_degree, 1)
-    complete_moves("" if output else args.output_dir, name)
+    check_complete(name)
     base, adapter, lora_config = prepare(model_args, name, args.weights_dtype(), degree)
-    checkpoint = find_last_checkpoint(args, model_args.lora)
-    if output is None:
-        check_output_dir(args, checkpoint)
+    checkpoint = None
+    if folder:
+        checkpoint = folder.find_checkpoint(model_args.lora)
+        folder.check_contents(checkpoint)
         writes_model = args.do_train or model_args.merge_lora
         adapter_base = base if lora_config and writes_model else None
-        check_other_models(args.output_dir, None if writes_model else name, adapter_base)
+        folder.check_other_models(None if writes_model else name, adapter_base)
     config = load(AutoConfig, base, "config.json", adapter)
     check_config(config, base, data_args.src_length, generation, degree)
     tokenizer = load_tokenizer(name, config, generation.tgt_length)
     datasets = read_datasets(tokenizer, data_args, generation, args)
     train_dataset, dev_dataset, test_dataset = datasets
-    this_run = None
     if args.do_train:
         groups = (model_args, data_args, generation, args)
-        this_run = describe_run(groups, base, adapter, lora_config, train_dataset)
-        begin_run(args, this_run, checkpoint)
+        records = [feature["record"] for feature in train_dataset]
+        weights = fingerprint_weights([folder for folder in (adapter, base) if folder])
+        folder.prepare_run(groups, adapter or base, weights, lora_config, records, checkpoint)
     if lora_config:
         weights = adapter_weights(adapter, config, lora_config, args.seed)
     generated = dev_dataset + test_dataset
@@ -110,7 +101,7 @@ def run(model_args, data_args, generation, args, output=None):
         tokenizer=tokenizer,
         generation=generation,
         memory=memory,
-        run=this_run,
+        folder=folder,
     )
     merge = model_args.merge_lora
     results = train_and_evaluate(trainer, checkpoint, merge, adapter, test_dataset)
@@ -158,39 +149,29 @@ def train_and_evaluate(trainer, checkpoint, merge_lora, adapter, test_dataset):
 
     ``adapter``: the folder of the adapter that the run begins with, or None.
     """
-    args, results = trainer.args, {}
-    first = trainer.is_world_process_zero()
-
-    def keep(folder, split, metrics, rows=()):
-        results.update(metrics)
-        if first and metrics:  # there are none of training if nothing was left to train
-            write_results(folder, split, metrics, rows)
-
+    args, folder, results = trainer.args, trainer.folder, {}
     if args.do_train:
         metrics = trainer.train(resume_from_checkpoint=checkpoint).metrics
-        run, step = trainer.checkpoints.run, trainer.weights_step or trainer.state.global_step
-        replaced = replaced_by(run, step, args.output_dir, checkpoint)
-        with finishing(args.output_dir, replaced) as folder:
-            trainer.save_model(str(folder), merge_tensor_parallel=args.tensor_parallel_degree > 1)
-            keep(folder, "train", metrics)
-            if first:
-                trainer.state.save_to_json(folder / "trainer_state.json")
-                (folder / RUN).write_text(json.dumps({**run, "model": step}))
+        with folder.replacing_model(trainer.weights_step or trainer.state.global_step) as staging:
+            trainer.save_model(str(staging), merge_tensor_parallel=args.tensor_parallel_degree > 1)
+            write_results(staging, "train", metrics)
+            if trainer.is_world_process_zero():
+                trainer.state.save_to_json(staging / TRAINER_STATE)
+        results.update(metrics)
         trainer.stop_by_signal.stop_when_written(args)
     if merge_lora:
-        known = args.do_train or is_same_folder(adapter, args.output_dir)
-        with finishing(args.output_dir, WHOLE_MODEL if known else (*MODEL, *RESULTS)) as folder:
-            trainer.save_merged(str(folder))
-            if first and not known:
-                (folder / RUN).write_text(json.dumps(new_run()))
+        with folder.replacing_merged(adapter) as staging:
+            trainer.save_merged(str(staging))
     if args.do_eval:
         metrics = trainer.evaluate()
-        with finishing(args.output_dir) as folder:
-            keep(folder, "eval", metrics, trainer.rows)
+        with folder.replacing() as staging:
+            write_results(staging, "eval", metrics, trainer.rows)
+        results.update(metrics)
     if args.do_predict:
         metrics = trainer.predict(test_dataset).metrics
-        with finishing(args.output_dir) as folder:
-            keep(folder, "test", metrics, trainer.rows)
+        with folder.replacing() as staging:
+            write_results(staging, "test", metrics, trainer.rows)
+        results.update(metrics)
     return results
 
 
@@ -291,13 +272,9 @@ def main():
         signal.signal(number, stop)
 
     def advice():
-        # Until training begins, the checkpoints in output_dir may be those of another run.
-        anew = args.overwrite_output_dir or args.resume_from_checkpoint
-        if not args.do_train or (anew and not args.training_began):
-            return "the same command starts again"
-        return where_to_resume(args)
+        return folder.resume_hint() if folder else "the same command starts again"
 
-    peers = None
+    peers = folder = None
     try:
         model_args, data_args, generation, args = parse_arguments()
         use_the_whole_cpu()
@@ -307,9 +284,9 @@ def main():
         terminal = sys.stderr.isatty()
         bars = logging_redirect_tqdm([logger.logger]) if terminal else contextlib.nullcontext()
         pipe = data_args.predict_file == "-"
-        folder = "" if pipe else args.output_dir
-        with bars, standard_output(pipe) as output, locked(folder):
-            run(model_args, data_args, generation, args, output)
+        opened = contextlib.nullcontext() if pipe else open_run_folder(args)
+        with bars, standard_output(pipe) as output, opened as folder:
+            run(model_args, data_args, generation, args, folder, output)
         if peers:
             peers.leave(b"done")
         return

@@ -14,7 +14,7 @@ from data import decode_target
 from glm.decoding.decoder import beam_search
 from glm.metrics import compute_metrics, rouge
 from glm.modeling import prepare_for_training, target_losses
-from glm.outputs.folder import write_predictions
+from glm.outputs.results import write_predictions
 from glm.processes import gather_objects
 from glm.training.memory import memory_metrics, memory_peak
 from glm.training.sampler import GroupedBatchSampler

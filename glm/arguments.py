@@ -127,8 +127,6 @@ class GLMTrainingArguments(TrainingArguments):
         "", "stage1 splits the optimizer's state over the processes.", choices=("", "stage1")
     )
 
-    training_began = False  # the checkpoints in output_dir are this run's from then on
-
     def __post_init__(self):
         logger.set_level(self.log_level.upper())
         paddle_level = "INFO" if self.log_level in ("debug", "info") else "WARNING"

@@ -1,7 +1,6 @@
 """The processes of a run: what all of them have to know, one run a folder, a process that is gone."""
 
 import contextlib
-import fcntl
 import os
 import signal
 import socket
@@ -9,13 +8,9 @@ import sys
 import threading
 import time
 from multiprocessing.connection import Client, Listener, wait
-from pathlib import Path
 
 import paddle.distributed as dist
 
-from glm.errors import InputError
-
-LOCK = ".lock"  # the file in output_dir that a run holds while it writes there
 GRACE = 3  # seconds in which the processes that end for one reason may each say so
 
 
@@ -31,56 +26,21 @@ def gather_objects(value):
     return values
 
 
+def place_on_machine():
+    """Return the number of this process among those of its machine, and how many they are, ints."""
+    size = int(os.environ.get("PADDLE_LOCAL_SIZE", 1))
+    return dist.get_rank() % size, size
+
+
+def is_first_of_machine():
+    """Whether this process is the first one on its machine."""
+    return place_on_machine()[0] == 0
+
+
 def barrier():
     """Wait until all processes of the run have come here."""
     if dist.get_world_size() > 1:
         dist.barrier()
-
-
-def _take_lock(path):
-    """Lock the file ``path``. Returns it open and None, or None and the name of the run that has it."""
-    while True:
-        file = path.open("a+", encoding="utf-8")
-        try:
-            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except (BlockingIOError, PermissionError):
-            file.seek(0)
-            return None, file.read().strip() or "one that has just begun"
-        except OSError:  # a file system without locks
-            return file, None
-        if os.fstat(file.fileno()).st_nlink:  # else a run that ended meanwhile has removed it
-            break
-    file.truncate(0)
-    print(f"process {os.getpid()} on {socket.gethostname()}", file=file, flush=True)
-    return file, None
-
-
-@contextlib.contextmanager
-def locked(folder, flag="--output_dir"):
-    """Hold the lock of the ``folder`` of a ``flag``, which is made if need be. "" needs no lock.
-
-    The first process of a run holds it for all of them. The system takes it from a
-    process that ends, however it does. Raises InputError while another run holds it.
-    """
-    path, made, file, owner = Path(folder, LOCK), not os.path.exists(folder), None, None
-    if folder and dist.get_rank() == 0:
-        with contextlib.suppress(OSError):  # check_output_dir tells what can't be written
-            path.parent.mkdir(parents=True, exist_ok=True)
-            file, owner = _take_lock(path)
-    owner = gather_objects(owner)[0]
-    if owner:
-        advice = "wait for its end, or give another folder"
-        raise InputError(f"{flag} {folder} is in use by another run, {owner}: {advice}")
-    try:
-        yield
-    finally:
-        if file:
-            with contextlib.suppress(OSError):
-                path.unlink()
-            file.close()
-            if made:
-                with contextlib.suppress(OSError):  # something was written
-                    path.parent.rmdir()
 
 
 class Peers:

@@ -12,6 +12,7 @@ import tempfile
 import threading
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from unittest import mock
 
 import hooks
@@ -26,7 +27,8 @@ import finetune_generation
 from data import DataCollator, build_features
 from glm.arguments import GenerationArguments, GLMTrainingArguments
 from glm.decoding.decoder import beam_search
-from glm.outputs import checkpoints
+from glm.outputs.checkpoints import read_run
+from glm.outputs.folder import RunFolder
 from glm.weights import adapters as lora
 from utils import GLMTrainer
 
@@ -336,8 +338,28 @@ def lora_config(modules=lora.LORA_MODULES, **changes):
     return LoRAConfig(**{"r": 2, "lora_alpha": 6, "dtype": "float32", "target_modules": targets, **changes})
 
 
-def last_whole_checkpoint(folder):
-    return checkpoints.last_whole_checkpoint(str(folder))
+def run_folder(folder, **changes):
+    """A RunFolder that knows whose it is, as open_run_folder makes it, without a lock."""
+    values = {
+        "output_dir": str(folder),
+        "do_train": True,
+        "overwrite_output_dir": False,
+        "resume_from_checkpoint": None,
+        "ignore_load_lr_and_optim": False,
+        "tensor_parallel_degree": 1,
+        "global_batch_size": 24,
+        "local_rank": -1,
+        "world_size": 1,
+    }
+    made = RunFolder(SimpleNamespace(**{**values, **changes}))
+    made.run = read_run(folder)
+    return made
+
+
+def last_checkpoint(folder):
+    """The path of the checkpoint that the plain command goes on from, or None."""
+    checkpoint = run_folder(folder)._find_last(())
+    return checkpoint and str(checkpoint)
 
 
 # What the tests of faults train with.

@@ -29,13 +29,13 @@ import utils
 from data import DataCollator
 from glm.errors import Fault
 from glm.modeling import LabelSmoothedLoss
-from glm.outputs.checkpoints import WholeCheckpoints
+from glm.training.saving import SaveCheckpoints
 
 METHODS = {
     "train": utils.GLMTrainer,
     "training_step": utils.GLMTrainer,
     "prediction_step": utils.GLMTrainer,
-    "on_save": WholeCheckpoints,  # the files of a checkpoint are written, its mark is not
+    "on_save": SaveCheckpoints,  # the files of a checkpoint are written, its mark is not
     "__call__": DataCollator,
 }
 

@@ -7,13 +7,13 @@ import shutil
 import signal
 import socket
 import time
+from types import SimpleNamespace
 
 import pytest
-from helpers import TINY_GLM, TRAIN, Run, flags, last_whole_checkpoint, losses, run
+from helpers import TINY_GLM, TRAIN, Run, flags, last_checkpoint, losses, run
 
-from glm.outputs.checkpoints import CHECKPOINT_DONE
-from glm.outputs.folder import UNFINISHED
-from glm.processes import LOCK, locked
+from glm.outputs.folder import open_run_folder
+from glm.outputs.layout import LOCK, MANIFEST, UNFINISHED
 
 EVALUATE = [*TRAIN, *flags(do_train=False, do_eval=True, per_device_eval_batch_size=30)]
 
@@ -37,7 +37,7 @@ def test_a_killed_run_goes_on_like_an_unbroken_one(tmp_path, dropout):
     broken = tmp_path / "broken"
     args = [*common, "--output_dir", broken]
     run(*args, hook=["fault", "SIGKILL", "on_save", 2], code=-signal.SIGKILL)
-    assert not (broken / "checkpoint-4" / CHECKPOINT_DONE).exists()
+    assert not (broken / "checkpoint-4" / MANIFEST).exists()
     run(*args, hook=["fault", "SIGKILL", "training_step", 2], code=-signal.SIGKILL)
     lines = run(*args)
     assert any(f"skipping {broken}/checkpoint-4, which was not written to its end" in line for line in lines)
@@ -81,7 +81,7 @@ def test_a_kill_in_the_final_save(tmp_path, hook):
 def test_two_runs_in_one_folder(tmp_path):
     out = tmp_path / "out"
     args = [*TRAIN, *flags(output_dir=out, max_steps=1)]
-    with locked(str(out)):
+    with open_run_folder(SimpleNamespace(output_dir=str(out))):
         lines = run(*args, code=2)
         lock = (out / LOCK).read_bytes()
     assert lines[-1] == (
@@ -100,7 +100,7 @@ def test_a_signal_ends_the_run_within_a_step(tmp_path, name):
     args = [*TRAIN, *flags(output_dir=tmp_path, max_steps=6, save_steps=100)]
     lines = run(*args, hook=["fault", name, "training_step", 3], code=128 + signal.Signals[name])
     ending = f"stopped by {name} at step 3: the same command goes on from {tmp_path}/checkpoint-3"
-    assert lines[-1].endswith(ending) and (tmp_path / "checkpoint-3" / CHECKPOINT_DONE).exists()
+    assert lines[-1].endswith(ending) and (tmp_path / "checkpoint-3" / MANIFEST).exists()
     assert any(f"resuming from {tmp_path}/checkpoint-3" in line for line in run(*args))
     assert sorted(losses(tmp_path)) == list(range(1, 7))
 
@@ -111,7 +111,7 @@ def test_a_signal_in_the_last_step(tmp_path, strategy):
     args = [*TRAIN, *flags(output_dir=tmp_path, max_steps=2, save_strategy=strategy)]
     args += ["--do_eval", *flags(evaluation_strategy="steps", eval_steps=2)]
     lines = run(*args, hook=["fault", "SIGTERM", "training_step", 2], code=143)
-    saved = last_whole_checkpoint(tmp_path) == f"{tmp_path}/checkpoint-2"
+    saved = last_checkpoint(tmp_path) == f"{tmp_path}/checkpoint-2"
     assert saved == (strategy == "epoch") != (tmp_path / "model_state.pdparams").exists()
     assert ("stopped by SIGTERM at step 2: the same command goes on" in lines[-1]) == saved
     assert lines[-1].endswith(f"after the last step: the trained model is in {tmp_path}") != saved
@@ -148,7 +148,7 @@ def test_a_full_disk_leaves_the_last_checkpoint_whole(tmp_path):
         f"{tmp_path}/checkpoint-4 can't be written: No space left on device; "
         f"the same command goes on from {tmp_path}/checkpoint-2"
     )
-    assert last_whole_checkpoint(tmp_path) == f"{tmp_path}/checkpoint-2"
+    assert last_checkpoint(tmp_path) == f"{tmp_path}/checkpoint-2"
     run(*args)
     assert sorted(losses(tmp_path)) == list(range(1, 7))
 

@@ -10,7 +10,7 @@ import time
 import pytest
 from helpers import ROOT, TRAIN, flags, launcher, losses
 
-from glm.outputs.checkpoints import CHECKPOINT_DONE
+from glm.outputs.layout import MANIFEST
 
 pytestmark = pytest.mark.slow
 ARGS = [*TRAIN, *flags(tensor_parallel_degree=2, per_device_eval_batch_size=20)]
@@ -73,7 +73,7 @@ def test_a_signal_to_one_process_ends_all_within_two_steps(tmp_path, processes, 
     ending = f"stopped by SIGTERM at step 4: the same command goes on from {out}/checkpoint-4"
     said = errors(log)
     assert len(said) == processes and all(len(lines) == 1 and lines[0].endswith(ending) for lines in said)
-    assert (out / "checkpoint-4" / CHECKPOINT_DONE).exists() and not (out / "model_state.pdparams").exists()
+    assert (out / "checkpoint-4" / MANIFEST).exists() and not (out / "model_state.pdparams").exists()
     assert finish(start(processes, tmp_path / "log2", *args)) == 0
     assert sorted(losses(out)) == list(range(1, 7))
 
@@ -101,7 +101,7 @@ def test_signals_to_the_launcher(tmp_path, name, again):
         return
     pattern = r"stopped by \w+ at step (\d+): the same command goes on from"
     steps = [re.search(pattern, line[0])[1] for line in lines]
-    assert steps[0] == steps[1] and (out / f"checkpoint-{steps[0]}" / CHECKPOINT_DONE).exists()
+    assert steps[0] == steps[1] and (out / f"checkpoint-{steps[0]}" / MANIFEST).exists()
 
 
 @pytest.mark.parametrize(
@@ -140,7 +140,7 @@ def test_a_process_that_dies_before_a_run_begins_anew(tmp_path, flag):
     assert finish(start(2, log, *args, *again, hook=["fault", "SIGKILL", "train", 1, 1])) != 0
     (line,), _ = errors(log)
     assert line.endswith("process 1 is gone, so this one of 2 ends too: the same command starts again")
-    assert (out / "checkpoint-3" / CHECKPOINT_DONE).exists()
+    assert (out / "checkpoint-3" / MANIFEST).exists()
 
 
 @pytest.mark.parametrize("method, call", [("training_step", 4), ("on_save", 2)])

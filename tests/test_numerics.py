@@ -79,7 +79,7 @@ class Run:
             overwrite_output_dir=False,
             resume_from_checkpoint=None,
         )
-        self.check, self.state = CheckFinite(), SimpleNamespace(global_step=0)
+        self.check, self.state = CheckFinite(lambda: "the hint"), SimpleNamespace(global_step=0)
         self.scheduler = paddle.optimizer.lr.LambdaDecay(1.0, lambda step: 1 - step / 100)
 
     def step(self, loss, skipped, scaler="a scaler"):
@@ -113,7 +113,7 @@ def test_losses_that_are_no_numbers_under_a_scaler(tmp_path, loss):
 
 def test_a_loss_that_is_no_number_is_logged_as_the_one_before_it():
     """Its sum with the others would be none, and train_loss neither."""
-    check = CheckFinite()
+    check = CheckFinite(lambda: "the hint")
     returned = [
         float(check.record_loss(paddle.to_tensor(loss), 1))
         for loss in (2.0, math.nan, 1.5, -math.inf, math.inf)

@@ -1,6 +1,7 @@
 """What stands in output_dir is of one model, also after a kill, and nothing of the model before it."""
 
 import json
+import os
 import shutil
 import signal
 import sys
@@ -8,17 +9,17 @@ from types import SimpleNamespace
 
 import paddle
 import pytest
-from helpers import TINY_GLM, TRAIN, flags, run, small_data
+from helpers import TINY_GLM, TRAIN, flags, run, run_folder, small_data
 from paddlenlp.transformers import GLMForConditionalGeneration
 
 from glm.errors import InputError
-from glm.outputs import checkpoints
-from glm.outputs import folder as outputs
-from glm.outputs.checkpoints import CHECKPOINT_DONE
-from glm.outputs.folder import MODEL, RESULTS, RUN, UNFINISHED, finishing, move_into_place
+from glm.outputs import layout
+from glm.outputs.folder import open_run_folder
+from glm.outputs.layout import LOCK, MODEL, REPLACED, RESULTS, RUN, UNFINISHED, find
+from glm.outputs.replace import check_complete, finish_interrupted_replace, replace_together
 
 NO_TRAINING = [*TRAIN, *flags(do_train=False)]
-WEIGHTS = outputs.WHOLE_MODEL + outputs.ADAPTER
+WEIGHTS = layout.WHOLE_MODEL + layout.ADAPTER
 
 
 def names(folder):
@@ -28,42 +29,23 @@ def names(folder):
 def test_who_may_write_into_a_folder(tmp_path):
     """Results may go where other files are; a run that writes over another does not go on with it."""
     (tmp_path / "thesis.txt").write_text("mine")
-    args = SimpleNamespace(output_dir=str(tmp_path), global_batch_size=24)
-    args.do_train = args.overwrite_output_dir = False
-    outputs.check_output_dir(args, None)
-    args.do_train = True
+    run_folder(tmp_path, do_train=False).check_contents(None)
     with pytest.raises(InputError, match="nothing of a run"):
-        outputs.check_output_dir(args, None)
-    args.overwrite_output_dir, args.resume_from_checkpoint, args.tensor_parallel_degree = True, None, 1
-    outputs.check_output_dir(args, None)
-    checkpoint = tmp_path / "checkpoint-2"
-    checkpoint.mkdir()
-    for name in (
-        "model_state.pdparams",
-        "optimizer.pdopt",
-        "scheduler.pdparams",
-        "trainer_state.json",
-        CHECKPOINT_DONE,
-    ):
-        (checkpoint / name).touch()
-    assert checkpoints.find_last_checkpoint(args, lora=False) is None
-    args.overwrite_output_dir = False
-    assert checkpoints.find_last_checkpoint(args, lora=False) == str(checkpoint)
+        run_folder(tmp_path).check_contents(None)
+    run_folder(tmp_path, overwrite_output_dir=True).check_contents(None)
 
 
 @pytest.mark.parametrize("name", ["model.safetensors", "pytorch_model.bin", "lora_model_state.pdparams"])
 def test_a_model_of_any_form_is_not_written_over(tmp_path, name):
     (tmp_path / name).touch()
-    args = SimpleNamespace(output_dir=str(tmp_path), do_train=True, overwrite_output_dir=False)
     with pytest.raises(InputError, match="holds a model and no checkpoint to resume from"):
-        outputs.check_output_dir(args, None)
+        run_folder(tmp_path).check_contents(None)
 
 
 def test_a_link_to_nowhere_is_nothing_of_a_run(tmp_path):
     (tmp_path / "link").symlink_to(tmp_path / "nowhere")
-    args = SimpleNamespace(output_dir=str(tmp_path), do_train=True, overwrite_output_dir=False)
     with pytest.raises(InputError, match="holds link and nothing of a run"):
-        outputs.check_output_dir(args, None)
+        run_folder(tmp_path).check_contents(None)
 
 
 OLD = {"model.safetensors": "old", "eval_results.json": "{}", "config.json": "old", "notes.txt": "mine"}
@@ -81,7 +63,7 @@ def read(folder):
 
 def test_what_is_replaced_goes_in_the_same_move(tmp_path):
     write(tmp_path, OLD)
-    with finishing(tmp_path, (*MODEL, *RESULTS)) as folder:
+    with replace_together(tmp_path, (*MODEL, *RESULTS)) as folder:
         write(folder, NEW)
         assert read(tmp_path) == OLD
     assert read(tmp_path) == {**NEW, "notes.txt": "mine"} and not (tmp_path / UNFINISHED).exists()
@@ -103,14 +85,14 @@ def test_a_run_that_is_killed_leaves_the_old_or_the_new(tmp_path, event, call):
     write(tmp_path, OLD)
     sys.addaudithook(watch)
     try:
-        with finishing(tmp_path, (*MODEL, *RESULTS)) as folder:
+        with replace_together(tmp_path, (*MODEL, *RESULTS)) as folder:
             write(folder, NEW)
     except KeyboardInterrupt:
         pass
     calls = None  # a hook stays
-    begun = (tmp_path / UNFINISHED / outputs.REPLACED).exists()
-    move_into_place(tmp_path)
-    move_into_place(tmp_path)  # again, which does nothing
+    begun = (tmp_path / UNFINISHED / REPLACED).exists()
+    finish_interrupted_replace(tmp_path)
+    finish_interrupted_replace(tmp_path)  # again, which does nothing
     expected = {**NEW, "notes.txt": "mine"}
     assert read(tmp_path) in ([expected] if begun else [OLD, expected])
 
@@ -178,7 +160,7 @@ def test_what_is_read_back_is_what_was_written(tmp_path, data, adapter, form, wr
         lora = str(written == "adapter")
         args = ["--do_eval", "--lora", lora, *flags(model_name_or_path=base, max_steps=2)]
         run(*TRAIN, *common, *args)
-    found = {path.name for path in outputs.find(model, WEIGHTS)}
+    found = {path.name for path in find(model, WEIGHTS)}
     expected = {"lora_config.json", "lora_model_state.pdparams"}
     assert found == (expected if written == "adapter" else {"model_state.pdparams"})
     assert "notes.txt" in names(model) and "test_results.json" not in names(model)
@@ -188,7 +170,7 @@ def test_what_is_read_back_is_what_was_written(tmp_path, data, adapter, form, wr
 
 
 def test_results_are_of_the_model_beside_them(tmp_path, data):
-    """Those of the model before go; those of the model at hand stay when nothing is left to train."""
+    """Those of the model before go; those of the current model stay when nothing is left to train."""
     args = [*TRAIN, *flags(output_dir=tmp_path, task_name=data, max_steps=2, save_steps=2)]
     run(*args, "--do_eval")
     names_kept = [name for name in RESULTS if name not in ("trainer_state.json", "torch")]
@@ -220,8 +202,8 @@ def test_an_adapter_does_not_replace_its_base(tmp_path, data):
     assert "holds the model that the adapter belongs to" in lines[-1]
 
 
-def test_a_kill_between_the_moves_is_made_good_by_whoever_reads(tmp_path, data):
-    """The model is read whole where only its config had been moved, by another command."""
+def test_a_kill_between_the_moves_is_made_good_by_who_writes_there(tmp_path, data):
+    """Whoever only reads the model is told what finishes the moves; then it is read complete."""
     out = tmp_path / "out"
     args = [*TRAIN, *flags(task_name=data, max_steps=2, save_strategy="no")]
     run(*args, "--output_dir", out, "--do_eval")
@@ -230,17 +212,136 @@ def test_a_kill_between_the_moves_is_made_good_by_whoever_reads(tmp_path, data):
     flags_again = ["--overwrite_output_dir", "--learning_rate", 0.01, "--output_dir", out]
     run(*args, *flags_again, hook=hook, code=-signal.SIGKILL)
     evaluation = [*NO_TRAINING, "--do_eval", *flags(task_name=data, model_name_or_path=out)]
-    run(*evaluation, "--output_dir", tmp_path / "one")
-    assert not (out / UNFINISHED / outputs.REPLACED).exists() and not (out / "eval_results.json").exists()
+    line = run(*evaluation, "--output_dir", tmp_path / "one", code=2)[-1]
+    assert f"or any other with --output_dir {out}, which finishes that" in line
+    assert (out / UNFINISHED / REPLACED).exists()
+    run(*evaluation, "--output_dir", out)
+    assert not (out / UNFINISHED).exists() or not (out / UNFINISHED / REPLACED).exists()
+    after = loss(out)
     run(*args, *flags_again, "--do_eval")
-    assert loss(tmp_path / "one") == pytest.approx(loss(out), abs=1e-5) != pytest.approx(before, abs=1e-3)
+    assert after == pytest.approx(loss(out), abs=1e-5) != pytest.approx(before, abs=1e-3)
 
 
-def test_a_file_is_written_whole_or_not_at_all(tmp_path):
-    (tmp_path / "file").write_text("before")
-    (tmp_path / "file.tmp").symlink_to("/dev/full")  # every write: no space left on device
-    with pytest.raises(OSError, match="No space left"):
-        outputs.write_whole(tmp_path / "file", "after")
-    assert names(tmp_path) == {"file"} and (tmp_path / "file").read_text() == "before"
-    outputs.write_whole(tmp_path / "file", "after")
-    assert names(tmp_path) == {"file"} and (tmp_path / "file").read_text() == "after"
+# Of a stranger.
+
+
+def opened(folder):
+    """Open and leave ``folder`` as a run's output_dir. Returns what it says of its run."""
+    with open_run_folder(SimpleNamespace(output_dir=str(folder), do_train=False)) as made:
+        return made.run
+
+
+LISTS = [
+    *("{", "5", '{"a": 1}', "[1, 2]", '["a\\u0000b"]', "[" * 100_000, b"\xff", '["."]', '[".."]', '[""]'),
+    *(
+        '["notes.txt"]',
+        '["../victim"]',
+        '["checkpoint-3"]',
+        '[".lock"]',
+        '["model_state.pdparams", "../victim"]',
+    ),
+]
+
+
+@pytest.mark.parametrize("text", LISTS, ids=lambda text: repr(text)[:20])
+def test_a_list_of_moves_is_checked_before_any_is_made(tmp_path, text):
+    victim, out = tmp_path / "victim", tmp_path / "out"
+    (out / UNFINISHED).mkdir(parents=True)
+    victim.mkdir()
+    write(out, OLD)
+    write(out / UNFINISHED, NEW)
+    (out / UNFINISHED / REPLACED).write_bytes(text if isinstance(text, bytes) else text.encode())
+    with pytest.raises(
+        InputError, match=f"--output_dir {out} can't be used, its {UNFINISHED} can't be moved"
+    ):
+        opened(out)
+    assert read(out) == OLD and victim.is_dir()
+    with pytest.raises(InputError, match=f"or any other with --output_dir {out}"):
+        check_complete(out)
+
+
+def test_links_are_replaced_and_not_written_through(tmp_path):
+    """The names that a run writes to lead to files and folders of the user's."""
+    victim, out = tmp_path / "victim", tmp_path / "out"
+    victim.mkdir()
+    (victim / "file").write_text("mine")
+    (victim / REPLACED).write_text('["config.json"]')
+    out.mkdir()
+    for name in (RUN, f"{RUN}.tmp", "eval_results.json", "config.json", "eval_predictions.jsonl.tmp"):
+        (out / name).symlink_to(victim / "file")
+    for name in (UNFINISHED, "torch"):
+        (out / name).symlink_to(victim)
+    finish_interrupted_replace(out)  # there is nothing to finish: a link is none of a run's
+    folder = run_folder(tmp_path / "none", output_dir=str(out))
+    with folder.replacing((*MODEL, *RESULTS), folder.new_run) as staging:
+        (staging / "torch").mkdir()
+        (staging / "torch/model.safetensors").write_text("new")
+    folder.begin_run()
+    assert read(victim) == {"file": "mine", REPLACED: '["config.json"]'}
+    assert not any(path.is_symlink() for path in (out / RUN, out / "torch", out / "eval_results.json"))
+    assert (out / "torch/model.safetensors").read_text() == "new"
+
+
+LOCKS = {
+    "link": lambda path, victim: path.symlink_to(victim),
+    "link to nowhere": lambda path, victim: path.symlink_to(victim.parent / "new"),
+    "hard link": lambda path, victim: os.link(victim, path),
+    "folder": lambda path, victim: path.mkdir(),
+    "pipe": lambda path, victim: os.mkfifo(path),
+    "device": lambda path, victim: path.symlink_to("/dev/zero"),
+}
+
+
+@pytest.mark.parametrize("make", LOCKS.values(), ids=LOCKS.keys())
+def test_a_lock_that_is_no_file_is_a_line(tmp_path, make):
+    (tmp_path / "victim").write_text("mine")
+    (tmp_path / "out").mkdir()
+    make(tmp_path / "out" / LOCK, tmp_path / "victim")
+    with pytest.raises(InputError, match=r"can't be used, its lock|holds a .lock that no run wrote"):
+        opened(tmp_path / "out")
+    assert names(tmp_path) == {"out", "victim"} and (tmp_path / "victim").read_text() == "mine"
+
+
+RUNS = [
+    *(
+        "[]",
+        "5",
+        "null",
+        "",
+        "[" * 100_000,
+        "{}",
+        '{"id": [1]}',
+        '{"id": ""}',
+        '{"id": "x", "parent": 5}',
+        b"\xff",
+    ),
+    *('{"id": "x", "parent": [1]}', '{"id": "x", "parent": ["y", "z"]}', '{"id": "x", "model": []}'),
+]
+
+
+@pytest.mark.parametrize("text", RUNS, ids=lambda text: repr(text)[:30])
+def test_a_run_of_another_shape_is_a_line(tmp_path, text):
+    (tmp_path / RUN).write_bytes(text if isinstance(text, bytes) else text.encode())
+    with pytest.raises(InputError, match=f"{tmp_path}/{RUN} can't be read"):
+        opened(tmp_path)
+    assert names(tmp_path) == {RUN}
+
+
+def test_what_is_in_a_files_place_is_a_line(tmp_path):
+    for name in ("arguments.json", "eval_results.json", "eval_predictions.jsonl.tmp", "trainer_state.json"):
+        (tmp_path / name).mkdir()
+        with pytest.raises(InputError, match=f"{tmp_path}/{name} is no file: move it away"):
+            run_folder(tmp_path, overwrite_output_dir=True).check_contents(None)
+        (tmp_path / name).rmdir()
+    (tmp_path / "runs").symlink_to(tmp_path)
+    with pytest.raises(InputError, match="runs is a link: remove it"):
+        run_folder(tmp_path, overwrite_output_dir=True).check_contents(None)
+
+
+def test_output_dir_may_be_a_link(tmp_path):
+    (tmp_path / "disk").mkdir()
+    (tmp_path / "out").symlink_to("disk")
+    (tmp_path / "disk" / RUN).write_text(
+        '{"id": "x", "parent": null, "model": 3, "base": "y", "settings": {}}'
+    )
+    assert opened(tmp_path / "out") == ("x", 3, None) and not (tmp_path / "out" / LOCK).exists()

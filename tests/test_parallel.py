@@ -18,7 +18,7 @@ from helpers import (
     tiny_glm,
 )
 
-from glm.outputs.checkpoints import CHECKPOINT_DONE
+from glm.outputs.layout import MANIFEST
 
 
 @pytest.fixture(scope="module")
@@ -114,7 +114,7 @@ def test_a_checkpoint_without_names_of_its_weights(data, trained, tmp_path):
     """As an older run wrote it: it goes on on the layout it is of."""
     (tmp_path / "out").mkdir()
     shutil.copytree(trained("TP 2") / "checkpoint-3", tmp_path / "out/checkpoint-3")
-    (tmp_path / "out/checkpoint-3" / CHECKPOINT_DONE).write_text("")
+    (tmp_path / "out/checkpoint-3" / MANIFEST).write_text("")
     args = [*COMMON, *flags(model_name_or_path=TINY_GLM, task_name=data, output_dir=tmp_path / "out")]
     assert "was saved with tensor_parallel_degree 2 and no names of its" in run(*args, code=2)[-1]
     train("TP 2", tmp_path, "--task_name", data)

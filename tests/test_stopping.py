@@ -25,7 +25,7 @@ def test_when_a_signal_ends_at_once(tmp_path, world_size, training, seconds, mon
         overwrite_output_dir=False,
         resume_from_checkpoint=None,
     )
-    state, callback, now = SimpleNamespace(global_step=7), StopBySignal(), [100.0]
+    state, callback, now = SimpleNamespace(global_step=7), StopBySignal(lambda: "there is no checkpoint"), [100.0]
     monkeypatch.setattr(stopping.time, "monotonic", lambda: now[0])
     callback.on_train_begin(args, state, None, model=SimpleNamespace(training=training))
     try:
@@ -47,7 +47,7 @@ def test_a_signal_is_exchanged_without_a_wait(monkeypatch):
     monkeypatch.setattr(stopping.dist, "all_reduce", lambda tensor, *_, **__: sent.append(tensor) or waiting)
     monkeypatch.setattr(paddle, "to_tensor", None)
     monkeypatch.setattr(paddle.Tensor, "item", None)
-    signals = StopBySignal()
+    signals = StopBySignal(lambda: "there is no checkpoint")
     for number, read in ((signal.SIGTERM, None), (0, signal.SIGTERM), (0, None)):
         signals.received = int(number)
         signals.exchange(world_size=2)
@@ -62,7 +62,7 @@ def test_a_signal_in_the_last_step_waits_for_the_model(tmp_path, monkeypatch, wo
     args = SimpleNamespace(world_size=world_size, output_dir=str(tmp_path), save_strategy=IntervalStrategy.NO)
     state, control = SimpleNamespace(global_step=6, max_steps=7), SimpleNamespace(should_evaluate=True)
     before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
-    callback = StopBySignal()
+    callback = StopBySignal(lambda: "there is no checkpoint")
     callback.on_train_begin(args, state, control, model=SimpleNamespace(training=True))
     callback.on_optimizer_end(args, state, control)
     os.kill(os.getpid(), signal.SIGTERM)
@@ -83,7 +83,7 @@ def test_a_signal_in_the_last_step_waits_for_the_model(tmp_path, monkeypatch, wo
 def test_a_signal_that_was_ignored_stays_ignored(tmp_path, monkeypatch):
     """As of nohup, which lets a run outlive its terminal."""
     before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
-    callback, args = StopBySignal(), SimpleNamespace(world_size=1)
+    callback, args = StopBySignal(lambda: "there is no checkpoint"), SimpleNamespace(world_size=1)
     try:
         callback.on_train_begin(args, None, None, model=SimpleNamespace(training=True))
         os.kill(os.getpid(), signal.SIGHUP)

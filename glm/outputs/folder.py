@@ -1,273 +1,398 @@
-"""What stands in output_dir: written whole, of one model and one run, told apart from others.
+"""output_dir: its lock, what it holds, whose it is, and how it is written.
 
-A run writes what it leaves behind into a folder of its own in output_dir, then a list of
-what that replaces, and only then moves it into place. A run that is killed before the
-list leaves output_dir as it was; one that is killed after it has its moves done by the
-next command.
+A checkpoint belongs to the folder's run or not. A run that starts anew is another run, and moves the
+checkpoints that it finds into a folder beside them; so does one that goes on from an earlier
+checkpoint with the later ones. What a run did not write, it does not remove.
 """
 
 import contextlib
-import json
 import os
-import shutil
-import tempfile
+import time
+import uuid
+from dataclasses import asdict
 from pathlib import Path
 
 import paddle.distributed as dist
 from paddlenlp.utils.log import logger
 
-from glm.errors import InputError
-from glm.processes import LOCK, barrier, gather_objects, locked
-
-UNFINISHED = ".unfinished"  # in output_dir: where a run writes what is then moved into place
-REPLACED = ".replaced"  # the last file written there: the names in output_dir that go
-RUN = ".run.json"  # in output_dir: the run that the folder is of, and the step of the model there
-NAME_MAX = 255  # bytes of a folder's name
-
-# The forms that a model has, as PaddleNLP and PyTorch write them, and what describes one.
-WHOLE_MODEL = (
-    "model_state*.pdparams",
-    "model*.safetensors",
-    "pytorch_model*.bin",
-    "model*.index.json",
-    "pytorch_model*.index.json",
-)
-ADAPTER = ("lora_config.json", "lora_model_state*")
-DESCRIPTIONS = ("config.json", "added_tokens.json", "special_tokens_map.json")
-RESULTS = (
-    "train_results.json",
-    "eval_results.json",
-    "test_results.json",
-    "all_results.json",
-    "eval_predictions.jsonl",
-    "test_predictions.jsonl",
-    "trainer_state.json",
-    "torch",
-)
-MODEL = (*WHOLE_MODEL, *ADAPTER, *DESCRIPTIONS)
-
-# What a run leaves in output_dir besides its model, and what its launcher does.
-TRACES = (
-    RUN,
-    "checkpoint-*",
-    "runs/*",
-    "*_results.json",
-    "*_predictions.jsonl*",
-    "workerlog.*",
-    "*/workerlog.*",
-)
+from glm.errors import InputError, as_input_error, printable
+from glm.files import dump_json, parse_json, read_json, write_atomically
+from glm.outputs import layout, resuming
+from glm.outputs.checkpoints import Run, checkpoint_paths, number_of, open_checkpoint, read_run
+from glm.outputs.layout import ALL_RESULTS, MANIFEST, MODEL, RESULTS, RUN, find
+from glm.outputs.lock import check_writable, is_own_output, take_lock
+from glm.outputs.replace import finish_interrupted_replace, replace_together
+from glm.processes import barrier, gather_objects, is_first_of_machine
 
 
-def find(folder, patterns):
-    """The paths in ``folder`` that match any of the glob ``patterns``, list[Path], sorted."""
-    return sorted({path for pattern in patterns for path in Path(folder).glob(pattern)})
+class RunFolder:
+    """output_dir, while this run holds it.
 
+    Made by ``open_run_folder``; one that is made otherwise is not locked, and nothing in it is read.
 
-def write_whole(path, text):
-    """Write a file whole or not at all."""
-    path = Path(path)
-    temporary = path.with_name(path.name + ".tmp")
-    try:
-        temporary.write_text(text, encoding="utf-8")
-        temporary.replace(path)
-    finally:
-        with contextlib.suppress(FileNotFoundError):
-            temporary.unlink()
+    Args:
+        args (GLMTrainingArguments): of this run.
 
+    Attributes:
+        run: the Run that the folder is of, or None.
+        training_began: whether the folder is this command's. wrote_model: whether it wrote a model.
+        new_run: the Run that this command is, and what it is of, as a Checkpoint has it.
+        resumed: the Checkpoint that it goes on from, or None.
+    """
 
-def read_json(path):
-    """The dict in a JSON file; an empty one where there is no such file, or none that is whole."""
-    try:
-        return json.loads(Path(path).read_text(encoding="utf-8") or "{}")
-    except (OSError, ValueError):
-        return {}
+    def __init__(self, args):
+        self.args, self.path = args, Path(args.output_dir)
+        self.run, self.new_run, self.described, self.resumed = None, Run(uuid.uuid4().hex), {}, None
+        self.training_began = self.wrote_model = False
+        self.aside = self.path / f"{layout.SUPERSEDED}{time.strftime('%Y%m%d-%H%M%S')}"
+        self.to_move, self.arguments = [], "{}"  # what begin_run does
+
+    # What may be done here.
+
+    def check_contents(self, checkpoint):
+        """Raise InputError where training would be mixed with what is not a run's, or can't be written.
+
+        Args:
+            checkpoint (Checkpoint): the one to resume from, or None.
+        """
+        if not self.path.is_dir():
+            return
+        for name in (RUN, layout.ARGUMENTS, *RESULTS):
+            for path in (self.path / name, self.path / f"{name}.tmp"):
+                replaced = path.is_file() or path.is_symlink() or name == layout.TORCH
+                if os.path.lexists(path) and not replaced:
+                    raise InputError(f"{path} is no file: move it away, or give another --output_dir")
+        if (self.path / "runs").is_symlink():
+            advice = "remove it, or give what it leads to by --logging_dir"
+            raise InputError(f"{self.path}/runs is a link: {advice}")
+        if not self.args.do_train or self.args.overwrite_output_dir:
+            return
+        names = [name for name in os.listdir(self.path) if not name.startswith(layout.LOCK)]
+        if layout.UNFINISHED in names:  # a run of this folder was killed while it saved
+            return
+        if checkpoint is None and find(self.path, (*layout.WHOLE_MODEL, *layout.ADAPTER)):
+            raise InputError(
+                f"--output_dir {self.path} holds a model and no checkpoint to resume from: "
+                "give another folder, or --overwrite_output_dir"
+            )
+        of_a_run = find(self.path, layout.TRACES) or any(is_own_output(self.path / name) for name in names)
+        if names and not of_a_run:
+            raise InputError(
+                f"--output_dir {self.path} holds {names[0]} and nothing of a run: "
+                "give a folder of its own, or --overwrite_output_dir"
+            )
+
+    def check_other_models(self, model, adapter_base=None):
+        """Warn where results would lie beside a model that they are not of.
+
+        Args:
+            model (str): the one that is evaluated, or None where the run writes one.
+            adapter_base (str): the model that an adapter which is trained or merged belongs to.
+
+        Raises:
+            InputError: where what the run writes would replace the base of its adapter.
+        """
+        if adapter_base and self.is_same(adapter_base):
+            raise InputError(
+                f"--output_dir {self.path} holds the model that the adapter belongs to, and what this "
+                "run writes would replace it: give another folder"
+            )
+        if model and find(self.path, (*layout.WHOLE_MODEL, *layout.ADAPTER)) and not self.is_same(model):
+            logger.warning(f"the results in {self.path} will be of {model}, not of the model that lies there")
+
+    def is_same(self, other):
+        """Whether the path ``other`` is this folder, as far as there are such."""
+        return self.path.is_dir() and os.path.isdir(other) and os.path.samefile(self.path, other)
+
+    # Checkpoints.
+
+    def find_checkpoint(self, lora):
+        """Return the checkpoint to go on from, given or the last one of the folder's run, or None.
+
+        All processes have to call it.
+
+        Args:
+            lora (bool): whether this run trains an adapter.
+
+        Raises:
+            InputError: where one can't be gone on with, or none of those that are here.
+        """
+        args, given = self.args, self.args.resume_from_checkpoint
+        if not args.do_train or (args.overwrite_output_dir and given is None):
+            return None
+        weights_alone = args.ignore_load_lr_and_optim
+        but = (*resuming.OPTIMIZER_FILES.values(), "scaler.pdparams") if weights_alone else ()
+        if given is None:
+            checkpoint = self._find_last(but)
+        else:
+            where = f"--resume_from_checkpoint {given}"
+            with as_input_error(f"{where}: its {MANIFEST} can't be read", "give another checkpoint"):
+                checkpoint = open_checkpoint(given)
+            if damage := checkpoint.find_damage(but):
+                raise InputError(f"{where} is damaged: {damage}: give another one")
+        if checkpoint is None:
+            return None
+        resuming.check_files(checkpoint, lora, weights_alone, given is not None)
+        if not weights_alone:
+            resuming.check_layout(checkpoint, max(args.tensor_parallel_degree, 1))
+        resuming.keep_global_batch_size(args, checkpoint.global_batch_size)
+        logger.train(f"resuming from {checkpoint}; --overwrite_output_dir starts anew")
+        return checkpoint
+
+    def list_checkpoints(self):
+        """Return the complete checkpoints of the folder's run, list[Checkpoint], the last step first.
+
+        Returns:
+            them; of each other one its path, the reason, str, and whether a user may have meant it to be
+            gone on with, list of tuples.
+        """
+        own, others = [], []
+        for path in checkpoint_paths(self.path):
+            try:
+                checkpoint = open_checkpoint(path)
+            except (OSError, ValueError) as error:
+                others.append((path, f"whose {MANIFEST} can't be read ({error})", True))
+                continue
+            if checkpoint.complete and (self.run is None or self.run.owns(checkpoint)):
+                own.append(checkpoint)
+            elif checkpoint.complete:
+                others.append((path, "which another run wrote", False))
+            elif (path / layout.INCOMPLETE).exists() or not (path / layout.TRAINER_STATE).exists():
+                others.append((path, "which was not written to its end", False))
+            else:
+                others.append((path, f"which has no {MANIFEST}, as a copy without it", True))
+        return sorted(own, key=lambda checkpoint: checkpoint.step, reverse=True), others
+
+    def _find_last(self, but):
+        """Return the last of the folder's own checkpoints that is undamaged on every machine, or None."""
+        own, others = self.list_checkpoints()
+        if dist.get_rank() == 0:
+            for path, reason, _ in others:
+                advice = "if it is complete, --resume_from_checkpoint goes on from it"
+                logger.warning(f"skipping {path}, {printable(reason, 300)}: {advice}")
+        refused = [path for path, _, meant in others if meant]
+        # Machines may have folders of their own.
+        names = set.intersection(*map(set, gather_objects([checkpoint.path.name for checkpoint in own])))
+        for checkpoint in own:
+            if checkpoint.path.name in names:
+                damage = checkpoint.find_damage(but)
+                if damage is None:
+                    return checkpoint
+                logger.warning(f"skipping {checkpoint}, which is damaged: {printable(damage, 300)}")
+                refused.append(checkpoint.path)
+        if refused:
+            raise InputError(
+                f"--output_dir {self.path} holds {refused[0].name}, which can't be gone on with (see above): "
+                "complete it, give one by --resume_from_checkpoint, or --overwrite_output_dir"
+            )
+        return None
+
+    def find_best(self, recorded, compare_files=True):
+        """Return the Checkpoint that the run recorded as its best, or None where it is gone.
+
+        A folder may have been moved since: it is looked for beside the checkpoint that the run goes on
+        from, then here, then where it was. All processes have to call it.
+
+        Args:
+            recorded (str): its path then. compare_files (bool): whether its files may have changed since.
+        """
+        name, resumed = Path(recorded).name, self.resumed
+        folders, runs = [self.path, Path(recorded).parent], [self.new_run]
+        if resumed:
+            folders.insert(0, resumed.path.parent)
+            runs += [resumed.run, Run(resumed.best_run)]
+        for folder in folders:
+            best, folder = None, self.path if self.is_same(folder) else folder  # one spelling
+            with contextlib.suppress(OSError, ValueError):
+                best = open_checkpoint(folder / name)
+            ours = best is not None and best.complete and any(run.owns(best) for run in runs)
+            if all(gather_objects(ours)) and not (compare_files and best.find_damage()):
+                return best
+        where = printable(recorded, 300)
+        advice = "the best from here on, or the last weights, take its place"
+        logger.warning(f"the best checkpoint, {where}, is gone or damaged: {advice}")
+        return None
+
+    def resume_hint(self):
+        """Return what the last line of a run that ended early says of going on, str."""
+        args = self.args
+        flags = [name for name in ("overwrite_output_dir", "resume_from_checkpoint") if getattr(args, name)]
+        # Until training begins, the checkpoints here may be those of another run.
+        if not args.do_train or (flags and not self.training_began):
+            return "the same command starts again"
+        checkpoint = next(iter(self.list_checkpoints()[0]), None)
+        if checkpoint is not None:
+            without = f" without --{' and --'.join(flags)}" if flags else ""
+            return f"the same command{without} goes on from {checkpoint}"
+        if self.wrote_model:
+            return f"the trained model is in {self.path}: give it as --model_name_or_path"
+        return "there is no checkpoint to resume from"
+
+    # This command's run.
+
+    def prepare_run(self, groups, base, weights, lora_config, records, checkpoint):
+        """Decide which run this is, and compare it with the one that wrote ``checkpoint``.
+
+        Nothing is written yet. All processes have to call it.
+
+        Args:
+            groups (tuple): the four dataclasses of arguments.
+            base (str): the model or adapter to start from. weights (str): its fingerprint, or None.
+            lora_config (LoRAConfig): of the adapter that is trained, or None.
+            records (list[dict]): to train on.
+            checkpoint (Checkpoint): to go on from, or None.
+
+        Raises:
+            InputError: where going on with it makes no sense.
+        """
+        values = {type(group).__name__: asdict(group) for group in groups}
+        self.arguments = dump_json(values, indent=2, default=str)
+        arguments = {}
+        for group in parse_json(self.arguments).values():
+            arguments.update(group)
+        self.described = resuming.describe_training(arguments, base, weights, lora_config, records)
+        self.new_run, self.aside = gather_objects((self.new_run, self.aside))[0]
+        self.resumed = checkpoint
+        self.new_run, self.to_move = self._choose_run(checkpoint)
+        if checkpoint is None or self.args.ignore_load_lr_and_optim:
+            return
+        owner = None
+        with contextlib.suppress(OSError, ValueError):
+            owner = read_run(self.described["base"])
+        replaced = owner is not None and owner.owns(checkpoint)
+        resuming.compare_training(
+            checkpoint, self.described, replaced, self.args.resume_from_checkpoint is not None
+        )
+        if "settings" in checkpoint.described:
+            self.described.update({name: checkpoint.described.get(name) for name in ("base", "weights")})
+
+    def _choose_run(self, checkpoint):
+        """Return the Run that goes on from ``checkpoint``, or from None, and the checkpoints in its way."""
+        there = checkpoint_paths(self.path)
+        if checkpoint is None or self.args.ignore_load_lr_and_optim:  # its steps begin at 0
+            mine = checkpoint and checkpoint.path.resolve()
+            return self.new_run, [path for path in there if path.resolve() != mine]
+        if not self.is_same(checkpoint.path.parent):
+            return self.new_run, there
+        run = self.run if self.run and self.run.owns(checkpoint) else checkpoint.run
+        if run.id is None:  # of an old version, that told of no run
+            run = Run(self.new_run.id, None, (None, checkpoint.step or 0))
+        later = [path for path in there if number_of(path) > (checkpoint.step or 0)]
+        return run, later if self.args.resume_from_checkpoint is not None else []
+
+    def begin_run(self):
+        """Make the folder this run's before it writes anything else. All processes have to call it."""
+        # Going back, the model that lies there will be another one than this run's of that step.
+        kept = self.run and self.run.id == self.new_run.id and not self.to_move
+        model = self.run.model if kept else None
+        self.run = self.new_run = self.new_run._replace(model=model)
+        if is_first_of_machine():
+            self.path.mkdir(parents=True, exist_ok=True)
+            self.move_aside(self.to_move)
+            self._write_run(self.path, self.run)
+            write_atomically(self.path / layout.ARGUMENTS, self.arguments + "\n")
+        barrier()
+        self.training_began = True
+
+    @staticmethod
+    def _write_run(folder, run):
+        write_atomically(Path(folder, RUN), dump_json(run._asdict()))
+
+    def move_aside(self, paths):
+        """Move checkpoints that this run did not write into one folder beside them, and say so."""
+        for path in paths:
+            self.aside.mkdir(exist_ok=True)
+            with contextlib.suppress(FileNotFoundError):  # moved by the first process of another machine
+                path.rename(self.aside / path.name)
+        if paths:
+            names = ", ".join(path.name for path in sorted(paths, key=number_of))
+            logger.train(f"moved {names} to {self.aside}, which you may remove: this run goes on without")
+
+    # Results and the model.
+
+    @contextlib.contextmanager
+    def replacing(self, patterns=(), run=None):
+        """Yield the staging folder of ``replace_together``, for all processes.
+
+        Args:
+            patterns: of what goes in the same move. run (Run): what the folder is of afterwards, if it
+                changes.
+        """
+        first = dist.get_rank() == 0
+        with replace_together(self.path, patterns) as staging:
+            if first and ALL_RESULTS not in patterns:  # results are added to it
+                with contextlib.suppress(OSError, ValueError):
+                    results = read_json(self.path / ALL_RESULTS)
+                    (staging / ALL_RESULTS).write_text(dump_json(results, indent=4, sort_keys=True))
+            if first and run:
+                self._write_run(staging, run)
+            yield staging
+        if run:
+            self.run, self.wrote_model = run, True
+
+    def replacing_model(self, step):
+        """Return the context of ``replacing`` for the model that this run trained, of ``step``.
+
+        The model's other forms go, and the results of another model.
+        """
+        run, before = self.new_run._replace(model=step), self.run
+        if before:
+            same = (before.id, before.model) == (run.id, step)
+        else:  # of an old version, that told of no run
+            same = self.resumed is not None and self.is_same(self.resumed.path.parent)
+        return self.replacing(MODEL if same else (*MODEL, *RESULTS), run)
+
+    def replacing_merged(self, adapter):
+        """Return the context of ``replacing`` for a model with the ``adapter`` (a folder) in its weights."""
+        if self.args.do_train or self.is_same(adapter):
+            return self.replacing(layout.WHOLE_MODEL)
+        return self.replacing((*MODEL, *RESULTS), self.new_run)
 
 
 @contextlib.contextmanager
-def finishing(output_dir, replaces=()):
-    """Yield the path of an empty folder, whose files are moved to ``output_dir`` when the block ends.
+def open_run_folder(args):
+    """Hold output_dir for this run, make it if need be, and finish what a killed run had left to move.
 
-    All of them are moved or none, also if the run is killed: see the top of this file.
-    What matches the patterns ``replaces`` in output_dir, and is not among them, goes
-    in the same move. The folder holds a copy of all_results.json, to which results
-    are added, unless that is replaced. An OSError within takes the folder away. All
-    processes have to enter and leave.
+    The first process holds its lock for all; the system takes it from a process that ends, however it
+    does. All processes have to enter and leave.
+
+    Yields:
+        RunFolder.
+
+    Raises:
+        InputError: where it can't be written, another run holds it, or what it says of its run is wrong.
     """
-    folder, first = Path(output_dir, UNFINISHED), dist.get_rank() == 0
-    if first:
-        shutil.rmtree(folder, ignore_errors=True)
-        folder.mkdir(parents=True)
-        if "all_results.json" not in replaces:
-            with contextlib.suppress(FileNotFoundError):
-                shutil.copy(Path(output_dir, "all_results.json"), folder)
-    barrier()
-    try:
-        yield folder
-    except OSError:
-        shutil.rmtree(folder, ignore_errors=True)
-        raise
-    barrier()
-    if first:
-        written = {path.name for path in folder.iterdir()}
-        replaced = {path.name for path in find(output_dir, replaces)} - written
-        write_whole(folder / REPLACED, json.dumps(sorted(replaced)))
-        move_into_place(output_dir)
-        folder.rmdir()
-
-
-def replaced_by(run, step, output_dir, checkpoint):
-    """The patterns of what the model of a ``run`` (dict) at ``step`` replaces in ``output_dir``.
-
-    Results stay where the model there is the same already. ``checkpoint``: the one that
-    the run went on from, or None.
-    """
-    there = read_json(Path(output_dir, RUN))
-    if there:
-        same = there["id"] == run["id"] and there.get("model") == step
-    else:  # of a version that told of no run
-        same = checkpoint is not None and is_same_folder(Path(checkpoint).parent, output_dir)
-    return MODEL if same else (*MODEL, *RESULTS)
-
-
-def is_same_folder(one, other):
-    """Whether the paths ``one`` and ``other`` are of the same folder, as far as there are such."""
-    return os.path.isdir(one) and os.path.isdir(other) and os.path.samefile(one, other)
-
-
-def move_into_place(output_dir):
-    """Do the moves of a run that had written all of its files, or go on with them."""
-    folder = Path(output_dir, UNFINISHED)
-    if not Path(folder, REPLACED).exists():
-        return
-    for path in folder.iterdir():
-        target = Path(output_dir, path.name)
-        if path.name == REPLACED:
-            continue
-        if target.is_dir():
-            shutil.rmtree(target)
-        path.replace(target)
-    for name in json.loads(Path(folder, REPLACED).read_text(encoding="utf-8")):
-        path = Path(output_dir, name)
-        if path.is_dir():
-            shutil.rmtree(path)
-        else:
-            path.unlink(missing_ok=True)
-    Path(folder, REPLACED).unlink()
-
-
-def complete_moves(output_dir, model):
-    """Do what a killed run had left to move in ``output_dir``, and in the folder ``model`` to read.
-
-    All processes have to call it, while this run holds the lock of output_dir.
-    """
-    if dist.get_rank() == 0 and output_dir:
-        move_into_place(output_dir)
-    pending = Path(model, UNFINISHED, REPLACED)
-    if gather_objects(pending.exists())[0]:  # not in output_dir, where it has just been done
-        with locked(model, "--model_name_or_path"):
-            if dist.get_rank() == 0:
-                move_into_place(model)
-    barrier()
-
-
-def write_results(folder, split, metrics, rows=()):
-    """Write ``metrics`` as {split}_results.json, and add them to all_results.json.
-
-    Args:
-        metrics (dict): numbers by name.
-        rows (list[dict]): those of {split}_predictions.jsonl, which there is if there are
-            any.
-    """
-    combined = Path(folder, "all_results.json")
-    text = json.dumps(metrics, indent=4, sort_keys=True)
-    Path(folder, f"{split}_results.json").write_text(text)
-    everything = {**read_json(combined), **metrics}
-    combined.write_text(json.dumps(everything, indent=4, sort_keys=True))
-    if rows:
-        write_predictions(folder, split, rows)
-
-
-def write_predictions(folder, split, rows):
-    """Write the ``rows``, list[dict], as JSON lines into {split}_predictions.jsonl."""
-    lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in rows]
-    write_whole(Path(folder, f"{split}_predictions.jsonl"), "".join(lines))
-
-
-def is_own_output(path):
-    """Whether what this run prints goes to the file ``path``."""
-    try:
-        return any(os.path.samestat(os.fstat(number), os.stat(path)) for number in (1, 2))
-    except OSError:  # a link to nowhere, or an output that is closed
-        return False
-
-
-def check_output_dir(args, checkpoint):
-    """Raise InputError where the output can't be written, or would be mixed with what is not a run's.
-
-    ``checkpoint`` is the one to resume from, or None.
-    """
-    folder = args.output_dir
-    if not folder:
+    if not args.output_dir:
         raise InputError(
             "--output_dir is missing: give the folder for checkpoints, the model and the results"
         )
-    _check_writable("--output_dir", folder)
+    check_writable("--output_dir", args.output_dir)
     if getattr(args, "logging_dir", None):
-        _check_writable("--logging_dir", args.logging_dir)
-    if args.do_train and not args.overwrite_output_dir and os.path.isdir(folder):
-        _check_contents(folder, checkpoint)
-
-
-def _check_writable(flag, folder):
-    """Raise InputError where ``folder`` can't be made, or can't be written to."""
-    if max(map(len, os.fsencode(folder).split(b"/"))) > NAME_MAX:
-        raise InputError(f"{flag} is longer than a folder's name may be: give a shorter one")
-    existing = os.path.abspath(folder)
-    while not os.path.lexists(existing):
-        existing = os.path.dirname(existing)
-    if not os.path.isdir(existing):
-        raise InputError(f"{flag} {folder}: {existing} is not a folder: give another one")
-    try:  # os.access lets root write in /proc. The other processes look for other names than LOCK*.
-        tempfile.TemporaryFile(prefix=LOCK, dir=existing).close()
-    except OSError as error:
-        raise InputError(
-            f"{flag} {folder}: {existing} can't be written to ({error.strerror}): give another one"
-        ) from error
-
-
-def check_other_models(output_dir, model, adapter_base=None):
-    """Tell where results would lie beside a model that they are not of.
-
-    Args:
-        model (str): the one that is evaluated, or None where the run writes one.
-        adapter_base (str): the model that an adapter which is trained or merged belongs
-            to.
-
-    Raises:
-        InputError: where what the run writes would replace the base of its adapter.
-    """
-    if adapter_base and is_same_folder(adapter_base, output_dir):
-        raise InputError(
-            f"--output_dir {output_dir} holds the model that the adapter belongs to, and what this "
-            "run writes would replace it: give another folder"
-        )
-    if model and find(output_dir, (*WHOLE_MODEL, *ADAPTER)) and not is_same_folder(model, output_dir):
-        logger.warning(f"the results in {output_dir} will be of {model}, not of the model that lies there")
-
-
-def _check_contents(folder, checkpoint):
-    """Raise InputError where ``folder`` holds a model that is not gone on with, or nothing of a run."""
-    names = [name for name in os.listdir(folder) if not name.startswith(LOCK)]
-    if UNFINISHED in names:  # a run of this folder was killed while it saved
-        return
-    if find(folder, (*WHOLE_MODEL, *ADAPTER)) and checkpoint is None:
-        raise InputError(
-            f"--output_dir {folder} holds a model and no checkpoint to resume from: "
-            "give another folder, or --overwrite_output_dir"
-        )
-    of_a_run = find(folder, TRACES) or any(is_own_output(os.path.join(folder, name)) for name in names)
-    if names and not of_a_run:
-        raise InputError(
-            f"--output_dir {folder} holds {names[0]} and nothing of a run: "
-            "give a folder of its own, or --overwrite_output_dir"
-        )
+        check_writable("--logging_dir", args.logging_dir)
+    folder, file, problem = RunFolder(args), None, None
+    lock, made = folder.path / layout.LOCK, not folder.path.exists()
+    try:
+        if dist.get_rank() == 0:
+            what = "lock can't be taken"
+            try:
+                folder.path.mkdir(parents=True, exist_ok=True)
+                file, problem = take_lock(lock)
+                what = f"{layout.UNFINISHED} can't be moved"
+                if file:
+                    finish_interrupted_replace(folder.path)
+            except (OSError, ValueError) as error:
+                problem = f"can't be used, its {what} ({error}): remove that, or give another folder"
+        problem = gather_objects(problem)[0]
+        if problem:
+            raise InputError(f"--output_dir {folder.path} {problem}")
+        with as_input_error(f"{folder.path / RUN} can't be read", "remove it, or give another --output_dir"):
+            folder.run = read_run(folder.path)
+        yield folder
+    finally:
+        if file:
+            with contextlib.suppress(OSError):
+                lock.unlink()
+            file.close()
+            if made:
+                with contextlib.suppress(OSError):  # something was written
+                    folder.path.rmdir()

@@ -9,7 +9,6 @@ from paddle.distributed.fleet.meta_parallel import get_rng_state_tracker
 from paddlenlp.trainer.trainer_callback import TrainerCallback
 
 from glm.errors import Fault
-from glm.outputs.checkpoints import where_to_resume
 
 NEVER = 2**62  # a step that is never reached
 MOST_SKIPPED = 10  # losses in a row that may be not finite, if gradients are scaled
@@ -62,9 +61,13 @@ class CheckFinite(TrainerCallback):
 
     Where gradients are scaled (fp16), the GradScaler leaves out the update of such a step, as of one
     whose gradients overflow. The run then ends after MOST_SKIPPED such losses in a row.
+
+    Args:
+        resume_hint (callable): returns what the last line says of going on.
     """
 
-    def __init__(self):
+    def __init__(self, resume_hint):
+        self.resume_hint = resume_hint
         self.skipped = self.in_a_row = 0  # steps without an update in this process
         self.last_loss = paddle.zeros([])
         self.reset()
@@ -143,7 +146,6 @@ class CheckFinite(TrainerCallback):
     def on_train_end(self, args, state, control, model=None, **kwargs):
         self.check_weights(args, state, model)
 
-    @staticmethod
-    def stop(what: str, args):
+    def stop(self, what: str, args):
         """Raise the Fault that says ``what`` is not finite, and where to go on."""
-        raise Fault(f"the {what}: {ADVICE}; {where_to_resume(args)}")
+        raise Fault(f"the {what}: {ADVICE}; {self.resume_hint()}")

@@ -9,7 +9,6 @@ from paddlenlp.trainer.trainer_callback import EarlyStoppingCallback, TrainerCal
 from paddlenlp.trainer.trainer_utils import IntervalStrategy
 
 from glm.errors import Fault
-from glm.outputs.checkpoints import where_to_resume
 
 
 class EarlyStopping(EarlyStoppingCallback):
@@ -41,6 +40,9 @@ class StopBySignal(TrainerCallback):
     Where that step is the last one, training ends as it would have, and ``signal_number`` says that
     the run is to stop once its model is written. A second signal ends the run at once, and so does
     one in an evaluation, which may take long. A signal that was ignored before stays ignored.
+
+    Args:
+        resume_hint (callable): returns what the last line says of going on.
     """
 
     signals = ("SIGINT", "SIGTERM", "SIGHUP")
@@ -49,7 +51,8 @@ class StopBySignal(TrainerCallback):
     pending_exchange = None  # of the largest number received, begun the step before
     fault = None  # the Fault by which a signal ended the run at once
 
-    def __init__(self):
+    def __init__(self, resume_hint):
+        self.resume_hint = resume_hint
         self.handlers_before = {}  # those before training began
 
     def on_train_begin(self, args, state, control, model=None, **kwargs):
@@ -121,5 +124,5 @@ class StopBySignal(TrainerCallback):
     def stop(self, number: int, args, state):
         """Raise the Fault that ends the run by the signal ``number``."""
         stopped = f"stopped by {signal.Signals(number).name} at step {state.global_step}"
-        self.fault = Fault(f"{stopped}: {where_to_resume(args)}", 128 + number)
+        self.fault = Fault(f"{stopped}: {self.resume_hint()}", 128 + number)
         raise self.fault

@@ -6,16 +6,16 @@ from pathlib import Path
 import paddle
 from paddlenlp.trainer import Trainer
 from paddlenlp.trainer.integrations import VisualDLCallback
-from paddlenlp.trainer.trainer_callback import PrinterCallback, ProgressCallback, TrainerState
+from paddlenlp.trainer.trainer_callback import PrinterCallback, ProgressCallback
 from paddlenlp.trainer.trainer_utils import TrainOutput
 from paddlenlp.utils.log import logger
 
 from glm.errors import as_input_error
-from glm.outputs.checkpoints import CHECKPOINT_DONE, WholeCheckpoints, read_mark
-from glm.processes import gather_objects
+from glm.outputs.folder import RunFolder
 from glm.training.memory import memory_metrics, memory_peak
 from glm.training.numerics import CheckFinite, Gradients, SeedEachStep
 from glm.training.progress import Curves, TrainingProgress
+from glm.training.saving import SaveCheckpoints
 from glm.training.stopping import EarlyStopping, StopBySignal
 from glm.weights.adapters import merge_lora
 from glm.weights.loading import load_checkpoint
@@ -30,10 +30,10 @@ class ResumableTrainer(Trainer):
     Args (beside the Trainer's):
         memory (dict): the bytes that "train" and "eval" are estimated to take, for the
             results.
-        run (dict): what begin_run says of this run, for its checkpoints, or None.
+        folder (RunFolder): output_dir.
     """
 
-    def __init__(self, *, args, memory=None, run=None, **kwargs):
+    def __init__(self, *, args, memory=None, folder=None, **kwargs):
         # The Trainer's own way leaves main gradients unscaled on one process, and removes
         # checkpoints too early.
         master_grad, args.amp_master_grad = args.amp_master_grad, False
@@ -47,10 +47,12 @@ class ResumableTrainer(Trainer):
         self.train_memory_peak = 0  # bytes
         self.train_tokens = 0  # of the global batches, without padding
         self.early_stopping = None
-        self.check_finite, self.stop_by_signal = CheckFinite(), StopBySignal()
-        self.add_callbacks(master_grad, save_total_limit, run or {"id": None, "parent": None})
+        self.folder = folder or RunFolder(args)
+        self.check_finite = CheckFinite(self.folder.resume_hint)
+        self.stop_by_signal = StopBySignal(self.folder.resume_hint)
+        self.add_callbacks(master_grad, save_total_limit)
 
-    def add_callbacks(self, master_grad, save_total_limit, run):
+    def add_callbacks(self, master_grad, save_total_limit):
         """Replace the Trainer's own callbacks. Their order is that in which they act."""
         self.pop_callback(ProgressCallback)
         self.pop_callback(PrinterCallback)
@@ -59,7 +61,7 @@ class ResumableTrainer(Trainer):
         if self.args.early_stopping_patience:
             self.early_stopping = EarlyStopping(self.args.early_stopping_patience)
             self.add_callback(self.early_stopping)
-        self.checkpoints = WholeCheckpoints(save_total_limit, run, self.early_stopping)
+        self.checkpoints = SaveCheckpoints(self.folder, save_total_limit, self.early_stopping)
         self.add_callback(TrainingProgress)
         self.add_callback(SeedEachStep)
         self.add_callback(Gradients(master_grad))
@@ -86,13 +88,12 @@ class ResumableTrainer(Trainer):
     def train(self, resume_from_checkpoint=None, **kwargs):
         """The Trainer's, repaired: each method called here says what of."""
         args, checkpoint = self.args, resume_from_checkpoint
-        self.checkpoints.resumed = checkpoint
+        self.resumed = checkpoint
         if checkpoint and not args.ignore_load_lr_and_optim:
-            with self.loading(checkpoint):
-                state = TrainerState.load_from_json(Path(checkpoint, "trainer_state.json"))
+            state = checkpoint.read_state()
             self.first_step = state.global_step
             if self.early_stopping:
-                count = read_mark(checkpoint).get("evaluations_without_better", 0)
+                count = checkpoint.evaluations_without_better
                 self.early_stopping.early_stopping_patience_counter = count
             reason = self.why_finished(state.global_step)
             if reason:
@@ -102,7 +103,7 @@ class ResumableTrainer(Trainer):
         best_at_end, args.load_best_model_at_end = args.load_best_model_at_end, False
         memory_peak(reset=True)
         with self.loading(checkpoint), self.checkpoints.failing_as_fault(args, self.control):
-            output = super().train(resume_from_checkpoint=checkpoint, **kwargs)
+            output = super().train(resume_from_checkpoint=checkpoint and str(checkpoint), **kwargs)
         args.load_best_model_at_end = best_at_end
         if best_at_end:
             self.load_best()
@@ -131,30 +132,26 @@ class ResumableTrainer(Trainer):
 
     def load_finished(self, checkpoint, state):
         """Load the weights of a run that had come to its end: the Trainer would go a step further."""
-        best, self.state = state.best_model_checkpoint, state
-        run = self.checkpoints.run
-        # What the weights were trained on is what the checkpoint says, not what this run has.
-        trained_by = read_mark(checkpoint).get("run", {})
-        self.checkpoints.run = {**run, **trained_by, "id": run["id"], "parent": run["parent"]}
-        if best:
-            best = self.checkpoints.find_best(best, self.args.output_dir)
-            state.best_model_checkpoint = best
+        self.state, best = state, None
+        if state.best_model_checkpoint:
+            best = self.folder.find_best(state.best_model_checkpoint)
+            state.best_model_checkpoint = best and str(best)
         if best and self.args.load_best_model_at_end:
-            checkpoint, self.weights_step = best, read_mark(best)["step"]
+            checkpoint, self.weights_step = best, best.step
         with self.loading(checkpoint):
             self._load_from_checkpoint(checkpoint)
         return TrainOutput(state.global_step, None, {})
 
     def load_best(self):
-        """Load the weights of the best checkpoint, unless they are those at hand or gone."""
-        best, last_step = self.state.best_model_checkpoint, self.state.global_step
-        if not best or read_mark(best)["step"] == last_step:
+        """Load the weights of the best checkpoint, unless they are the current ones or gone."""
+        recorded, last_step = self.state.best_model_checkpoint, self.state.global_step
+        if not recorded or Path(recorded).name == f"checkpoint-{last_step}":
             return
-        if not all(gather_objects(Path(best, CHECKPOINT_DONE).exists())):
-            logger.warning(f"the best checkpoint, {best}, is gone: the weights are the last ones")
+        best = self.folder.find_best(recorded, compare_files=False)
+        if best is None:
             return
         self._load_from_checkpoint(best)
-        self.cached_metrics, self.weights_step = None, read_mark(best)["step"]
+        self.cached_metrics, self.weights_step = None, best.step
         logger.train(f"the weights are those of {best}, the best up to step {last_step}")
 
     def log(self, logs, **kwargs):
@@ -224,7 +221,7 @@ class ResumableTrainer(Trainer):
         # multi_precision: O2 trains float32 master weights of the half-precision ones.
         half = self.args.fp16 or self.args.bf16
         master_weights = self.args.fp16_opt_level == "O2" and half
-        names = read_mark(checkpoint).get("parameters")
+        names = self.resumed.parameters
         state = read_optimizer_state(checkpoint, self.optimizer, self.model, names, master_weights)
         self.optimizer.set_state_dict(state)
         self.lr_scheduler.set_state_dict(paddle.load(f"{checkpoint}/scheduler.pdparams"))

@@ -3,6 +3,7 @@
 import contextlib
 import copy
 import ctypes
+import hashlib
 import os
 import re
 import sys
@@ -19,7 +20,11 @@ from tqdm import tqdm
 
 from glm.device import on_cpu
 from glm.errors import as_input_error
+from glm.files import open_regular
+from glm.outputs.layout import ADAPTER, WHOLE_MODEL, find
 from glm.weights.formats import find_forms, read_arrays, read_file, release_pages
+
+SAMPLES, SAMPLE_SIZE = 256, 1 << 16  # of a file of weights: how many parts are read, and their bytes
 
 
 def where_and_advice(name, adapter=None):
@@ -129,6 +134,26 @@ def check_files(name, count):
 def with_prefix(arrays):
     """Return the arrays by a GLMForConditionalGeneration's names; files of a GLMModel lack their prefix."""
     return {name if name.startswith("glm.") else f"glm.{name}": array for name, array in arrays.items()}
+
+
+def fingerprint_weights(folders):
+    """Return BLAKE2b of the files of weights in ``folders``, str; None where one of them is no folder.
+
+    Of a large file it takes SAMPLES parts that lie evenly in it: a model's training changes all.
+    """
+    digest = hashlib.blake2b(digest_size=16)
+    for folder in folders:
+        paths = find(folder, (*WHOLE_MODEL, *ADAPTER))
+        if not paths:
+            return None
+        for path in paths:
+            size = path.stat().st_size
+            digest.update(b"%d " % size)
+            with open_regular(path) as file:
+                for start in range(0, size, max(size // SAMPLES, SAMPLE_SIZE)):
+                    file.seek(start)
+                    digest.update(file.read(SAMPLE_SIZE))
+    return digest.hexdigest()
 
 
 def check_names(model, names):

@@ -10,7 +10,7 @@ import json
 import numpy as np
 import paddle.distributed as dist
 
-from glm.outputs.folder import finishing
+from glm.outputs.replace import replace_together
 from glm.weights.adapters import adapter_weights
 from glm.weights.formats import LINEAR, release_pages, write_safetensors
 from glm.weights.loading import convert_layout, float32, open_model, saved_dtype
@@ -60,7 +60,7 @@ def export_torch(output_dir, base, config, tokenizer, lora_config=None, adapter=
     Raises:
         InputError: where the base or the adapter can't be read.
     """
-    with finishing(output_dir) as unfinished:
+    with replace_together(output_dir) as unfinished:
         if dist.get_rank() == 0:
             folder = unfinished / "torch"
             folder.mkdir()

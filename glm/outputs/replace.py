@@ -1,0 +1,93 @@
+"""Files that appear in a folder together, or not at all.
+
+A run writes into a staging folder beside their places, then a list of what goes, and only then moves
+the files into place. A run that is killed before the list leaves everything as it was; the moves of
+one that is killed after it are finished by the next run that writes to the folder.
+"""
+
+import contextlib
+import os
+import shutil
+from fnmatch import fnmatch
+from pathlib import Path
+
+import paddle.distributed as dist
+
+from glm.errors import InputError
+from glm.files import check_plain_name, dump_json, open_regular, parse_json, write_atomically
+from glm.outputs.layout import LOCK, MODEL, REPLACED, RESULTS, UNFINISHED, find
+from glm.processes import barrier
+
+
+def remove(path):
+    """Remove a file, a folder, or a link, which is not followed."""
+    path = Path(path)
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def replace_together(folder, patterns=()):
+    """Yield the path of an empty staging folder, whose files move into ``folder`` when the block ends.
+
+    What matches the ``patterns`` in ``folder``, and is not among them, goes in the same move. An
+    OSError within the block takes the staging folder away. All processes have to enter and leave.
+    """
+    staging, first = Path(folder, UNFINISHED), dist.get_rank() == 0
+    if first:
+        remove(staging)
+        staging.mkdir(parents=True)
+    barrier()
+    try:
+        yield staging
+    except OSError:
+        shutil.rmtree(staging, ignore_errors=True)
+        raise
+    barrier()
+    if first:
+        written = {path.name for path in staging.iterdir()}
+        replaced = {path.name for path in find(folder, patterns)} - written
+        write_atomically(staging / REPLACED, dump_json(sorted(replaced)))
+        finish_interrupted_replace(folder)
+        shutil.rmtree(staging)
+
+
+def finish_interrupted_replace(folder):
+    """Do what a run that was killed had left to move into ``folder``, if anything.
+
+    The list comes from a file: it is checked as a whole before anything is moved, and names files of
+    this folder alone.
+
+    Raises:
+        ValueError: where it is no list of names that a run replaces. OSError: where it can't be read.
+    """
+    staging = Path(folder, UNFINISHED)
+    if staging.is_symlink() or not os.path.lexists(staging / REPLACED):
+        return
+    with open_regular(staging / REPLACED) as file:
+        names = parse_json(file.read(1 << 20))
+    if not isinstance(names, list):
+        raise ValueError(f"{REPLACED} holds no list")
+    for name in names:
+        if not any(fnmatch(check_plain_name(name), pattern) for pattern in (*MODEL, *RESULTS)):
+            raise ValueError(f"{name!r} is nothing that a run replaces")
+    staged = [path for path in staging.iterdir() if path.name not in (REPLACED, LOCK, UNFINISHED)]
+    for path in staged:
+        target = Path(folder, path.name)
+        if path.is_dir() or target.is_dir():  # only a file can be renamed to what is there
+            remove(target)
+        path.replace(target)
+    for name in names:
+        remove(Path(folder, name))
+    (staging / REPLACED).unlink()
+
+
+def check_complete(folder, flag="--model_name_or_path"):
+    """Raise InputError where a run was killed while it moved files into a ``folder`` that is only read."""
+    if os.path.lexists(Path(folder, UNFINISHED, REPLACED)):
+        raise InputError(
+            f"{flag} {folder}: a run was killed while it replaced the model there: start it again, or any "
+            f"other with --output_dir {folder}, which finishes that"
+        )

@@ -1,0 +1,168 @@
+"""Whether a run may go on from a checkpoint, and in what it differs from the run that wrote it."""
+
+import hashlib
+import os
+
+from paddlenlp.utils.log import logger
+
+from glm.errors import InputError, printable
+from glm.outputs.layout import TRAINER_STATE
+
+# What --ignore_load_lr_and_optim does without: the pattern of each file that an optimizer's state has.
+OPTIMIZER_FILES = {"optimizer.pdopt": "optimizer[-.]*", "scheduler.pdparams": "scheduler.pdparams"}
+
+# The arguments that change what a step computes or which model is the best, in the order of a message.
+SETTINGS = (
+    *("max_steps", "num_train_epochs", "seed", "learning_rate", "lr_scheduler_type", "warmup_steps"),
+    *("warmup_ratio", "lr_decay_ratio", "label_smoothing", "weight_decay", "max_grad_norm"),
+    *("src_length", "tgt_length", "group_by_length", "metric_for_best_model", "greater_is_better"),
+)
+ADAPTER_FLAGS = {
+    "r": "lora_rank",
+    "lora_alpha": "lora_alpha",
+    "target_modules": "lora_target_modules",
+    "rslora": "rslora",
+}
+
+
+def check_files(checkpoint, lora, weights_alone, given):
+    """Raise InputError where a file is missing, or is none, that the run goes on with.
+
+    Args:
+        lora (bool): whether this run trains an adapter.
+        weights_alone (bool): whether it takes the weights alone.
+        given (bool): whether the user named the checkpoint.
+    """
+    where = f"--resume_from_checkpoint {checkpoint}" if given else str(checkpoint)
+
+    def has(pattern):
+        return any(checkpoint.path.glob(pattern))
+
+    whole, adapter = has("model[-_]*"), has("lora_model_state*")
+    if not (adapter if lora else whole):
+        name = "lora_model_state.pdparams" if lora else "model_state.pdparams"
+        other = f" of a run {'with' if lora else 'without'} --lora True" if whole or adapter else ""
+        raise InputError(f"{where} has no {name}: give a run's checkpoint-N folder{other}")
+    if weights_alone:
+        return
+    missing = [name for name, pattern in OPTIMIZER_FILES.items() if not has(pattern)]
+    if missing:
+        anew = "without it" if given else "--overwrite_output_dir"
+        raise InputError(
+            f"{where} has no {' and no '.join(missing)}: --ignore_load_lr_and_optim True takes its weights "
+            f"and begins at step 1, {anew} this run starts anew"
+        )
+    if not os.path.lexists(checkpoint.path / TRAINER_STATE):
+        raise InputError(f"{where} has no {TRAINER_STATE}: give a run's checkpoint-N folder")
+    checkpoint.read_state()
+
+
+def check_layout(checkpoint, degree):
+    """Raise InputError where the weights of an optimizer's state can't be told apart.
+
+    Without ``parameters`` they are known by the names that Paddle gave them, which depend on the layout.
+
+    Args:
+        degree (int): of this run's tensor parallelism.
+    """
+    saved = len({path.name[:14] for path in checkpoint.path.glob("optimizer.tp*")}) or 1
+    if saved != degree and checkpoint.parameters is None:
+        raise InputError(
+            f"{checkpoint} was saved with tensor_parallel_degree {saved} and no names of its "
+            f"weights, and can't be resumed with {degree}: give --tensor_parallel_degree {saved}, "
+            "or start anew with --overwrite_output_dir"
+        )
+
+
+def keep_global_batch_size(args, size):
+    """Let each update be of as many records as before: with others the order of the data would change.
+
+    Args:
+        args (GLMTrainingArguments): whose gradient_accumulation_steps changes.
+        size (int): of the checkpoint's updates, or None where that is not known.
+    """
+    now = args.global_batch_size
+    if size in (None, now):
+        return
+    passes = now // args.gradient_accumulation_steps
+    if size % passes:
+        logger.warning(
+            f"the checkpoint's steps are of {size} records and this run's of {now}: "
+            "the order of the data, the schedule and the number of steps become this run's"
+        )
+        return
+    args.gradient_accumulation_steps = size // passes
+    logger.train(
+        f"the checkpoint's steps are of {size} records: this run takes gradient_accumulation_steps "
+        f"{args.gradient_accumulation_steps} for as many"
+    )
+
+
+def describe_training(arguments, base, weights, lora_config, records):
+    """Return what a manifest says of a run, dict: see Checkpoint.described.
+
+    Args:
+        arguments (dict): of all groups. base (str): the model or adapter to start from.
+        weights (str): its fingerprint, or None. lora_config (LoRAConfig): of the adapter, or None.
+        records (list[dict]): to train on.
+    """
+    settings = {name: arguments.get(name) for name in SETTINGS}
+    # The other of these two is not looked at.
+    settings["num_train_epochs" if settings["max_steps"] > 0 else "max_steps"] = None
+    digest = hashlib.blake2b(digest_size=16)
+    for record in records:
+        texts = (record["context"], record["answer"], record["question"])
+        digest.update("\0".join([*texts, ""]).encode("utf-8", "surrogatepass"))
+    return {
+        "base": os.path.realpath(base) if os.path.isdir(base) else base,
+        "weights": weights,
+        "records": len(records),
+        "texts": digest.hexdigest(),
+        "adapter": {name: getattr(lora_config, name) for name in ADAPTER_FLAGS} if lora_config else None,
+        "settings": settings,
+    }
+
+
+def compare_training(checkpoint, now, replaced, given):
+    """Say in a line in what a run differs from the one that wrote ``checkpoint``.
+
+    Args:
+        now (dict): the run, as describe_training returns it.
+        replaced (bool): whether the checkpoint's run wrote its model over the one that it started from.
+        given (bool): whether the user named the checkpoint.
+
+    Raises:
+        InputError: where going on makes no sense, with another base or another adapter.
+    """
+    before = checkpoint.described
+    if "settings" not in before:
+        return
+    anew = "leave out --resume_from_checkpoint" if given else "start anew with --overwrite_output_dir"
+    advice = f"or {anew}, or give another --output_dir"
+    base, weights, adapter = (before.get(name) for name in ("base", "weights", "adapter"))
+    if weights and now["weights"] and weights != now["weights"] and not replaced:
+        changed = "those have changed since" if base == now["base"] else f"not {now['base']}"
+        raise InputError(
+            f"--model_name_or_path {now['base']}: {checkpoint} was trained from the weights of "
+            f"{base}, and {changed}: give that model, {advice}"
+        )
+    for name, flag in ADAPTER_FLAGS.items():
+        if adapter and now["adapter"] and adapter.get(name) != now["adapter"][name]:
+            raise InputError(
+                f"--{flag}: the adapter in {checkpoint} has {adapter.get(name)}, and this run's "
+                f"has {now['adapter'][name]}: give what it has, {advice}"
+            )
+    changes = []
+    if before.get("records") != now["records"]:
+        changes.append(f"records {before.get('records')} -> {now['records']}")
+    elif before.get("texts") != now["texts"]:
+        changes.append(f"other texts in its {now['records']} records")
+    settings = before["settings"] or {}
+    for name, value in now["settings"].items():
+        if settings.get(name, value) != value:
+            changes.append(f"{name} {settings[name]} -> {value}")
+    if base != now["base"] and not (weights and now["weights"]):
+        changes.append(f"model {base} -> {now['base']}")
+    if changes:
+        differs = f"this run differs from the one that wrote {checkpoint}: {', '.join(changes)}"
+        logger.train(printable(differs))

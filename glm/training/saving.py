@@ -1,0 +1,121 @@
+"""Checkpoints of a run: written completely, given their manifest, removed when there are too many."""
+
+import contextlib
+import json
+import shutil
+from pathlib import Path
+
+from paddlenlp.trainer.trainer_callback import TrainerCallback
+
+from glm.errors import Fault
+from glm.files import dump_json, write_atomically
+from glm.outputs.checkpoints import checkpoint_paths, compute_checksums, list_files, open_checkpoint
+from glm.outputs.layout import INCOMPLETE, MANIFEST, TRAINER_STATE
+from glm.processes import barrier, is_first_of_machine
+
+
+class SaveCheckpoints(TrainerCallback):
+    """Gives a checkpoint a last file, the manifest, that says what the others are; then removes old ones.
+
+    PaddleNLP removes old ones before the new one is complete, and on a single process none at all.
+
+    Args:
+        folder (RunFolder): output_dir. limit (int): save_total_limit, or None.
+        early_stopping (EarlyStopping): the callback whose count a checkpoint keeps, or None.
+    """
+
+    def __init__(self, folder, limit=None, early_stopping=None):
+        self.folder, self.limit, self.early_stopping = folder, limit, early_stopping
+        self.saving = None  # the path of the checkpoint that is being written
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        if state.best_model_checkpoint:
+            best = self.folder.find_best(state.best_model_checkpoint)
+            state.best_model_checkpoint = best and str(best)
+        self.folder.begin_run()
+
+    def _is_mine(self, path):
+        """Whether this run wrote, or began to write, the checkpoint at ``path``."""
+        with contextlib.suppress(OSError, ValueError):
+            if not path.is_symlink() and path.is_dir():
+                begun = (path / INCOMPLETE).is_file() and (path / INCOMPLETE).read_text()
+                return self.folder.new_run.id in (begun, open_checkpoint(path).run.id)
+        return False
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if not control.should_save:
+            return
+        path = self.saving = Path(
+            args.output_dir, f"checkpoint-{state.global_step}"
+        )  # as the Trainer calls it
+        if is_first_of_machine():
+            if self._is_mine(path):
+                (path / MANIFEST).unlink(missing_ok=True)
+                shutil.rmtree(path)
+            elif path.is_symlink() or path.exists():
+                self.folder.move_aside([path])
+            path.mkdir()
+            (path / INCOMPLETE).write_text(self.folder.new_run.id)
+        barrier()
+
+    on_epoch_end = on_step_end
+
+    def on_save(self, args, state, control, model=None, **kwargs):
+        path, first = self.saving, is_first_of_machine()
+        if first:
+            _make_state_readable(path / TRAINER_STATE)
+        barrier()  # all have written theirs
+        run = self.folder.new_run
+        manifest = {
+            "files": compute_checksums(path, list_files(path)),
+            "parameters": {weight.name: name for name, weight in model.state_dict().items()},
+            "records": args.global_batch_size,
+            "step": state.global_step,
+            "run": {"id": run.id, "parent": run.parent, **self.folder.described},
+        }
+        if self.early_stopping:
+            manifest["evaluations_without_better"] = self.early_stopping.early_stopping_patience_counter
+        best = Path(state.best_model_checkpoint or path)
+        if best != path:
+            with contextlib.suppress(OSError, ValueError):
+                manifest["best_run"] = open_checkpoint(best).run.id
+        if first:
+            write_atomically(path / MANIFEST, dump_json(manifest))
+            (path / INCOMPLETE).unlink()
+            self._remove_old_ones(best)
+        barrier()  # who says where to go on has to find the manifest
+        self.saving = None
+
+    def _remove_old_ones(self, best):
+        """Remove those of this run that are over the limit: incomplete ones first, then by step."""
+        mine = [path for path in checkpoint_paths(self.folder.path) if self._is_mine(path)]
+        kept = {self.saving, best}
+        old = [path for path in mine[::-1] if path not in kept]
+        old.sort(key=lambda path: (path / MANIFEST).exists())
+        count = len(mine) - max(self.limit or len(mine), len(kept))
+        for path in old[: max(count, 0)]:
+            shutil.rmtree(path, ignore_errors=True)
+
+    @contextlib.contextmanager
+    def failing_as_fault(self, args, control):
+        """Make of an OSError in writing a checkpoint a Fault, and remove what was written of it."""
+        try:
+            yield
+        except OSError as error:
+            if self.saving is None or control.should_evaluate:  # it was not the checkpoint that failed
+                raise
+            # Nor did it where a process is gone that this one waited for. Paddle's errors have no number.
+            collective = args.world_size > 1 and error.errno is None
+            if collective or isinstance(error, ConnectionError):
+                raise
+            shutil.rmtree(self.saving, ignore_errors=True)
+            reason = error.strerror or error
+            hint = self.folder.resume_hint()
+            raise Fault(f"{self.saving} can't be written: {reason}; {hint}") from error
+
+
+def _make_state_readable(path):
+    """Take out of the Trainer's state what PaddleNLP 3 adds and PaddleNLP 2 refuses."""
+    state = json.loads(path.read_text(encoding="utf-8"))
+    state.pop("consumed_samples", None)
+    path.write_text(dump_json(state, indent=2, sort_keys=True), encoding="utf-8")
