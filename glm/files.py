@@ -33,10 +33,10 @@ def open_regular(path):
         raise
 
 
-def parse_json(text):
+def parse_json(text, **kwargs):
     """Parse JSON, str or bytes of UTF-8. Raises ValueError, also where it is nested too deeply."""
     try:
-        return json.loads(text)
+        return json.loads(text, **kwargs)
     except RecursionError:
         raise ValueError("it is nested too deeply") from None
 

@@ -129,5 +129,5 @@ def test_a_file_of_another_framework_than_its_name_is_told_apart(tmp_path):
         *flags(model_name_or_path=folder, task_name=MINI, output_dir=tmp_path / "out"),
         code=2,
     )
-    assert "pytorch_model.bin: it is torn, or no file" in lines[-1] and "Traceback" not in "".join(lines)
+    assert "pytorch_model.bin: it is truncated, or no file" in lines[-1] and "Traceback" not in "".join(lines)
     assert json.loads((folder / "config.json").read_text())["model_type"] == "glm"

@@ -3,7 +3,6 @@
 import contextlib
 from pathlib import Path
 
-import paddle
 from paddlenlp.trainer import Trainer
 from paddlenlp.trainer.integrations import VisualDLCallback
 from paddlenlp.trainer.trainer_callback import PrinterCallback, ProgressCallback
@@ -18,6 +17,7 @@ from glm.training.progress import Curves, TrainingProgress
 from glm.training.saving import SaveCheckpoints
 from glm.training.stopping import EarlyStopping, StopBySignal
 from glm.weights.adapters import merge_lora
+from glm.weights.formats import read_state
 from glm.weights.loading import load_checkpoint
 from glm.weights.optimizer_state import read_optimizer_state
 
@@ -224,10 +224,12 @@ class ResumableTrainer(Trainer):
         names = self.resumed.parameters
         state = read_optimizer_state(checkpoint, self.optimizer, self.model, names, master_weights)
         self.optimizer.set_state_dict(state)
-        self.lr_scheduler.set_state_dict(paddle.load(f"{checkpoint}/scheduler.pdparams"))
+        # paddle.load would run what these files hold.
+        schedule = Path(checkpoint, "scheduler.pdparams")
+        self.lr_scheduler.set_state_dict(read_state(schedule, self.lr_scheduler.state_dict()))
         scaler = Path(checkpoint, "scaler.pdparams")
-        if self.do_grad_scaling and scaler.is_file():
-            self.scaler.load_state_dict(paddle.load(str(scaler), return_numpy=True))
+        if self.do_grad_scaling and scaler.exists():
+            self.scaler.load_state_dict(read_state(scaler, self.scaler.state_dict()))
 
     # PaddleNLP 3 waits here for the loss of every step. CheckFinite does when one is logged.
     def _check_loss_valid(self, loss):

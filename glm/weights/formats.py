@@ -1,25 +1,30 @@
 """Files of weights: Paddle's, safetensors and PyTorch's.
 
-Arrays are mapped: they stay in the file until they are used. A folder may hold several
-forms. The first of FORMS that is there is read, so that Paddle's own files, which
-training writes, come before those that were downloaded, and a whole file before its
-shards.
+Arrays are mapped: they stay in the file until they are used. A folder may hold several forms. The first of
+FORMS that is there is read, so that Paddle's own files, which training writes, come before those that were
+downloaded, and a complete file before its shards.
 
-All readers return numpy arrays by name, in Paddle's layout: PyTorch keeps a linear's
-weight as [outputs, inputs], Paddle as [inputs, outputs]. numpy has no bfloat16, whose
-bits are uint16.
+All readers return numpy arrays by name, in Paddle's layout: PyTorch keeps a linear's weight as [outputs,
+inputs], Paddle as [inputs, outputs]. numpy has no bfloat16, whose bits are uint16. A file may come from a
+stranger: reading one runs nothing of it, and takes no more memory than its size allows. Every reader raises
+a ValueError that names the file, for whatever is wrong with it.
 """
 
+import contextlib
 import json
+import math
 import mmap
-import pickle
 import re
 import zipfile
-from collections import OrderedDict
+from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, Union
 
 import numpy as np
+
+from glm.errors import printable
+from glm.files import check_plain_name, open_regular, parse_json, read_json
+from glm.weights.pickles import PickleReader, Tensor, check_name, is_size, make_array
 
 FORMS = (
     "model_state.pdparams",
@@ -32,37 +37,25 @@ FORMS = (
 )
 LINEAR = re.compile(r".*\.(query_key_value|dense|dense_h_to_4h|dense_4h_to_h)\.weight")
 SAFETENSORS_DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "uint16"}
-TORCH_DTYPES = {
-    "DoubleStorage": "float64",
-    "FloatStorage": "float32",
-    "HalfStorage": "float16",
-    "BFloat16Storage": "uint16",
-}
+NO_TORCH = "it is truncated, or no file that torch.save writes"
+LARGEST_HEADER = 1 << 25  # bytes: a weight takes about a hundred
+
+Arrays = dict[str, np.ndarray]
 
 
-def find_forms(folder):
-    """Return the files of each form of weights that a folder holds, list of list of Path.
-
-    The first form is the one to read.
-    """
+def find_forms(folder: Union[str, Path]) -> list[list[Path]]:
+    """Return the files of each form of weights that a folder holds. The first form is the one to read."""
     found = [sorted(Path(folder).glob(form)) for form in FORMS]
     return [paths for paths in found if paths]
 
 
-def map_file(path):
-    """Return the bytes of a file, memoryview, without reading it.
+def check_pointer(path: Union[str, Path]) -> None:
+    """Check that a file is not empty, and not the pointer that Git LFS leaves in its place.
 
     Raises:
-        ValueError: as check_pointer.
+        ValueError: where it is, or is no regular file.
     """
-    check_pointer(path)
-    with open(path, "rb") as file:
-        return memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
-
-
-def check_pointer(path):
-    """Raise ValueError where a file is empty, or the pointer that Git LFS leaves in its place."""
-    with open(path, "rb") as file:
+    with open_regular(path) as file:
         start = file.read(24)
     if not start:
         raise ValueError("it is empty")
@@ -70,7 +63,14 @@ def check_pointer(path):
         raise ValueError("it is a Git LFS pointer, not the file: fetch it by `git lfs pull`")
 
 
-def release_pages(array):
+def map_file(path: Union[str, Path]) -> memoryview:
+    """Return the bytes of a file without reading it. Raises ValueError as check_pointer does."""
+    check_pointer(path)
+    with open_regular(path) as file:
+        return memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
+
+
+def release_pages(array: np.ndarray) -> None:
     """Take the pages of the file that ``array`` is mapped to out of this process's memory."""
     while isinstance(array, np.ndarray):
         array = array.base
@@ -79,34 +79,67 @@ def release_pages(array):
         file.madvise(mmap.MADV_DONTNEED)
 
 
-def read_file(path):
+@contextlib.contextmanager
+def _naming(path: Union[str, Path]) -> Iterator[None]:
+    """Turn every error of a reader into a ValueError of one line that names the file."""
+    try:
+        yield
+    except Exception as error:
+        if isinstance(error, OSError) and error.strerror:
+            text = error.strerror
+        elif isinstance(error, ValueError):  # of this room, json and numpy
+            text = str(error)
+        else:  # of zipfile and numpy
+            text = f"it is damaged ({type(error).__name__}: {error})"
+        raise ValueError(f"{Path(path).name}: {printable(text, 300)}") from error
+
+
+def read_file(path: Union[str, Path]) -> Arrays:
     """Return the arrays of one file of weights, or of all shards that an index names.
 
     Raises:
-        ValueError: where a file is missing, torn or of another kind.
+        ValueError: where a file is missing, truncated or of another kind.
     """
-    path = Path(path)
-    readers = {".json": read_shards, ".pdparams": read_arrays, ".safetensors": read_safetensors}
-    try:
-        return readers.get(path.suffix, read_torch)(path)
-    except Exception as error:  # of pickle, zipfile, json and numpy
-        text = "it is torn" if isinstance(error, EOFError) else error
-        raise ValueError(f"{path.name}: {text}") from error
+    with _naming(path):
+        if Path(path).suffix == ".json":
+            return _read_shards(Path(path))
+        return _read_one(Path(path))
 
 
-def read_shards(index):
-    """Return the arrays of the files that the index names, which lie beside it."""
-    names = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+def _read_one(path):
+    if path.suffix == ".safetensors":
+        return _read_safetensors(path)
+    if path.suffix != ".pdparams":
+        return _read_torch(path)
+    arrays = _read_pickle(path)
+    for name, array in arrays.items():
+        if not isinstance(array, np.ndarray):
+            raise ValueError(f"its {name} is no array")
+    return arrays
+
+
+def _read_shards(index):
+    """The arrays of the files that the index names, which lie beside it: each from the file it says."""
+    names = read_json(index).get("weight_map")
+    if not isinstance(names, dict):
+        raise ValueError("it has no weight_map")
+    for name, file in names.items():
+        check_name(name)
+        if check_plain_name(file).endswith(".json"):
+            raise ValueError(f"its {name} is in {printable(file, 80)}, which is an index itself")
     arrays = {}
     for file in sorted(set(names.values())):
-        arrays.update(read_file(index.with_name(file)))
+        with _naming(file):
+            found = _read_one(index.with_name(file))
+        # Another shard may hold an old copy.
+        arrays.update({name: array for name, array in found.items() if names.get(name, file) == file})
     missing = sorted(names.keys() - arrays.keys())
     if missing:
         raise ValueError(f"{missing[0]} is not in {names[missing[0]]}")
     return arrays
 
 
-def turn_linears(arrays):
+def transpose_linears(arrays: Arrays) -> Arrays:
     """Return PyTorch's arrays with the linears' weights transposed, as views."""
     return {name: array.T if LINEAR.fullmatch(name) else array for name, array in arrays.items()}
 
@@ -114,99 +147,112 @@ def turn_linears(arrays):
 # Paddle
 
 
-class _PickledFile:
-    """A file that pickle reads from without copying it."""
-
-    def __init__(self, path):
-        self.data, self.position = map_file(path), 0
-
-    def read(self, size):
-        start, self.position = self.position, self.position + size
-        part = self.data[start : self.position]
-        return part if size > 4096 else bytes(part)  # pickle wants bytes of all but arrays
-
-    def readline(self):
-        return self.read(self.data.obj.find(b"\n", self.position) + 1 - self.position)
-
-
-class _MappedArray:
-    """Stands for a numpy array that is unpickled. Its values stay in the file."""
-
-    def __init__(self, *_):
-        """Take the arguments of numpy's own constructor, which say nothing."""
-
-    def __setstate__(self, state):
-        _, shape, dtype, fortran, data = state
-        array = np.frombuffer(data, dtype)
-        self.array = array.reshape(shape, order="F" if fortran else "C")
-
-
-class _ArrayReader(pickle._Unpickler):  # the public one, in C, copies all it reads
-    """Unpickles arrays and numbers, and refuses everything else, which could be code that runs."""
-
-    def find_class(self, module, name):
-        if module.startswith("numpy") and name == "_reconstruct":
-            return _MappedArray
-        known = {"builtins.tuple", "collections.OrderedDict", "_codecs.encode"}
-        if f"{module}.{name}" not in known:
-            if not module.startswith("numpy") or name not in ("ndarray", "dtype", "scalar"):
-                raise pickle.UnpicklingError(f"it holds {module}.{name}, which is no array")
-        return super().find_class(module, name)
-
-
-def read_arrays(path):
+def read_arrays(path: Union[str, Path]) -> dict[str, Any]:
     """Return the dict that paddle.save wrote to ``path``, with arrays in place of tensors.
 
-    paddle.load reads all of a file, and one of eight tensor-parallel processes needs an
-    eighth of it.
+    It may hold numbers, texts, lists and further dicts, as an optimizer's state does. paddle.load reads all
+    of a file, where one of eight tensor-parallel processes needs an eighth, and runs what it holds.
+
+    Raises:
+        ValueError: where it can't be read, or holds anything else.
     """
+    with _naming(path):
+        return _read_pickle(path)
 
-    def unwrap(value):
-        if isinstance(value, dict):
-            return {name: unwrap(part) for name, part in value.items()}
-        if isinstance(value, tuple) and len(value) == 2:  # Paddle's name of an array
-            value = value[1]
-        return value.array if isinstance(value, _MappedArray) else value
 
-    arrays = unwrap(_ArrayReader(_PickledFile(path)).load())
+def _read_pickle(path):
+    data = map_file(path)
+    arrays = PickleReader(data, len(data)).load()
+    if not isinstance(arrays, dict):
+        raise ValueError("it holds no weights by name")
     arrays.pop("StructuredToParameterName@@", None)  # Paddle's table of its own names
     return arrays
+
+
+def read_state(path: Union[str, Path], like: dict[str, Any]) -> dict[str, Any]:
+    """Return the small state that paddle.save wrote to ``path``: a schedule's, a loss scaler's.
+
+    Args:
+        path: the file.
+        like: this run's own state. What is read has its names, and values of its types and shapes; what
+            else the file holds is left out.
+
+    Raises:
+        ValueError: where it can't be read, or a value is missing, of another type, or not finite.
+
+    Example: with ``like`` {"last_epoch": 0, "last_lr": 1e-5}, a file of {"last_epoch": "7", ...} raises
+        "scheduler.pdparams: its last_epoch is of type str: it must be of type int".
+    """
+    state = read_arrays(path)
+    with _naming(path):
+        for name, own in like.items():
+            if name not in state:
+                raise ValueError(f"it has no {name}")
+            value, kinds = state[name], (int, float) if type(own) is float else type(own)
+            if not isinstance(value, kinds) or isinstance(value, bool) != isinstance(own, bool):
+                expected = f"it must be of type {type(own).__name__}"
+                raise ValueError(f"its {name} is of type {type(value).__name__}: {expected}")
+            if isinstance(value, np.ndarray) and (value.shape, value.dtype) != (own.shape, own.dtype):
+                raise ValueError(f"its {name} is of another shape or type than this run's")
+            if isinstance(value, (int, float, np.ndarray)) and not np.isfinite(value).all():
+                raise ValueError(f"its {name} is not finite")
+    return {name: state[name] for name in like}
 
 
 # safetensors
 
 
-def read_safetensors(path):
-    """Return the arrays of a safetensors file, whose format is "pt" (PyTorch's layout), "np" or "pd"."""
+def _read_safetensors(path):
+    """The arrays of a safetensors file, whose format is "pt" (PyTorch's layout), "np" or "pd"."""
     data = map_file(path)
     start = 8 + int.from_bytes(data[:8], "little")
     if start > len(data):
-        raise ValueError("it is torn, or no safetensors")
-    header = json.loads(data[8:start].tobytes())
-    metadata, arrays = header.pop("__metadata__", {}), {}
+        raise ValueError("it is truncated, or no safetensors")
+    if start > LARGEST_HEADER:
+        raise ValueError(f"its header is larger than {LARGEST_HEADER >> 20} MiB")
+    header = parse_json(data[8:start].tobytes(), object_pairs_hook=_unique)
+    metadata = header.pop("__metadata__", {}) if isinstance(header, dict) else None
+    if not isinstance(metadata, dict):
+        raise ValueError("its header is no table of weights")
+    arrays, ranges = {}, []
     for name, entry in header.items():
-        if entry["dtype"] not in SAFETENSORS_DTYPES:
-            raise ValueError(f"its {name} is of type {entry['dtype']}, which no weight is")
-        first, last = entry["data_offsets"]
+        dtype, shape, offsets = (entry[key] for key in ("dtype", "shape", "data_offsets"))
+        if check_name(name) and dtype not in SAFETENSORS_DTYPES:
+            raise ValueError(f"its {name} is of type {printable(str(dtype), 40)}, which no weight is")
+        if len(offsets) != 2 or not all(map(is_size, offsets)) or offsets[0] > offsets[1]:
+            raise ValueError(f"the place of its {name} is none")
+        first, last = offsets
         if start + last > len(data):
-            raise ValueError(f"it is torn: {name} ends after the file")
+            raise ValueError(f"it is truncated: {name} ends after the file")
+        ranges.append((first, last))
         values = data[start + first : start + last]
-        array = np.frombuffer(values, SAFETENSORS_DTYPES[entry["dtype"]])
-        arrays[name] = array.reshape(entry["shape"])
-    return turn_linears(arrays) if metadata.get("format") == "pt" else arrays
+        arrays[name] = make_array(shape, np.dtype(SAFETENSORS_DTYPES[dtype]), values)
+    ranges.sort()
+    if any(last > first for (_, last), (first, _) in zip(ranges, ranges[1:])):
+        raise ValueError("its weights overlap")
+    return transpose_linears(arrays) if metadata.get("format") == "pt" else arrays
 
 
-def write_safetensors(path, shapes, arrays):
+def _unique(pairs):
+    """The dict of a JSON object's pairs, of which no two have one name."""
+    values = dict(pairs)
+    if len(values) < len(pairs):
+        raise ValueError("its header has a name twice")
+    return values
+
+
+def write_safetensors(path: Path, shapes: dict[str, tuple], arrays: Iterable[np.ndarray]) -> None:
     """Write a safetensors file of format "pt".
 
     Args:
-        shapes (dict): (dtype, shape) of the weights by name. arrays: yields them,
-        contiguous, in this order.
+        path: the file, which is written over.
+        shapes: (dtype, shape) of the weights by name.
+        arrays: the weights, contiguous, in this order.
     """
     names = {dtype: name for name, dtype in SAFETENSORS_DTYPES.items()}
     header, end = {"__metadata__": {"format": "pt"}}, 0
     for name, (dtype, shape) in shapes.items():
-        start, end = end, end + np.dtype(dtype).itemsize * int(np.prod(shape))
+        start, end = end, end + np.dtype(dtype).itemsize * math.prod(shape)
         header[name] = {"dtype": names[str(dtype)], "shape": shape, "data_offsets": [start, end]}
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)  # the data is aligned
@@ -219,94 +265,74 @@ def write_safetensors(path, shapes, arrays):
 # PyTorch
 
 
-class _TorchTensor(NamedTuple):
-    """A tensor as PyTorch pickles it."""
-
-    storage: tuple  # dtype, key, number of values
-    offset: int  # in values, as the strides
-    shape: tuple
-    strides: tuple
-
-
-class _TorchReader(pickle.Unpickler):
-    """Unpickles dicts of tensors and refuses everything else, which could be code that runs."""
-
-    def find_class(self, module, name):
-        if (module, name) == ("collections", "OrderedDict"):
-            return OrderedDict
-        if (module, name) == ("torch._utils", "_rebuild_tensor_v2"):
-            return lambda storage, offset, shape, strides, *_: _TorchTensor(storage, offset, shape, strides)
-        if (module, name) == ("torch._utils", "_rebuild_parameter"):
-            return lambda tensor, *_: tensor
-        if module == "torch" and name in TORCH_DTYPES:
-            return TORCH_DTYPES[name]
-        raise pickle.UnpicklingError(f"it holds {module}.{name}, which is no tensor of weights")
-
-    def persistent_load(self, storage):
-        _, dtype, key, _, count = storage[:5]
-        return dtype, key, count
-
-
-def read_torch(path):
-    """Return the arrays that torch.save wrote to ``path``, without PyTorch."""
+def _read_torch(path):
+    """The arrays that torch.save wrote to ``path``, without PyTorch."""
     data = map_file(path)
-    if zipfile.is_zipfile(path):
+    if data[:4] == b"PK\3\4":
         tensors, storages = _read_torch_zip(path, data)
-    elif data[:2].tobytes() == b"\x80\x02":
-        tensors, storages = _read_torch_stream(path, data)
+    elif data[:1] == b"\x80":
+        tensors, storages = _read_torch_stream(data)
     else:
-        raise ValueError("it is torn, or no file that torch.save writes")
+        raise ValueError(NO_TORCH)
     if not isinstance(tensors, dict):
         raise ValueError("it holds no weights by name")
     arrays = {}
     for name, tensor in tensors.items():
-        if not isinstance(tensor, _TorchTensor):
+        if not isinstance(tensor, Tensor):
             raise ValueError(f"its {name} is no tensor")
-        (dtype, key, _), offset, shape, strides = tensor
-        size = np.dtype(dtype).itemsize
+        (dtype, key), offset, shape, strides = tensor
+        if key not in storages:
+            raise ValueError(f"the values of its {name} are missing")
+        values, size = storages[key], dtype.itemsize
+        end = offset + sum((length - 1) * stride for length, stride in zip(shape, strides)) + 1
+        # A stride of 0 makes many weights of one.
+        if tensor.nbytes > len(values) or tensor.nbytes and end * size > len(values):
+            raise ValueError(f"its {name} is larger than the storage of its values")
         strides = [size * stride for stride in strides]
-        # This constructor raises a ValueError where the array would reach out of its
-        # bytes.
-        arrays[name] = np.ndarray(shape, dtype, storages[key], size * offset, strides)
-    return turn_linears(arrays)
+        arrays[name] = np.ndarray(shape, dtype, values, size * offset if tensor.nbytes else 0, strides)
+    return transpose_linears(arrays)
 
 
 def _read_torch_zip(path, data):
-    """Return the pickled object and the bytes of its storages by key: a zip of data.pkl and data/KEY."""
-    storages, tensors = {}, None
-    with zipfile.ZipFile(path) as archive:
-        for entry in archive.infolist():
-            if entry.filename.endswith("/data.pkl"):
-                with archive.open(entry) as file:
-                    tensors = _TorchReader(file).load()
-            elif "/data/" in entry.filename:
-                if entry.compress_type != zipfile.ZIP_STORED:
-                    raise ValueError(f"its {entry.filename} is compressed")
-                # A local header is 30 bytes, then a name and a field of the lengths
-                # that it says.
-                lengths = np.frombuffer(data, "<u2", 2, entry.header_offset + 26)
-                start = entry.header_offset + 30 + int(lengths.sum())
-                storages[entry.filename.rpartition("/")[2]] = data[start : start + entry.file_size]
-    return tensors, storages
+    """The pickled object and the bytes of its storages by key: a zip of NAME/data.pkl and NAME/data/KEY."""
+    with open_regular(path) as file:
+        try:
+            entries = zipfile.ZipFile(file).infolist()
+        except zipfile.BadZipFile as error:
+            raise ValueError(f"it is truncated ({error})") from error
+    parts = {}
+    for entry in entries:
+        folder, _, name = entry.filename.partition("/")
+        if name != "data.pkl" and not name.startswith("data/"):
+            continue
+        if entry.compress_type != zipfile.ZIP_STORED or entry.compress_size != entry.file_size:
+            raise ValueError(f"its {printable(entry.filename, 80)} is compressed")
+        # A local header is 30 bytes, then a name and a field of the lengths that it says.
+        offset = entry.header_offset
+        header = data[max(offset, 0) : offset + 30]
+        start = offset + 30 + sum(int.from_bytes(header[at : at + 2], "little") for at in (26, 28))
+        if header[:4] != b"PK\3\4" or start + entry.file_size > len(data) or name in parts:
+            raise ValueError("it is damaged")
+        parts[name] = data[start : start + entry.file_size]
+    if "data.pkl" not in parts:
+        raise ValueError("it has no data.pkl, which torch.save writes")
+    tensors = PickleReader(parts["data.pkl"], len(data)).load()
+    return tensors, {name.partition("/")[2]: part for name, part in parts.items()}
 
 
-def _read_torch_stream(path, data):
-    """Return the same of a file of PyTorch before 1.6: five pickles, then each storage after its length."""
-    storages = {}
-    with open(path, "rb") as file:
-        for _ in range(3):  # a magic number, a version, the machine's sizes of numbers
-            _TorchReader(file).load()
-        reader = _TorchReader(file)
-        tensors = reader.load()
-        sizes = {
-            tensor.storage[1]: np.dtype(tensor.storage[0]).itemsize
-            for tensor in tensors.values()
-            if isinstance(tensor, _TorchTensor)
-        }
-        position = None
-        for key in _TorchReader(file).load():
-            position = (file.tell() if position is None else position) + 8
-            count = int.from_bytes(data[position - 8 : position], "little")
-            storages[key] = data[position : position + count * sizes[key]]
-            position += count * sizes[key]
+def _read_torch_stream(data):
+    """The same of a file of PyTorch before 1.6: five pickles, then each storage after its length."""
+    reader, storages = PickleReader(data, len(data)), {}
+    if any(type(reader.load()) is not int for _ in range(2)):  # a magic number and a version
+        raise ValueError(NO_TORCH)
+    _, tensors, keys = (reader.load() for _ in range(3))  # the first: the machine's sizes of numbers
+    position = reader.position
+    for key in keys if isinstance(keys, list) else []:
+        if not isinstance(key, str) or key not in reader.dtypes:
+            raise ValueError("it holds a storage that no weight is in")
+        start, position = position, position + 8
+        position += int.from_bytes(data[start:position], "little") * reader.dtypes[key].itemsize
+        if position > len(data):
+            raise ValueError("it is truncated")
+        storages[key] = data[start + 8 : position]
     return tensors, storages
