@@ -149,6 +149,7 @@ def _parameter(tensor, *_):
     return tensor
 
 
+CORES = ("core", "_core")  # before and since numpy 2
 NDARRAY = object()  # the class, which is an argument alone
 KNOWN = {
     ("builtins", "tuple"): _tuple,
@@ -159,11 +160,10 @@ KNOWN = {
     ("torch._utils", "_rebuild_tensor_v2"): _tensor,
     ("torch._utils", "_rebuild_parameter"): _parameter,
     **{("torch", name): DTYPES[dtype] for name, dtype in STORAGES.items()},
+    **{(f"numpy.{core}.multiarray", "_reconstruct"): _array for core in CORES},
+    **{(f"numpy.{core}.multiarray", "scalar"): _scalar for core in CORES},
+    **{(f"numpy.{core}.numeric", "_frombuffer"): _array_of_buffer for core in CORES},
 }
-for core in ("numpy.core", "numpy._core"):  # its name before and since numpy 2
-    KNOWN[f"{core}.multiarray", "_reconstruct"] = _array
-    KNOWN[f"{core}.multiarray", "scalar"] = _scalar
-    KNOWN[f"{core}.numeric", "_frombuffer"] = _array_of_buffer
 
 
 class PickleReader:
@@ -231,7 +231,10 @@ class PickleReader:
             elif operation in GETS:
                 stack.append(memo[self._integer(GETS[operation])])
             elif operation in PUTS:
-                memo[self._integer(PUTS[operation])] = stack[-1]
+                place = self._integer(PUTS[operation])
+                if place > len(self.data):
+                    raise ValueError("a place in the memo is larger than the file")
+                memo[place] = stack[-1]
             elif operation == pickle.MEMOIZE:
                 memo[len(memo)] = stack[-1]
             elif operation == pickle.MARK:
