@@ -25,7 +25,8 @@ def test_when_a_signal_ends_at_once(tmp_path, world_size, training, seconds, mon
         overwrite_output_dir=False,
         resume_from_checkpoint=None,
     )
-    state, callback, now = SimpleNamespace(global_step=7), StopBySignal(lambda: "there is no checkpoint"), [100.0]
+    state, now = SimpleNamespace(global_step=7), [100.0]
+    callback = StopBySignal(lambda: "there is no checkpoint")
     monkeypatch.setattr(stopping.time, "monotonic", lambda: now[0])
     callback.on_train_begin(args, state, None, model=SimpleNamespace(training=training))
     try:
