@@ -13,31 +13,24 @@ import threading
 
 import paddle
 from paddlenlp.trainer import set_seed
-from paddlenlp.transformers import AutoConfig, GLMTokenizer
 from paddlenlp.utils.log import logger
 from tqdm.contrib.logging import logging_redirect_tqdm
 
 from data import DataCollator, build_dataset, build_features, check_target_length, encode_source
 from glm.arguments import parse_arguments
-from glm.checks import (
-    check_accumulation,
-    check_config,
-    check_min_length,
-    check_tokenizer,
-    check_tokenizer_files,
-)
+from glm.checks import check_accumulation, check_min_length
 from glm.decoding.decoder import beam_search
 from glm.device import use_the_whole_cpu
 from glm.errors import Fault, InputError
 from glm.outputs.folder import open_run_folder
 from glm.outputs.layout import TRAINER_STATE
-from glm.outputs.replace import check_complete
 from glm.outputs.results import write_results
 from glm.processes import Peers
 from glm.records import parse_lines, read_in_batches, read_records
 from glm.training.memory import estimate_memory
-from glm.weights.adapters import LORA_WEIGHTS, adapter_weights, add_lora, prepare
-from glm.weights.loading import fingerprint_weights, load, load_model
+from glm.weights.adapters import add_lora
+from glm.weights.loading import LORA_WEIGHTS, load_model
+from glm.weights.pretrained import check_lengths, find_pretrained
 from glm.weights.torch_folder import export_torch
 from utils import GLMTrainer, prediction_row
 
@@ -54,39 +47,35 @@ def run(model_args, data_args, generation, args, folder=None, output=None):
         output: the text stream that the answers to standard input go to, or None.
     """
     # Everything that can be wrong is read and checked before the weights are.
-    name, degree = model_args.model_name_or_path, max(args.tensor_parallel_degree, 1)
-    check_complete(name)
-    base, adapter, lora_config = prepare(model_args, name, args.weights_dtype(), degree)
+    degree = max(args.tensor_parallel_degree, 1)
+    pretrained = find_pretrained(model_args)
+    adapter, tokenizer = pretrained.adapter, pretrained.tokenizer
+    check_lengths(pretrained, data_args.src_length, generation, degree)
+    check_target_length(tokenizer, generation.tgt_length)
     checkpoint = None
     if folder:
-        checkpoint = folder.find_checkpoint(model_args.lora)
+        checkpoint = folder.find_checkpoint(adapter is not None)
         folder.check_contents(checkpoint)
         writes_model = args.do_train or model_args.merge_lora
-        adapter_base = base if lora_config and writes_model else None
-        folder.check_other_models(None if writes_model else name, adapter_base)
-    config = load(AutoConfig, base, "config.json", adapter)
-    check_config(config, base, data_args.src_length, generation, degree)
-    tokenizer = load_tokenizer(name, config, generation.tgt_length)
+        adapter_base = pretrained.base if adapter and writes_model else None
+        folder.check_other_models(None if writes_model else pretrained.name, adapter_base)
     datasets = read_datasets(tokenizer, data_args, generation, args)
     train_dataset, dev_dataset, test_dataset = datasets
     if args.do_train:
         groups = (model_args, data_args, generation, args)
         records = [feature["record"] for feature in train_dataset]
-        weights = fingerprint_weights([folder for folder in (adapter, base) if folder])
-        folder.prepare_run(groups, adapter or base, weights, lora_config, records, checkpoint)
-    if lora_config:
-        weights = adapter_weights(adapter, config, lora_config, args.seed)
+        name, weights, lora_config = pretrained.name, pretrained.fingerprint, adapter and adapter.config
+        folder.prepare_run(groups, name, weights, lora_config, records, checkpoint)
     generated = dev_dataset + test_dataset
-    memory = estimate_memory(args, config, lora_config, generation, train_dataset, generated)
+    memory = estimate_memory(args, pretrained, generation, train_dataset, generated)
 
     if not (args.do_train or args.do_eval or args.do_predict or model_args.merge_lora):
-        export_torch(args.output_dir, base, config, tokenizer, lora_config, adapter)
+        export_torch(args.output_dir, pretrained)
         logger.eval(f"done: in {args.output_dir} is torch")
         return
-    rank = max(args.tensor_parallel_rank, 0)
-    model = load_model(base, config, args.weights_dtype(), degree, rank, adapter)
-    if lora_config:
-        model = add_lora(model, lora_config, weights)
+    model = load_model(pretrained, args.weights_dtype(), degree, max(args.tensor_parallel_rank, 0))
+    if adapter:
+        model = add_lora(model, pretrained, args.seed)
     if output:
         set_seed(args.seed)
         src_length, batch_size = data_args.src_length, args.per_device_eval_batch_size
@@ -104,23 +93,13 @@ def run(model_args, data_args, generation, args, folder=None, output=None):
         folder=folder,
     )
     merge = model_args.merge_lora
-    results = train_and_evaluate(trainer, checkpoint, merge, adapter, test_dataset)
+    results = train_and_evaluate(trainer, checkpoint, merge, adapter and adapter.folder, test_dataset)
     if model_args.export_torch:
-        if args.do_train:  # of what has just been written
-            base, adapter = (base, args.output_dir) if lora_config else (args.output_dir, None)
-        export_torch(args.output_dir, base, config, tokenizer, lora_config, adapter)
+        trained = pretrained.trained_in(args.output_dir) if args.do_train else pretrained
+        export_torch(args.output_dir, trained)
     show_results(results, trainer.rows)
-    names = written_files(model_args, args)
+    names = written_files(model_args, args, adapter)
     logger.eval(f"done: in {args.output_dir} are {', '.join(names)}")
-
-
-def load_tokenizer(name, config, tgt_length):
-    """Returns the tokenizer of the model ``name``. Raises InputError where it does not fit."""
-    check_tokenizer_files(name)
-    tokenizer = load(GLMTokenizer, name, "tokenizer")  # PaddleNLP 3's AutoTokenizer has none
-    check_tokenizer(tokenizer, config, name)
-    check_target_length(tokenizer, tgt_length)
-    return tokenizer
 
 
 def read_datasets(tokenizer, data_args, generation, args):
@@ -188,7 +167,7 @@ def show_results(results, rows):
             logger.eval(f"reference   {row['reference']}")
 
 
-def written_files(model_args, args):
+def written_files(model_args, args, adapter):
     """Returns the names of the results and the model that a run of these arguments writes."""
     names = []
     if args.do_eval:
@@ -196,7 +175,7 @@ def written_files(model_args, args):
     if args.do_predict:
         names += ["test_results.json", "test_predictions.jsonl"]
     if args.do_train:
-        names.append(LORA_WEIGHTS if model_args.lora else "model_state.pdparams")
+        names.append(LORA_WEIGHTS if adapter else "model_state.pdparams")
     if model_args.merge_lora:
         names.append("model_state.pdparams")
     if model_args.export_torch:

@@ -14,7 +14,7 @@ from paddlenlp.utils.log import logger
 from glm.checks import check_argument, check_together
 from glm.device import supports_dtype, supports_tensor_parallelism, use_device
 from glm.errors import InputError, as_input_error
-from glm.weights.adapters import LORA_MODULES
+from glm.weights.shapes import LORA_MODULES
 
 METRICS = ("loss", "rouge1", "rouge2", "rougel", "bleu4")
 

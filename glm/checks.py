@@ -1,22 +1,15 @@
-"""Limits of arguments, and checks of them against each other, the model and the records."""
+"""Limits of arguments, and checks of them against each other and the records."""
 
-import contextlib
-import json
 import re
 from math import inf
 from pathlib import Path
 from typing import NamedTuple
 
 import paddle.distributed as dist
-from paddlenlp import transformers
 from paddlenlp.trainer.integrations import get_available_reporting_integrations
-from paddlenlp.transformers import GLMBertTokenizer, GLMConfig, GLMGPT2Tokenizer
 from paddlenlp.utils.log import logger
 
-from glm.errors import InputError, as_input_error
-from glm.training.memory import count_parameters
-from glm.weights.formats import check_pointer
-from glm.weights.loading import check_files
+from glm.errors import InputError
 
 
 class Limits(NamedTuple):
@@ -87,20 +80,6 @@ REFUSED = {
     "offload_optim": "the runs here do without",
     "pdc_download_ckpt": "the runs here do without",
     "metrics_output_path": "trainer_state.json holds every log",
-}
-
-# The numbers of a config.json.
-CONFIG_LIMITS = {
-    "num_layers": COUNT,
-    "hidden_size": COUNT,
-    "num_attention_heads": COUNT,
-    "vocab_size": COUNT,
-    "max_sequence_length": COUNT,
-    "embedding_dropout_prob": FRACTION,
-    "attention_dropout_prob": FRACTION,
-    "output_dropout_prob": FRACTION,
-    "layernorm_epsilon": FRACTION,
-    "initializer_range": FRACTION,
 }
 
 
@@ -202,79 +181,6 @@ def check_processes(values):
         raise InputError(
             f"--tensor_parallel_degree {degree} does not divide the {number} of this run: "
             f"start {degree} by python -m paddle.distributed.launch, or a multiple"
-        )
-
-
-def check_config(config, name, src_length, generation, degree):
-    """Raise InputError where the model is no GLM, or none for these lengths and processes.
-
-    Args:
-        config: of the model. name (str): the model's folder or published name.
-        src_length (int), generation (GenerationArguments): what is asked of it.
-        degree (int): of tensor parallelism.
-    """
-    model = f"--model_name_or_path {name}"
-    if not isinstance(config, GLMConfig):
-        raise InputError(
-            f"{model} is no GLM, but a {config.model_type}: give one such as THUDM/glm-large-chinese"
-        )
-    for key, limits in CONFIG_LIMITS.items():
-        limits.check(getattr(config, key), f"{model}: {key} in its config.json")
-    if config.block_position_encoding is not True:
-        raise InputError(f"{model}: block_position_encoding in its config.json is not true")
-    with as_input_error(f"{model}: its weights can't be loaded", "give whole files of one model"):
-        check_files(name, count_parameters(config)[0])
-    heads, width = config.num_attention_heads, config.hidden_size
-    if heads % degree or config.vocab_size % degree:
-        raise InputError(
-            f"--tensor_parallel_degree {degree} does not divide the {heads} attention heads "
-            f"and {config.vocab_size} vocabulary entries of {name}: give one that does"
-        )
-    if width % heads:
-        raise InputError(
-            f"{model}: hidden_size {width} in its config.json is no multiple of num_attention_heads {heads}"
-        )
-    if src_length + generation.tgt_length > config.max_sequence_length:
-        raise InputError(
-            f"--src_length {src_length} + --tgt_length {generation.tgt_length} is over the "
-            f"{config.max_sequence_length} positions of {name}: lower one of them"
-        )
-    if generation.num_beams > config.vocab_size:
-        raise InputError(
-            f"--num_beams {generation.num_beams} is over the {config.vocab_size} entries of the "
-            "vocabulary: lower it"
-        )
-
-
-def check_tokenizer_files(name):
-    """Raise InputError where the folder ``name`` lacks a file of its tokenizer."""
-    folder, needed = Path(name), ["tokenizer_config.json"]
-    if not folder.is_dir():  # a published name
-        return
-    with contextlib.suppress(Exception):  # what is wrong in it is told when it is loaded
-        class_name = json.loads((folder / needed[0]).read_bytes())["tokenizer_class"]
-        needed += getattr(transformers, class_name).resource_files_names.values()
-    for file in needed:
-        if not (folder / file).is_file():
-            raise InputError(
-                f"--model_name_or_path {name}: its tokenizer can't be loaded: {file} is "
-                "missing: copy it from the model that this one was made from"
-            )
-        with as_input_error(f"--model_name_or_path {name}: its {file} can't be loaded", "copy it anew"):
-            check_pointer(folder / file)
-
-
-def check_tokenizer(tokenizer, config, name):
-    """Raise InputError where the tokenizer is an English one, or has more entries than the model."""
-    if isinstance(tokenizer, (GLMGPT2Tokenizer, GLMBertTokenizer)):
-        raise InputError(
-            f"--model_name_or_path {name} is an English GLM, whose {type(tokenizer).__name__} "
-            "knows no Chinese: give a Chinese one, such as THUDM/glm-large-chinese"
-        )
-    if len(tokenizer) > config.vocab_size:
-        raise InputError(
-            f"--model_name_or_path {name}: its tokenizer has {len(tokenizer)} entries, "
-            f"its model {config.vocab_size}: they are not of one model"
         )
 
 

@@ -85,6 +85,24 @@ def get_typed(values, name, kinds, default=None, least=-(2**63), most=2**63 - 1)
     return value
 
 
+def take_known(values, kinds, owner=object):
+    """Return those of ``values`` that ``kinds`` names, each checked as by get_typed. null counts as missing.
+
+    Args:
+        values (dict): of a JSON file. What ``kinds`` does not name is left out.
+        kinds (dict): (type,) or (type, least, most) by name.
+        owner: the class that takes the values. Its methods are no values.
+
+    Raises:
+        ValueError: where a value is of another type or out of its range, or named like a method.
+    """
+    for name in values:
+        if name not in kinds and callable(getattr(owner, name, None)):
+            raise ValueError(f"{name!r} is no setting")
+    found = {name: get_typed(values, name, kind, None, *limits) for name, (kind, *limits) in kinds.items()}
+    return {name: value for name, value in found.items() if value is not None}
+
+
 def check_plain_name(name):
     """Return ``name`` if it is the plain name of a file, else raise ValueError: no path, no dots alone."""
     if not isinstance(name, str) or name in ("", ".", "..") or "/" in name or "\0" in name:

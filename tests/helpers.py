@@ -25,11 +25,13 @@ from paddlenlp.utils.log import logger
 
 import finetune_generation
 from data import DataCollator, build_features
-from glm.arguments import GenerationArguments, GLMTrainingArguments
+from glm.arguments import GenerationArguments, GLMTrainingArguments, ModelArguments
 from glm.decoding.decoder import beam_search
 from glm.outputs.checkpoints import read_run
 from glm.outputs.folder import RunFolder
 from glm.weights import adapters as lora
+from glm.weights.pretrained import find_pretrained
+from glm.weights.shapes import LORA_MODULES
 from utils import GLMTrainer
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -333,7 +335,7 @@ def make_batch():
     return features, DataCollator(0)([{**feature, "index": i} for i, feature in enumerate(features)])
 
 
-def lora_config(modules=lora.LORA_MODULES, **changes):
+def lora_config(modules=LORA_MODULES, **changes):
     targets = [rf".*\.{module}" for module in modules]
     return LoRAConfig(**{"r": 2, "lora_alpha": 6, "dtype": "float32", "target_modules": targets, **changes})
 
@@ -360,6 +362,17 @@ def last_checkpoint(folder):
     """The path of the checkpoint that the plain command goes on from, or None."""
     checkpoint = run_folder(folder)._find_last(())
     return checkpoint and str(checkpoint)
+
+
+def add_lora(model, config, weights=None):
+    """The model with an adapter, by default a new one."""
+    adapter = lora.Adapter(None, config, weights)
+    return lora.add_lora(model, SimpleNamespace(adapter=adapter, base_fingerprint=None), seed=0)
+
+
+def pretrained_in(folder, **arguments):
+    """What the script makes of --model_name_or_path and other flags of the model."""
+    return find_pretrained(ModelArguments(model_name_or_path=str(folder), **arguments))
 
 
 # What the tests of faults train with.

@@ -9,6 +9,7 @@ from paddlenlp.transformers import GLMConfig
 from glm import arguments, checks
 from glm.arguments import GenerationArguments, GLMTrainingArguments
 from glm.errors import InputError
+from glm.weights.pretrained import Pretrained, check_lengths
 
 
 def make_arguments(monkeypatch, tmp_path, supported=True, **changes):
@@ -124,7 +125,8 @@ def test_the_edges_of_what_fits_a_model():
     def check(heads=4, vocab_size=100, positions=168, src_length=160, tgt_length=8, num_beams=100, degree=2):
         config = GLMConfig(num_attention_heads=heads, vocab_size=vocab_size, max_sequence_length=positions)
         generation = GenerationArguments(tgt_length=tgt_length, min_tgt_length=0, num_beams=num_beams)
-        checks.check_config(config, "it", src_length, generation, degree)
+        pretrained = Pretrained("it", "it", "it", config, None)
+        check_lengths(pretrained, src_length, generation, degree)
 
     check()
     for changes, message in (

@@ -11,7 +11,7 @@ import zipfile
 import numpy as np
 import paddle
 import pytest
-from helpers import FAST, MINI, ROOT, TINY_GLM, random_glm, read_jsonl, run
+from helpers import FAST, MINI, ROOT, TINY_GLM, pretrained_in, random_glm, read_jsonl, run
 from paddlenlp.transformers import AutoConfig, GLMConfig
 from test_lora import lora_config, random_adapter
 from test_weights import bfloat16_bits
@@ -140,8 +140,7 @@ def folder_of(path, form, arrays=TINY):
 def test_every_form_is_read_as_it_is(tmp_path, form, dtype):
     expected = {name: CAST[dtype](array) for name, array in TINY.items()}
     folder = folder_of(tmp_path / "model", form, expected)
-    (path,) = weights.find_weights(folder)
-    found = weights.with_prefix(formats.read_file(path))
+    (found,) = pretrained_in(folder).arrays
     assert found.keys() == expected.keys()
     for name, array in expected.items():
         assert found[name].dtype == array.dtype, name
@@ -151,7 +150,7 @@ def test_every_form_is_read_as_it_is(tmp_path, form, dtype):
 @pytest.mark.parametrize("form", ["bin", "pt shards", "pdparams"])
 def test_a_model_of_every_form_holds_the_same(tmp_path, form):
     folder = folder_of(tmp_path / "model", form)
-    model = weights.load_model(str(folder), AutoConfig.from_pretrained(str(folder)))
+    model = weights.load_model(pretrained_in(folder))
     for name, weight in model.state_dict().items():
         np.testing.assert_array_equal(weight.numpy(), TINY[name])
 
@@ -180,7 +179,7 @@ def test_the_first_form_wins(tmp_path):
         "pytorch_model.bin.index.json",
     ]
     WRITERS["pdparams"](folder, TINY)
-    assert weights.find_weights(folder) == [folder / "model_state.pdparams"]
+    assert pretrained_in(folder).files == [folder / "model_state.pdparams"]
 
 
 def first_name(arrays):
@@ -235,7 +234,7 @@ def test_what_is_no_model_is_refused_in_a_line(tmp_path, kind):
     folder = folder_of(tmp_path / "model", "bin")
     expected = spoil(folder, kind)
     with pytest.raises(InputError) as caught:
-        weights.load_model(str(folder), AutoConfig.from_pretrained(str(folder)))
+        weights.load_model(pretrained_in(folder))
     assert expected in str(caught.value) and f"--model_name_or_path {folder}" in str(caught.value)
     assert not (folder / "ran").exists()
 
@@ -296,12 +295,12 @@ MEASURE = """
 import sys
 sys.path.insert(0, ".")
 import paddle
-from paddlenlp.transformers import AutoConfig
-from glm.weights import loading as weights
+from glm.weights.loading import load_model
+from glm.weights.pretrained import Pretrained, read_config
 paddle.set_device("cpu")
 paddle.normal = paddle.uniform = None
-config = AutoConfig.from_pretrained(sys.argv[1])
-model = weights.load_model(sys.argv[1], config)
+folder = sys.argv[1]
+model = load_model(Pretrained(folder, folder, folder, read_config(folder, folder), None))
 sizes = [weight.numel().item() * 4 for weight in model.parameters()]
 peak = paddle.base.core.host_memory_stat_peak_value("Allocated", 0)
 print(peak, sum(sizes), max(sizes))
@@ -331,11 +330,11 @@ def read_export(folder):
 
 @pytest.mark.parametrize("dtype", CAST)
 @pytest.mark.parametrize("form", ["pdparams", "bin"])
-def test_to_pytorch_and_back_is_bit_equal(tmp_path, tokenizer, form, dtype):
+def test_to_pytorch_and_back_is_bit_equal(tmp_path, form, dtype):
     expected = {name: CAST[dtype](array) for name, array in TINY.items()}
     folder = folder_of(tmp_path / "model", form, expected)
     config = AutoConfig.from_pretrained(str(folder))
-    export.export_torch(tmp_path, str(folder), config, tokenizer)
+    export.export_torch(tmp_path, pretrained_in(folder))
     names = {path.name for path in (tmp_path / "torch").iterdir()}
     assert names == {
         "added_tokens.json",
@@ -350,7 +349,7 @@ def test_to_pytorch_and_back_is_bit_equal(tmp_path, tokenizer, form, dtype):
     again = AutoConfig.from_pretrained(str(tmp_path / "torch"))
     assert isinstance(again, GLMConfig)
     assert (again.hidden_size, again.num_layers) == (config.hidden_size, config.num_layers)
-    found = weights.with_prefix(read_export(tmp_path))
+    found = {f"glm.{name}": array for name, array in read_export(tmp_path).items()}
     assert found.keys() == expected.keys()
     for name, array in expected.items():
         assert found[name].dtype == array.dtype
@@ -359,25 +358,21 @@ def test_to_pytorch_and_back_is_bit_equal(tmp_path, tokenizer, form, dtype):
     assert size % 8 == 0  # the values are aligned
 
 
-def test_an_adapter_is_merged_into_what_is_handed_on(tmp_path, tokenizer):
-    config = AutoConfig.from_pretrained(str(TINY_GLM))
-    model = weights.load_model(str(TINY_GLM), config)
-    adapter_config = lora_config()
-    adapter = random_adapter(model, adapter_config)
-    (tmp_path / "adapter").mkdir()
-    paddle.save(adapter, str(tmp_path / "adapter/lora_model_state.pdparams"))
-    flags = (adapter_config, str(tmp_path / "adapter"))
-    export.export_torch(tmp_path, str(TINY_GLM), config, tokenizer, *flags)
-    merged = lora.merge_lora(lora.add_lora(model, adapter_config, adapter)).state_dict()
-    found = weights.with_prefix(read_export(tmp_path))
+def test_an_adapter_is_merged_into_what_is_handed_on(tmp_path):
+    pretrained = pretrained_in(TINY_GLM)
+    model = weights.load_model(pretrained)
+    config = lora_config()
+    pretrained.adapter = lora.Adapter("adapter", config, random_adapter(model, config))
+    export.export_torch(tmp_path, pretrained)
+    merged = lora.merge_lora(lora.add_lora(model, pretrained, seed=0)).state_dict()
+    found = {f"glm.{name}": array for name, array in read_export(tmp_path).items()}
     for name, weight in merged.items():
         np.testing.assert_allclose(found[name], weight.numpy(), atol=1e-5)
         assert (found[name] == TINY[name]).all() == (not is_linear(name)), name
 
 
-def test_an_export_that_fails_leaves_the_one_before_it(tmp_path, tokenizer, monkeypatch):
-    config = AutoConfig.from_pretrained(str(TINY_GLM))
-    export.export_torch(tmp_path, str(TINY_GLM), config, tokenizer)
+def test_an_export_that_fails_leaves_the_one_before_it(tmp_path, monkeypatch):
+    export.export_torch(tmp_path, pretrained_in(TINY_GLM))
     before = {path.name: path.stat().st_mtime_ns for path in (tmp_path / "torch").iterdir()}
 
     def fail(*_):
@@ -385,7 +380,7 @@ def test_an_export_that_fails_leaves_the_one_before_it(tmp_path, tokenizer, monk
 
     monkeypatch.setattr(export, "write_tokenizer", fail)
     with pytest.raises(OSError):
-        export.export_torch(tmp_path, str(TINY_GLM), config, tokenizer)
+        export.export_torch(tmp_path, pretrained_in(TINY_GLM))
     after = {path.name: path.stat().st_mtime_ns for path in (tmp_path / "torch").iterdir()}
     assert after == before and [path.name for path in tmp_path.iterdir()] == ["torch"]
 

@@ -9,6 +9,7 @@ import pytest
 from helpers import (
     FAST,
     TINY_GLM,
+    add_lora,
     flags,
     lora_config,
     losses,
@@ -24,11 +25,12 @@ from paddlenlp.transformers import GLMConfig, GLMForConditionalGeneration
 
 from data import DataCollator
 from glm.weights import adapters as lora
+from glm.weights.shapes import LORA_MODULES, adapter_shapes, get_split
 
 
 def random_adapter(model, config, seed=0):
     rng = np.random.default_rng(seed)
-    shapes = lora.adapter_shapes(model.config, config)
+    shapes = adapter_shapes(model.config, config)
     return {name: rng.normal(size=shape).astype("float32") * 0.3 for name, shape in shapes.items()}
 
 
@@ -42,7 +44,7 @@ def logits(model):
 
 
 @pytest.mark.parametrize("rslora, scaling", [(False, 3.0), (True, 6 / 2**0.5)])
-@pytest.mark.parametrize("modules", [lora.LORA_MODULES, ["dense", "query_key_value"]])
+@pytest.mark.parametrize("modules", [LORA_MODULES, ["dense", "query_key_value"]])
 def test_an_adapter_adds_the_product_of_its_matrices(modules, rslora, scaling):
     """To the weights, as numpy has it in float64: beside them, and merged into them."""
     model, plain = random_glm(), random_glm()
@@ -57,7 +59,7 @@ def test_an_adapter_adds_the_product_of_its_matrices(modules, rslora, scaling):
             changed += 1
     assert changed == 2 * len(modules)
     expected = logits(plain)
-    adapted = lora.add_lora(model, config, weights)
+    adapted = add_lora(model, config, weights)
     np.testing.assert_allclose(logits(adapted), expected, atol=2e-4)
     merged = lora.merge_lora(adapted)
     np.testing.assert_allclose(logits(merged), expected, atol=2e-4)
@@ -67,19 +69,19 @@ def test_an_adapter_adds_the_product_of_its_matrices(modules, rslora, scaling):
 def test_a_new_adapter_changes_nothing_and_is_kaimings():
     model = random_glm()
     expected = logits(random_glm())
-    weights = lora.adapter_weights(None, model.config, lora_config(), 5)
+    weights = lora.new_adapter_weights(model.config, lora_config(), 5)
     assert len(weights) == 2 * 4 * 2
     for name, weight in weights.items():
         if name.endswith("lora_A"):
             bound = weight.shape[0] ** -0.5
             assert abs(weight).max() <= bound and weight.std() == pytest.approx(bound / 3**0.5, rel=0.25)
-    np.testing.assert_array_equal(logits(lora.add_lora(model, lora_config(), weights)), expected)
+    np.testing.assert_array_equal(logits(add_lora(model, lora_config(), weights)), expected)
 
 
 @pytest.mark.parametrize("recompute", [False, True])
 def test_a_step_moves_every_adapter_weight_and_no_other(tmp_path, recompute):
     model = random_glm()
-    adapted = lora.add_lora(model, lora_config(), random_adapter(model, lora_config()))
+    adapted = add_lora(model, lora_config(), random_adapter(model, lora_config()))
     features, _ = make_batch()
     dataset = [{**feature, "index": index} for index, feature in enumerate(features)]
     settings = {"max_steps": 1, "learning_rate": 1e-2, "per_device_train_batch_size": 3, "weight_decay": 0.1}
@@ -238,4 +240,4 @@ def test_which_adapter_weights_processes_split():
     split = {"query_key_value": "B", "dense": "A", "dense_h_to_4h": "B", "dense_4h_to_h": "A"}
     for linear, part in split.items():
         for name in "AB":
-            assert lora.is_split_adapter(f"layers.0.{linear}.lora_{name}") == (name == part)
+            assert (get_split(f"layers.0.{linear}.lora_{name}") is not None) == (name == part)

@@ -4,17 +4,18 @@ import dataclasses
 import json
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import numpy as np
 import paddle
 import pytest
-from helpers import ROOT, flags, lora_config, random_glm
+from helpers import ROOT, add_lora, flags, lora_config, random_glm
 from paddlenlp.transformers import GLMConfig, GLMForConditionalGeneration
 
 from glm import arguments
 from glm.decoding.cache import prefill
 from glm.training import memory
-from glm.weights import adapters as lora
+from glm.weights.shapes import count_parameters
 
 
 @pytest.mark.parametrize("config", [None, lora_config(), lora_config(["dense_h_to_4h"], r=5)])
@@ -22,10 +23,10 @@ def test_parameters_are_counted(config):
     model = random_glm(num_layers=3)
     whole = trained = None
     if config:
-        model = lora.add_lora(model, config, lora.adapter_weights(None, model.config, config, 0))
+        model = add_lora(model, config)
         trained = sum(weight.size for weight in model.parameters() if not weight.stop_gradient)
     whole = sum(weight.size for weight in model.parameters())
-    assert memory.count_parameters(model.config, 1, config) == (whole, trained or whole)
+    assert count_parameters(model.config, 1, config) == (whole, trained or whole)
 
 
 def test_memory_of_several_processes_by_hand():
@@ -33,7 +34,7 @@ def test_memory_of_several_processes_by_hand():
     config = GLMConfig(num_layers=48, hidden_size=4096, num_attention_heads=64, vocab_size=50048)
     linears = 48 * (4096 * (3 + 1 + 4 + 4) * 4096 + (3 + 4) * 4096) + 50048 * 4096
     whole = 48 * (2 + 4) * 4096 + 2 * (config.max_sequence_length + 1) * 4096 + 2 * 4096
-    assert memory.count_parameters(config, 8) == (linears // 8 + whole,) * 2
+    assert count_parameters(config, 8) == (linears // 8 + whole,) * 2
     setting = memory.Setting(config, 2, 608, 160, "O2", recompute=True, degree=8)
     needs = memory.training_memory(setting)
     count = linears // 8 + whole
@@ -134,13 +135,13 @@ def test_a_run_says_what_it_needs(tmp_path, monkeypatch, capfd):
     config = GLMConfig(num_layers=48, hidden_size=4096, num_attention_heads=64, vocab_size=50048)
     dataset = [{"source_length": 600, "labels": [1] * 25}, {"source_length": 20, "labels": [1] * 30}]
     generation = arguments.GenerationArguments()
-    logged = []
+    pretrained, logged = SimpleNamespace(config=config, adapter=None), []
     for level in ("train", "warning"):
         monkeypatch.setattr(memory.logger, level, logged.append)
     for free, warned in ((1e9, True), (1e12, False)):
         logged.clear()
         monkeypatch.setattr(memory, "free_memory", lambda free=free: free)
-        needs = memory.estimate_memory(args, config, None, generation, dataset, dataset)
+        needs = memory.estimate_memory(args, pretrained, generation, dataset, dataset)
         setting = memory.Setting(config, args.per_device_train_batch_size, 600, 30)
         expected = memory.training_memory(setting)
         assert needs["train"] == expected["total"] and needs["eval"] > expected["optimizer"]
@@ -151,7 +152,7 @@ def test_a_run_says_what_it_needs(tmp_path, monkeypatch, capfd):
         assert len(logged) == 1 + warned
     logged.clear()
     monkeypatch.setattr(memory, "free_memory", lambda: 1e9)
-    memory.estimate_memory(args, config, None, generation, dataset, [])
+    memory.estimate_memory(args, pretrained, generation, dataset, [])
     saved = [float(text.split()[0]) for text in logged[1].split("(")[1:]]
     assert saved == sorted(saved, reverse=True)
     for flag in (

@@ -60,7 +60,9 @@ def moments(masters):
     end = "_fp32_master_0" if masters else ""
     kinds = ("moment1", "moment2", "beta1_pow_acc", "beta2_pow_acc")
     names = [f"{name}{end}_{kind}_0" for name in ("linear_0.w_0", "linear_0.b_0") for kind in kinds]
-    state = {name: np.full([2], number, "float32") for number, name in enumerate(names)}
+    state = {
+        name: np.full([2 if "moment" in name else 1], number, "float32") for number, name in enumerate(names)
+    }
     state["LR_Scheduler"] = {"last_epoch": 3}
     if masters:
         keys = {"linear_0.w_0": "dense.weight", "linear_0.b_0": "dense.bias"}

@@ -22,7 +22,7 @@ WHOLE_MODEL = (
     "model*.index.json",
     "pytorch_model*.index.json",
 )
-ADAPTER = ("lora_config.json", "lora_model_state*")
+ADAPTER = ("lora_config.json", "lora_base.json", "lora_model_state*")
 DESCRIPTIONS = ("config.json", "added_tokens.json", "special_tokens_map.json")
 MODEL = (*WHOLE_MODEL, *ADAPTER, *DESCRIPTIONS)
 

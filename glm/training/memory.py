@@ -13,27 +13,10 @@ from paddlenlp.utils.log import logger
 
 from glm.device import captures, on_cpu
 from glm.processes import gather_objects
-from glm.weights.adapters import adapter_shapes, is_split_adapter, new_lora_config
+from glm.weights.adapters import new_lora_config
+from glm.weights.shapes import count_parameters
 
 PADDLE_2 = paddle.__version__.startswith("2.")
-
-
-def count_parameters(config, degree=1, lora_config=None):
-    """Count the weights on one of ``degree`` tensor-parallel processes.
-
-    Returns:
-        the numbers of all weights and of those that are trained, int.
-    """
-    width, layers = config.hidden_size, config.num_layers
-    split = layers * (12 * width**2 + 7 * width) + config.vocab_size * width
-    whole = layers * 6 * width + 2 * (config.max_sequence_length + 1) * width + 2 * width
-    count = split // degree + whole
-    if lora_config is None:
-        return count, count
-    trained = 0
-    for name, (rows, columns) in adapter_shapes(config, lora_config).items():
-        trained += rows * columns // (degree if is_split_adapter(name) else 1)
-    return count + trained, trained
 
 
 @dataclasses.dataclass
@@ -328,13 +311,14 @@ def what_would_be_faster(settings, totals, free, records):
     return texts
 
 
-def estimate_memory(args, config, lora_config, generation, train_dataset, test_dataset):
+def estimate_memory(args, pretrained, generation, train_dataset, test_dataset):
     """Say what memory this run is about to take, and warn where that is more than there is.
 
     Returns:
         dict: bytes of "train" and "eval", those that the run is about to do.
     """
-    settings = settings_of_run(args, config, lora_config, generation, train_dataset, test_dataset)
+    lora_config = pretrained.adapter and pretrained.adapter.config
+    settings = settings_of_run(args, pretrained.config, lora_config, generation, train_dataset, test_dataset)
     if not settings:
         return {}
     estimates = {}

@@ -1,84 +1,115 @@
 """Adapters (arXiv 2106.09685): found, made, read, split over processes, merged."""
 
+import dataclasses
 import functools
+import json
 import os
-import re
 from pathlib import Path
+from typing import Optional
 
 import numpy as np
 import paddle
+import paddle.distributed as dist
 from paddlenlp.peft import LoRAConfig, LoRAModel
+from paddlenlp.transformers import GLMConfig, GLMForConditionalGeneration
 from paddlenlp.transformers.conversion_utils import split_or_merge_func
 
 from glm.errors import InputError, as_input_error
+from glm.files import get_typed, read_json, take_known, write_atomically
 from glm.weights.formats import find_forms, read_arrays
-from glm.weights.loading import fill, load, without_weights
+from glm.weights.loading import LORA_WEIGHTS, Arrays, check_array, fill, without_weights
+from glm.weights.shapes import LORA_MODULES, adapter_shapes, get_split, matches
 
-LORA_WEIGHTS = "lora_model_state.pdparams"  # as PaddleNLP calls the file
-LORA_MODULES = ("query_key_value", "dense", "dense_h_to_4h", "dense_4h_to_h")  # the linears of a layer
+LORA_CONFIG = "lora_config.json"  # as PaddleNLP calls the file
+LORA_BASE = "lora_base.json"  # beside it: the fingerprint of the base's weights
+MOST_TARGETS = 64
+
+# The keys of a lora_config.json that change what the adapter is: type, least, most.
+LORA_KEYS = {
+    "r": (int, 1, 1 << 20),
+    "lora_alpha": (float, 1e-30, 1e30),
+    "lora_dropout": (float, 0, 1),
+    "lora_plus_scale": (float, 1e-30, 1e30),
+    "rslora": (bool,),
+    "target_modules": ((list, str),),
+    "base_model_name_or_path": (str,),
+}
+# Other kinds of adapters, by the keys that are set in their files.
+OTHER_KINDS = (
+    *("trainable_modules", "trainable_bias", "enable_lora_list", "do_qat", "pissa"),
+    *("loraga", "use_mora", "lora_use_mixer"),
+)
 
 
-def is_split_adapter(name):
-    """Whether tensor parallelism splits the adapter weight ``name``.
+@dataclasses.dataclass
+class Adapter:
+    """An adapter that a run begins with.
 
-    It splits B where the linear's outputs are split, and A where its inputs are.
+    Attributes:
+        folder: where it lies, or None of a new one.
+        config: its LoRAConfig.
+        weights: numpy by name, those of one process, or None of a new one.
     """
-    return ("query_key_value" in name or "h_to_4h" in name) == name.endswith("lora_B")
+
+    folder: Optional[str]
+    config: LoRAConfig
+    weights: Optional[Arrays] = None
 
 
 class LoRA(LoRAModel):
     """PaddleNLP's LoRAModel with adapters that are the same on one process and split over several."""
 
-    # PaddleNLP splits query_key_value's outputs as one process has them, [all q | all k
-    # | all v], where the model's parts have them head by head, and on one process it
-    # knows no split at all. An adapter trained under tensor parallelism would be
-    # another one on a single process.
+    base_fingerprint = None  # of the base's weights, which is saved beside the adapter
+
+    # PaddleNLP splits query_key_value's outputs as one process has them, [all q | all k | all v], where the
+    # model's parts have them head by head, and on one process it knows no split at all. An adapter trained
+    # under tensor parallelism would be another one on a single process.
     def _get_tensor_parallel_mappings(self, config, is_split=True):
         degree, rank = config.tensor_parallel_degree, config.tensor_parallel_rank
         action = split_or_merge_func(is_split, degree, rank, config.num_attention_heads)
+        splits = {name: get_split(name) for name in self.state_dict() if ".lora_" in name}
         return {
-            name: functools.partial(
-                action, is_column=name.endswith("lora_B"), is_old_qkv="query_key_value" in name
-            )
-            for name in self.state_dict()
-            if ".lora_" in name and is_split_adapter(name)
+            name: functools.partial(action, is_column=split[0] == -1, is_old_qkv=split[1])
+            for name, split in splits.items()
+            if split
         }
 
     def get_tensor_parallel_convert_actions(self, config, names, is_split):
         """Return, as a model does, functions by the names of the weights that processes split."""
         return self._get_tensor_parallel_convert_actions(names, is_split, config=config)
 
-    def read_checkpoint(self, checkpoint):
-        """Return what weights.fill needs of a checkpoint, where every layout has one file."""
-        return [read_arrays(Path(checkpoint, LORA_WEIGHTS))], 1
-
     def state_dict(self, *args, **kwargs):
         """Return the weights by the names that files have, without this wrapper's prefix."""
         return self.model.state_dict(*args, **kwargs)
 
+    def save_pretrained(self, save_directory, *args, **kwargs):
+        """Write the adapter, as PaddleNLP does, and the fingerprint of its base."""
+        super().save_pretrained(save_directory, *args, **kwargs)
+        if self.base_fingerprint and kwargs.get("is_main_process", dist.get_rank() == 0):
+            text = json.dumps({"weights": self.base_fingerprint})
+            write_atomically(Path(save_directory, LORA_BASE), text)
 
-def prepare(arguments, name, dtype, degree):
+
+def resolve_adapter(arguments) -> tuple[str, Optional[Adapter]]:
     """Find out whether the run has an adapter, and which model it belongs to.
 
-    ``arguments.lora`` becomes True where ``name`` is the folder of an adapter.
-
     Args:
-        arguments: what holds --lora, --lora_rank and the other flags of adapters.
-        name (str): --model_name_or_path, a model or the folder of an adapter.
-        dtype (str): of the base's weights. degree (int): of tensor parallelism.
+        arguments (ModelArguments): the flags of the model and of its adapter.
 
     Returns:
-        the name of the model to load, str; the adapter's folder, str, or None for a new
-        one; its LoRAConfig, or None where the run has no adapter.
+        The model to load; the adapter, whose weights are still to be read, or None.
 
     Raises:
         InputError: where the flags contradict the adapter, or there is none for them.
     """
-    if Path(name, "lora_config.json").is_file() and not find_forms(name):
-        arguments.lora, folder = True, name
-        config = load(LoRAConfig, name, "lora_config.json")
-        check_flags(arguments, folder, config)
-        base = arguments.lora_base or config.base_model_name_or_path
+    name = arguments.model_name_or_path
+    if os.path.lexists(Path(name, LORA_CONFIG)) and not find_forms(name):
+        with as_input_error(f"{name}/{LORA_CONFIG} can't be loaded", "give the folder of an adapter"):
+            config = read_lora_config(name)
+        check_flags(arguments, config)
+        adapter, base = Adapter(name, config), arguments.lora_base or config.base_model_name_or_path
+        if not base:
+            raise InputError(f"{name}/{LORA_CONFIG} does not name the adapter's base: give it by --lora_base")
     elif arguments.lora_base:
         raise InputError(
             f"--lora_base is for an adapter, and --model_name_or_path {name} is none: leave it out"
@@ -88,20 +119,42 @@ def prepare(arguments, name, dtype, degree):
             raise InputError(
                 f"--merge_lora: there is no adapter in --model_name_or_path {name}, and no --lora True"
             )
-        return name, None, None
+        return name, None
     else:
-        base, folder = name, None
-        config = new_lora_config(
-            arguments.lora_rank, arguments.lora_alpha, arguments.lora_target_modules, arguments.rslora
+        base, config = (
+            name,
+            new_lora_config(
+                arguments.lora_rank, arguments.lora_alpha, arguments.lora_target_modules, arguments.rslora
+            ),
         )
+        adapter = Adapter(None, config)
     # An absolute path is found from any working directory.
     config.base_model_name_or_path = os.path.abspath(base) if os.path.isdir(base) else base
-    config.dtype, config.tensor_parallel_degree, config.merge_weights = (dtype, degree, False)
-    return base, folder, config
+    return base, adapter
 
 
-def check_flags(arguments, folder, config):
-    """Raise InputError where a flag that was given differs from the adapter in ``folder``."""
+def read_lora_config(folder: str) -> LoRAConfig:
+    """Return the LoRAConfig of the adapter in ``folder``.
+
+    Raises:
+        ValueError: where a value is none that an adapter here can have. OSError: where it can't be read.
+    """
+    values = read_json(Path(folder, LORA_CONFIG))
+    known = take_known(values, LORA_KEYS, LoRAConfig)
+    others = [key for key in OTHER_KINDS if values.get(key)]
+    if others:
+        raise ValueError(f"{others[0]!r} is set, which the adapters here have not")
+    targets = known.get("target_modules", [])
+    targets = known["target_modules"] = [targets] if isinstance(targets, str) else targets
+    if not 0 < len(targets) <= MOST_TARGETS or not all(isinstance(target, str) for target in targets):
+        raise ValueError(f"'target_modules' is no list of one to {MOST_TARGETS} names")
+    for target in targets:
+        matches(target, "")
+    return LoRAConfig(**known)
+
+
+def check_flags(arguments, config: LoRAConfig):
+    """Raise InputError where a flag that was given differs from the adapter's ``config``."""
     modules = arguments.lora_target_modules
     given = {
         "lora_rank": (arguments.lora_rank, config.r),
@@ -111,10 +164,16 @@ def check_flags(arguments, folder, config):
     }
     for flag, (value, saved) in given.items():
         if value is not None and value != saved:
+            folder = arguments.model_name_or_path
             raise InputError(f"--{flag}: the adapter in {folder} has {saved}: leave it out")
 
 
-def new_lora_config(rank=None, alpha=None, modules=None, rslora=False):
+def new_lora_config(
+    rank: Optional[int] = None,
+    alpha: Optional[float] = None,
+    modules: Optional[list[str]] = None,
+    rslora: bool = False,
+) -> LoRAConfig:
     """Return the LoRAConfig of a new adapter."""
     rank = rank or 8
     return LoRAConfig(
@@ -122,55 +181,26 @@ def new_lora_config(rank=None, alpha=None, modules=None, rslora=False):
     )
 
 
-def target_modules(modules=None):
-    """Return the patterns of the linears beside which an adapter stands, list[str]."""
+def target_modules(modules: Optional[list[str]] = None) -> list[str]:
+    """Return the patterns of the linears beside which an adapter stands."""
     return [rf".*\.{module}" for module in LORA_MODULES if module in (modules or LORA_MODULES)]
 
 
-def adapter_shapes(config, lora_config):
-    """Return the shapes of an adapter's weights on one process, by name.
-
-    A is [inputs, rank], B is [rank, outputs].
-    """
-    width, shapes = config.hidden_size, {}
-    linears = {
-        "attention.query_key_value": (width, 3 * width),
-        "attention.dense": (width, width),
-        "mlp.dense_h_to_4h": (width, 4 * width),
-        "mlp.dense_4h_to_h": (4 * width, width),
-    }
-    for number in range(config.num_layers):
-        for linear, (inputs, outputs) in linears.items():
-            name = f"glm.transformer.layers.{number}.{linear}"
-            if any(re.fullmatch(target, name) for target in lora_config.target_modules):
-                shapes[f"{name}.lora_A"] = [inputs, lora_config.r]
-                shapes[f"{name}.lora_B"] = [lora_config.r, outputs]
-    return shapes
-
-
-def adapter_weights(folder, config, lora_config, seed):
-    """Return an adapter's weights on one process, numpy by name, read from ``folder`` or new.
-
-    A new adapter changes nothing yet and is the same on every layout: A is uniform within
-    1 / sqrt(inputs), which is Kaiming's with a slope of sqrt(5), and B is 0.
+def read_adapter_weights(folder: str, config: GLMConfig, lora_config: LoRAConfig) -> Arrays:
+    """Return the weights of the adapter in ``folder``, those of one process, numpy by name.
 
     Args:
-        folder (str): of the adapter, or None. config (GLMConfig): of the base. seed
-        (int): of a new one.
+        folder: of the adapter.
+        config: of the base.
+        lora_config: of the adapter.
 
     Raises:
         InputError: where the file can't be read or doesn't fit the base.
     """
-    shapes = adapter_shapes(config, lora_config)
-    if folder is None:
-        weights = {}
-        for number, (name, shape) in enumerate(shapes.items()):
-            bound = shape[0] ** -0.5 if name.endswith("lora_A") else 0.0
-            values = np.random.default_rng([seed, number]).uniform(-bound, bound, shape)
-            weights[name] = values.astype("float32")
-        return weights
-    path = Path(folder, LORA_WEIGHTS)
+    shapes, path = adapter_shapes(config, lora_config), Path(folder, LORA_WEIGHTS)
     with as_input_error(f"{path} can't be loaded", "give the folder of a whole adapter"):
+        if not shapes:
+            raise ValueError(f"its target_modules are no linears of a GLM: {', '.join(LORA_MODULES)}")
         weights = read_arrays(path)
         found = {name: list(weight.shape) for name, weight in weights.items()}
     for name in sorted({*shapes, *found}):
@@ -180,18 +210,58 @@ def adapter_weights(folder, config, lora_config, seed):
                 f"{found.get(name, 'missing')}, where {shapes.get(name, 'none')} would fit: "
                 "give its own base by --lora_base"
             )
+    with as_input_error(f"{path} can't be loaded", "give the folder of a whole adapter"):
+        for name, shape in shapes.items():
+            check_array(name, weights[name], shape)
     return weights
 
 
-def add_lora(model, lora_config, weights):
-    """Freeze ``model`` and put an adapter with ``weights`` beside its linears. Returns the LoRA."""
+def new_adapter_weights(config: GLMConfig, lora_config: LoRAConfig, seed: int) -> Arrays:
+    """Return the weights of a new adapter, which changes nothing yet and is the same on every layout.
+
+    A is uniform within 1 / sqrt(inputs), which is Kaiming's with a slope of sqrt(5), and B is 0.
+    """
+    weights = {}
+    for number, (name, shape) in enumerate(adapter_shapes(config, lora_config).items()):
+        bound = shape[0] ** -0.5 if name.endswith("lora_A") else 0.0
+        values = np.random.default_rng([seed, number]).uniform(-bound, bound, shape)
+        weights[name] = values.astype("float32")
+    return weights
+
+
+def check_base(folder: str, base: str, fingerprint: Optional[str]):
+    """Raise InputError where the adapter in ``folder`` was trained beside other weights than the base's.
+
+    Adapters of older versions, and those of published names, have no fingerprint and pass.
+    """
+    path = Path(folder, LORA_BASE)
+    if not os.path.lexists(path):
+        return
+    with as_input_error(f"{path} can't be read", "remove it if the adapter's base is the right one"):
+        expected = get_typed(read_json(path), "weights", str)
+    if None not in (expected, fingerprint) and expected != fingerprint:
+        raise InputError(
+            f"the adapter in {folder} was trained beside other weights than those in its base {base}, which "
+            f"have changed since or are another model's: give its own base by --lora_base, or remove {path} "
+            "if they are the same in another file"
+        )
+
+
+def add_lora(model: GLMForConditionalGeneration, pretrained, seed: int) -> LoRA:
+    """Freeze ``model`` and put the adapter of a Pretrained beside its linears, a new one by ``seed``."""
+    adapter, degree = pretrained.adapter, max(model.config.tensor_parallel_degree, 1)
+    config = dataclasses.replace(
+        adapter.config, dtype=model.config.dtype, tensor_parallel_degree=degree, merge_weights=False
+    )
+    weights = adapter.weights or new_adapter_weights(model.config, config, seed)
     with without_weights():  # LoRALinear draws a weight before it takes the layer's
-        lora = LoRA(model, lora_config)
+        lora = LoRA(model, config)
+    lora.base_fingerprint = pretrained.base_fingerprint
     fill(lora, [weights], 1)
     return lora
 
 
-def merge_lora(lora):
+def merge_lora(lora: LoRA) -> GLMForConditionalGeneration:
     """Add the adapters to the weights beside them, in float32, and remove them. Returns the GLM."""
     for layer in lora.model.sublayers():
         if hasattr(layer, "lora_A"):

@@ -1,103 +1,81 @@
 """A model as PyTorch has it: the folder that, beside the published *_glm.py, transformers loads.
 
-It is made from files alone, one weight after the other, so that a model of any size
-needs no device and little memory. Weights are written in the type that they were saved
-in.
+It is made from files alone, one weight after the other, so that a model of any size needs no device and
+little memory. Weights are written in the type that they were saved in.
 """
-
-import json
 
 import numpy as np
 import paddle.distributed as dist
 
+from glm.files import dump_json, read_json
 from glm.outputs.replace import replace_together
-from glm.weights.adapters import adapter_weights
+from glm.weights.adapters import new_adapter_weights
 from glm.weights.formats import LINEAR, release_pages, write_safetensors
-from glm.weights.loading import convert_layout, float32, open_model, saved_dtype
+from glm.weights.loading import convert_layout, make_model, saved_dtype, to_float32
+from glm.weights.pretrained import CONFIG_KEYS
 
-# The classes of the published configuration_glm.py, modeling_glm.py and
-# tokenization_glm.py.
+# The classes of the published configuration_glm.py, modeling_glm.py and tokenization_glm.py.
 AUTO_MAP = {
     "AutoConfig": "configuration_glm.GLMConfig",
     "AutoModel": "modeling_glm.GLMModel",
     "AutoModelForSeq2SeqLM": "modeling_glm.GLMForConditionalGeneration",
 }
 TOKENIZER_MAP = {"AutoTokenizer": ["tokenization_glm.GLMChineseTokenizer", None]}
-CONFIG_KEYS = (
-    "attention_dropout_prob",
-    "attention_scale",
-    "block_position_encoding",
-    "checkpoint_num_layers",
-    "embedding_dropout_prob",
-    "hidden_size",
-    "initializer_range",
-    "max_sequence_length",
-    "model_type",
-    "num_attention_heads",
-    "num_layers",
-    "output_dropout_prob",
-    "output_predict",
-    "parallel_output",
-    "pool_token",
-    "relative_encoding",
-    "spell_func",
-    "spell_length",
-    "vocab_size",
-)
+# PaddleNLP's keys that the published config.json has not.
+NOT_PUBLISHED = ("layernorm_epsilon", "use_scaled_init_for_output_weights")
 
 
-def export_torch(output_dir, base, config, tokenizer, lora_config=None, adapter=None):
+def export_torch(output_dir: str, pretrained):
     """Write output_dir/torch/: model.safetensors, config.json and the tokenizer's files.
 
-    The folder is written whole or not at all, by the first process.
+    The folder is written completely or not at all, by the first process.
 
     Args:
-        base (str): the model to read, a folder or a published name.
-        config (GLMConfig): of the base.
-        lora_config (LoRAConfig), adapter (str): of the adapter that is merged, and its
-            folder, or None.
+        output_dir: the folder of the run.
+        pretrained (Pretrained): the model. Its adapter is merged.
 
     Raises:
-        InputError: where the base or the adapter can't be read.
+        InputError: where the model can't be read.
     """
     with replace_together(output_dir) as unfinished:
         if dist.get_rank() == 0:
             folder = unfinished / "torch"
             folder.mkdir()
-            changes = adapter_weights(adapter, config, lora_config, 0) if lora_config else {}
-            path = folder / "model.safetensors"
-            dtype = write_weights(path, base, config, changes, lora_config)
-            write_config(folder, config, dtype)
-            write_tokenizer(folder, tokenizer)
+            dtype = write_weights(folder / "model.safetensors", pretrained)
+            write_config(folder, pretrained.config, dtype)
+            write_tokenizer(folder, pretrained.tokenizer)
 
 
-def write_weights(path, base, config, adapter, lora_config):
-    """Write the weights of ``base``, with an adapter's arrays merged, by their published names.
+def write_weights(path, pretrained) -> str:
+    """Write the weights of a Pretrained, its adapter's merged, by their published names.
 
     Returns:
-        their type as PyTorch calls it, str.
+        Their type as PyTorch calls it.
     """
-    model, parts, saved_degree = open_model(base, config)
-    convert, weights = convert_layout(model, saved_degree), model.state_dict()
-    shapes, arrays = {}, parts[0]
+    parts, adapter = pretrained.arrays, pretrained.adapter
+    changes, shapes = {}, {}
+    if adapter:
+        changes = adapter.weights or new_adapter_weights(pretrained.config, adapter.config, seed=0)
+    model = make_model(pretrained.config)
+    convert, weights = convert_layout(model, len(parts)), model.state_dict()
     for name, weight in weights.items():
         shape = weight.shape[::-1] if LINEAR.fullmatch(name) else weight.shape
-        shapes[name.removeprefix("glm.")] = (arrays[name].dtype, shape)
+        shapes[name.removeprefix("glm.")] = (parts[0][name].dtype, shape)
 
     def merged_arrays():
         for name in weights:
-            array, linear = (convert(name, [part[name] for part in parts]), name.removesuffix(".weight"))
-            if f"{linear}.lora_A" in adapter:
-                change = adapter[f"{linear}.lora_A"] @ adapter[f"{linear}.lora_B"]
-                array = cast(float32(array) + lora_config.scaling * change, array.dtype)
+            array, linear = convert(name, [part[name] for part in parts]), name.removesuffix(".weight")
+            if f"{linear}.lora_A" in changes:
+                a, b = (to_float32(changes[f"{linear}.lora_{matrix}"]) for matrix in "AB")
+                array = cast(to_float32(array) + adapter.config.scaling * (a @ b), array.dtype)
             yield np.ascontiguousarray(array.T if LINEAR.fullmatch(name) else array)
             release_pages(parts[0][name])
 
     write_safetensors(path, shapes, merged_arrays())
-    return saved_dtype(arrays["glm.word_embeddings.weight"])
+    return saved_dtype(parts[0]["glm.word_embeddings.weight"])
 
 
-def cast(array, dtype):
+def cast(array: np.ndarray, dtype) -> np.ndarray:
     """Return a float32 array in another type; uint16 stands for bfloat16, rounded to nearest even."""
     if dtype != np.uint16:
         return array.astype(dtype)
@@ -105,26 +83,26 @@ def cast(array, dtype):
     return ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16).astype("uint16")
 
 
-def write_config(folder, config, dtype):
+def write_config(folder, config, dtype: str):
     """Write config.json with the published keys."""
-    values = {key: getattr(config, key) for key in CONFIG_KEYS if hasattr(config, key)}
-    values.update(architectures=["GLMModel"], auto_map=AUTO_MAP, torch_dtype=dtype)
+    values = {key: getattr(config, key) for key in CONFIG_KEYS if key not in NOT_PUBLISHED}
+    values.update(model_type="glm", architectures=["GLMModel"], auto_map=AUTO_MAP, torch_dtype=dtype)
     write_json(folder / "config.json", values)
 
 
 def write_tokenizer(folder, tokenizer):
     """Write the sentencepiece model, tokenizer_config.json and added_tokens.json."""
     tokenizer.save_pretrained(str(folder))
-    path = folder / "tokenizer_config.json"
-    values = json.loads(path.read_text(encoding="utf-8"))
+    values = read_json(folder / "tokenizer_config.json")
     values.update(
         additional_special_tokens=tokenizer.additional_special_tokens,
         auto_map=TOKENIZER_MAP,
         tokenizer_class="GLMChineseTokenizer",
         use_fast=False,
     )
-    write_json(path, values)
+    write_json(folder / "tokenizer_config.json", values)
 
 
-def write_json(path, values):
-    path.write_text(json.dumps(values, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+def write_json(path, values: dict):
+    """Write ``values`` as a JSON file that people read."""
+    path.write_text(dump_json(values, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

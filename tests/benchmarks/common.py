@@ -79,13 +79,12 @@ def save_model(folder, layers, width):
 
 
 def load_model(folder):
-    from paddlenlp.transformers import AutoConfig
-
     from glm.device import use_the_whole_cpu
-    from glm.weights import loading as weights
+    from glm.weights import loading, pretrained
 
     use_the_whole_cpu()
-    return weights.load_model(folder, AutoConfig.from_pretrained(folder))
+    config = pretrained.read_config(folder, folder)
+    return loading.load_model(pretrained.Pretrained(folder, folder, folder, config, tokenizer=None))
 
 
 def matrix_products(model, rows, head_rows, backward=False):

@@ -12,6 +12,7 @@ float32 and on this machine.
 
 import json
 import tempfile
+from types import SimpleNamespace
 
 import numpy as np
 import paddle
@@ -33,6 +34,7 @@ from glm.arguments import GenerationArguments, GLMTrainingArguments
 from glm.decoding.decoder import beam_search
 from glm.training import memory
 from glm.weights import adapters as lora
+from glm.weights.shapes import LORA_MODULES, count_parameters
 from utils import GLMTrainer
 
 CARDS = (16, 24, 40, 80)  # GiB
@@ -42,7 +44,7 @@ MODELS = {
 }
 
 
-def config_of_lora(rank=8, modules=lora.LORA_MODULES, **kwargs):
+def config_of_lora(rank=8, modules=LORA_MODULES, **kwargs):
     return LoRAConfig(
         r=rank, lora_alpha=2 * rank, target_modules=[rf".*\.{module}" for module in modules], **kwargs
     )
@@ -98,8 +100,8 @@ def check(args):
     model = load_model(args.model)
     lora_config = config_of_lora(dtype="float32") if "lora" in flags else None
     if lora_config:
-        weights = lora.adapter_weights(None, model.config, lora_config, 0)
-        model = lora.add_lora(model, lora_config, weights)
+        adapter = lora.Adapter(None, lora_config)
+        model = lora.add_lora(model, SimpleNamespace(adapter=adapter, base_fingerprint=None), seed=0)
     rng, dataset = np.random.default_rng(0), []
     for index in range(3 * args.batch_size):  # as long as they may be
         source = rng.integers(10, 50000, args.source - 3).tolist()
@@ -161,7 +163,7 @@ def check(args):
             setting.num_beams = generation.num_beams
             estimate = memory.evaluation_memory(setting)
             speed = None
-    count, trained = memory.count_parameters(model.config, lora_config=lora_config)
+    count, trained = count_parameters(model.config, lora_config=lora_config)
     return {
         "estimate": estimate["total"],
         "peak": memory.memory_peak(),
