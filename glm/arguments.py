@@ -14,8 +14,8 @@ from paddlenlp.utils.log import logger
 from glm.checks import check_argument, check_together
 from glm.device import supports_dtype, supports_tensor_parallelism, use_device
 from glm.errors import InputError, as_input_error
-from glm.weights.shapes import LORA_MODULES
 
+LORA_MODULES = ("query_key_value", "dense", "dense_h_to_4h", "dense_4h_to_h")  # the linears of a layer
 METRICS = ("loss", "rouge1", "rouge2", "rougel", "bleu4")
 
 

@@ -25,13 +25,12 @@ from paddlenlp.utils.log import logger
 
 import finetune_generation
 from data import DataCollator, build_features
-from glm.arguments import GenerationArguments, GLMTrainingArguments, ModelArguments
+from glm.arguments import LORA_MODULES, GenerationArguments, GLMTrainingArguments, ModelArguments
 from glm.decoding.decoder import beam_search
 from glm.outputs.checkpoints import read_run
 from glm.outputs.folder import RunFolder
 from glm.weights import adapters as lora
 from glm.weights.pretrained import find_pretrained
-from glm.weights.shapes import LORA_MODULES
 from utils import GLMTrainer
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -24,8 +24,9 @@ from helpers import (
 from paddlenlp.transformers import GLMConfig, GLMForConditionalGeneration
 
 from data import DataCollator
+from glm.arguments import LORA_MODULES
 from glm.weights import adapters as lora
-from glm.weights.shapes import LORA_MODULES, adapter_shapes, get_split
+from glm.weights.shapes import adapter_shapes, get_split
 
 
 def random_adapter(model, config, seed=0):

@@ -14,11 +14,12 @@ from paddlenlp.peft import LoRAConfig, LoRAModel
 from paddlenlp.transformers import GLMConfig, GLMForConditionalGeneration
 from paddlenlp.transformers.conversion_utils import split_or_merge_func
 
+from glm.arguments import LORA_MODULES
 from glm.errors import InputError, as_input_error
 from glm.files import get_typed, read_json, take_known, write_atomically
 from glm.weights.formats import find_forms, read_arrays
 from glm.weights.loading import LORA_WEIGHTS, Arrays, check_array, fill, without_weights
-from glm.weights.shapes import LORA_MODULES, adapter_shapes, get_split, matches
+from glm.weights.shapes import adapter_shapes, get_split, matches
 
 LORA_CONFIG = "lora_config.json"  # as PaddleNLP calls the file
 LORA_BASE = "lora_base.json"  # beside it: the fingerprint of the base's weights

@@ -7,8 +7,6 @@ import numpy as np
 from paddlenlp.peft import LoRAConfig
 from paddlenlp.transformers import GLMConfig
 
-LORA_MODULES = ("query_key_value", "dense", "dense_h_to_4h", "dense_4h_to_h")  # the linears of a layer
-
 # The axis along which tensor parallelism splits a weight, and whether its outputs are by head then:
 # [q k v] of one head after the other, where one process has all q, all k, all v. Of an adapter it
 # splits B where the linear's outputs are split, and A where its inputs are.

@@ -30,11 +30,11 @@ from paddlenlp.peft import LoRAConfig
 from paddlenlp.transformers import GLMConfig
 
 from data import DataCollator, build_features
-from glm.arguments import GenerationArguments, GLMTrainingArguments
+from glm.arguments import LORA_MODULES, GenerationArguments, GLMTrainingArguments
 from glm.decoding.decoder import beam_search
 from glm.training import memory
 from glm.weights import adapters as lora
-from glm.weights.shapes import LORA_MODULES, count_parameters
+from glm.weights.shapes import count_parameters
 from utils import GLMTrainer
 
 CARDS = (16, 24, 40, 80)  # GiB
