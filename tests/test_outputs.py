@@ -161,7 +161,7 @@ def test_what_is_read_back_is_what_was_written(tmp_path, data, adapter, form, wr
         args = ["--do_eval", "--lora", lora, *flags(model_name_or_path=base, max_steps=2)]
         run(*TRAIN, *common, *args)
     found = {path.name for path in find(model, WEIGHTS)}
-    expected = {"lora_config.json", "lora_model_state.pdparams"}
+    expected = {"lora_base.json", "lora_config.json", "lora_model_state.pdparams"}
     assert found == (expected if written == "adapter" else {"model_state.pdparams"})
     assert "notes.txt" in names(model) and "test_results.json" not in names(model)
     args = flags(model_name_or_path=model, task_name=data, output_dir=tmp_path / "again")
