@@ -49,7 +49,7 @@ def read_json(path):
             object. OSError: where it can't be opened.
     """
     with open_regular(path) as file:
-        data = file.read(LARGEST_JSON + 1)
+        data = file.read(min(os.fstat(file.fileno()).st_size, LARGEST_JSON) + 1)
     if len(data) > LARGEST_JSON:
         raise ValueError(f"it is larger than {LARGEST_JSON >> 20} MiB")
     values = parse_json(data.decode("utf-8-sig"))

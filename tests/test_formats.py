@@ -2,11 +2,16 @@
 
 import copy
 import json
+import os
+import pickle
 import shutil
 import struct
 import subprocess
 import sys
+import time
+import tracemalloc
 import zipfile
+from pathlib import Path
 
 import numpy as np
 import paddle
@@ -14,6 +19,7 @@ import pytest
 from helpers import FAST, MINI, ROOT, TINY_GLM, pretrained_in, random_glm, read_jsonl, run
 from paddlenlp.transformers import AutoConfig, GLMConfig
 from test_lora import lora_config, random_adapter
+from test_pickles import call, named, number, shape, text
 from test_weights import bfloat16_bits
 
 from glm.errors import InputError
@@ -24,14 +30,6 @@ from glm.weights import torch_folder as export
 
 STORAGES = {"float32": "FloatStorage", "float16": "HalfStorage", "uint16": "BFloat16Storage"}
 TYPES = {"float32": "F32", "float16": "F16", "uint16": "BF16"}
-
-
-def text(value):
-    return b"X" + struct.pack("<I", len(value)) + value.encode()
-
-
-def number(value):
-    return b"J" + struct.pack("<i", value)
 
 
 def pickled(arrays):
@@ -92,6 +90,10 @@ def write_pt(path, arrays):
     write_safetensors(path, arrays, {"format": "pt"})
 
 
+def write_np(path, arrays):
+    write_safetensors(path, arrays, {"format": "np"})
+
+
 def as_torch(arrays):
     """In PyTorch's layout, by the names of a GLMModel."""
     return {
@@ -111,8 +113,9 @@ WRITERS = {
     "bin shards": lambda d, a: write_shards(write_torch_zip, d, "pytorch_model.bin", as_torch(a)),
     "pt": lambda d, a: write_pt(d / "model.safetensors", as_torch(a)),
     "pt shards": lambda d, a: write_shards(write_pt, d, "model.safetensors", as_torch(a)),
-    "np": lambda d, a: write_safetensors(d / "model.safetensors", a, {"format": "np"}),
+    "np": lambda d, a: write_np(d / "model.safetensors", a),
     "no format": lambda d, a: write_safetensors(d / "model.safetensors", a, None),
+    "np shards": lambda d, a: write_shards(write_np, d, "model.safetensors", a),
     "pdparams": lambda d, a: paddle.save(a, str(d / "model_state.pdparams")),
     "pdparams shards": lambda d, a: write_shards(
         lambda path, part: paddle.save(part, str(path)), d, "model_state.pdparams", a
@@ -402,3 +405,331 @@ def test_the_script_hands_on_what_it_trained(tmp_path):
         run("--model_name_or_path", out / "torch", *common, "--do_eval", "--output_dir", again)
         rows = [read_jsonl(path / "eval_predictions.jsonl") for path in (out, again)]
         assert [row["token_ids"] for row in rows[0]] == [row["token_ids"] for row in rows[1]]
+
+
+# Files of a stranger; their pickles are in test_pickles.py
+
+
+FLOATS, EIGHT = named("torch", "FloatStorage"), np.arange(8, dtype="float32")
+
+
+def tensor(sizes=(2,), strides=(1,), offset=0, key="0", kind=FLOATS, identity=None):
+    """A tensor of PyTorch, of a storage of eight values."""
+    identity = identity or b"(" + text("storage") + kind + text(key) + text("cpu") + number(8) + b"tQ"
+    axes = [axis if isinstance(axis, bytes) else shape(*axis) for axis in (sizes, strides)]
+    return call(named("torch._utils", "_rebuild_tensor_v2"), identity, number(offset), *axes, b"\x89", b"N")
+
+
+def torch_file(path, form, value):
+    """Write a file of PyTorch with ``value`` as "w", and its storage "0" of 0..7."""
+    data = b"\x80\x02}" + text("w") + value + b"s."
+    if form == "zip":
+        return write_torch_zip(path, {"w": EIGHT}, pickle=data)
+    keys = b"\x80\x02](" + text("0") + b"e."
+    start = (b"\x80\x02" + number(1) + b".") * 2 + b"\x80\x02}."
+    path.write_bytes(start + data + keys + struct.pack("<q", 8) + EIGHT.tobytes())
+
+
+HOSTILE_TENSORS = {
+    "stride of 0": (tensor((1 << 40,), (0,)), "larger than"),
+    "a small stride of 0": (tensor((9,), (0,)), "larger than the storage"),
+    "overlapping": (tensor((4, 4), (1, 1)), "larger than the storage"),
+    "two strides of 0": (tensor((1 << 33, 1 << 33), (0, 0)), "larger than"),
+    "offset": (tensor(offset=7), "larger than the storage"),
+    "huge offset": (tensor(offset=1 << 62), "larger than the storage"),
+    "offset of 2 ** 64": (tensor(offset=1 << 64), "has no storage"),
+    "negative offset": (tensor(offset=-1), "has no storage"),
+    "negative stride": (tensor(strides=(-1,), offset=7), "the strides"),
+    "stride that wraps": (tensor((5,), (1 << 62,)), "larger than the storage"),
+    "stride of a float": (tensor(strides=(b"G" + bytes(8),)), "the strides"),
+    "fewer strides": (tensor((2, 2), (1,)), "the strides"),
+    "no strides": (tensor(strides=b"N"), "the strides"),
+    "negative shape": (tensor((-1,)), "the shape"),
+    "shape of text": (tensor(text("ab")), "the shape"),
+    "100 axes": (tensor((1,) * 100, (1,) * 100), "the shape"),
+    "key of another file": (tensor(key="../data.pkl"), "missing|no weight is in"),
+    "objects": (tensor(kind=text("O")), "of a type that no weight is"),
+    "a dtype by its name": (tensor(kind=call(named("numpy", "dtype"), text("O"))), "no weight is"),
+    "whole numbers": (tensor(kind=named("torch", "LongStorage")), "it holds torch.LongStorage"),
+    "identity of text": (tensor(identity=text("storage") + b"Q"), "damaged"),
+    "short identity": (tensor(identity=b"(tQ"), "too short"),
+    "identity by name": (tensor(identity=b"P0\n"), "an operation"),
+    "two types": (b"(" + tensor() + tensor(kind=named("torch", "HalfStorage")) + b"t", "of two types"),
+    "parameter of text": (
+        call(named("torch._utils", "_rebuild_parameter"), text("x")),
+        "w is no tensor|no weight is in",
+    ),
+    "no arguments": (call(named("torch._utils", "_rebuild_tensor_v2")), "damaged"),
+    "call of a type": (call(named("torch", "FloatStorage"), number(1 << 30)), "damaged"),
+    "a dict": (b"}", "w is no tensor|no weight is in"),
+}
+
+
+def refused(path, message):
+    """Check that ``path`` is refused in one printable line, in little time and memory."""
+    start = time.monotonic()
+    tracemalloc.start()
+    try:
+        with pytest.raises(ValueError, match=message) as caught:
+            formats.read_file(path)
+        assert tracemalloc.get_traced_memory()[1] < 64 << 20
+    finally:
+        tracemalloc.stop()
+    line = str(caught.value)
+    assert line.startswith(f"{path.name}: ") and line.isprintable() and len(line) < 400
+    assert time.monotonic() - start < 30
+
+
+@pytest.mark.parametrize("form", ["zip", "stream"])
+@pytest.mark.parametrize("case", HOSTILE_TENSORS)
+def test_hostile_tensors(tmp_path, case, form):
+    value, message = HOSTILE_TENSORS[case]
+    torch_file(tmp_path / "pytorch_model.bin", form, value)
+    refused(tmp_path / "pytorch_model.bin", message)
+
+
+@pytest.mark.parametrize("form", ["zip", "stream"])
+@pytest.mark.parametrize(
+    "sizes, strides, offset", [((2, 4), (4, 1), 0), ((4, 2), (1, 4), 0), ((2,), (3,), 2), ((3, 2), (1, 1), 1)]
+)
+def test_views_of_a_storage(tmp_path, form, sizes, strides, offset):
+    """Tensors that share one: the whole, transposed, every third value, overlapping windows."""
+    torch_file(tmp_path / "pytorch_model.bin", form, tensor(sizes, strides, offset))
+    found = formats.read_file(tmp_path / "pytorch_model.bin")["w"]
+    values = np.arange(8, dtype="float32")[offset:]
+    expected = np.lib.stride_tricks.as_strided(values, sizes, [4 * stride for stride in strides])
+    np.testing.assert_array_equal(found, expected)
+
+
+def zip_of(path, *entries, compression=zipfile.ZIP_STORED):
+    with zipfile.ZipFile(path, "w", compression) as archive:
+        for name, data in entries:
+            archive.writestr(name, data)
+
+
+GOOD = b"\x80\x02}" + text("w") + tensor() + b"s."
+PICKLE, VALUES = ("archive/data.pkl", GOOD), ("archive/data/0", bytes(32))
+
+
+def change(path, old, new):
+    """Replace the last ``old``, which is in the zip's directory."""
+    start, _, end = path.read_bytes().rpartition(old)
+    path.write_bytes(start + new + end)
+
+
+@pytest.mark.parametrize(
+    "entries, message",
+    [
+        ([VALUES], "no data.pkl"),
+        ([PICKLE], "missing"),
+        ([PICKLE, ("other/data.pkl", GOOD), VALUES], "damaged"),
+        ([("archive/sub/data.pkl", GOOD), VALUES], "no data.pkl"),
+        ([PICKLE, ("archive/data/../data/0", bytes(32))], "missing"),
+    ],
+)
+def test_hostile_zip_entries(tmp_path, entries, message):
+    zip_of(tmp_path / "pytorch_model.bin", *entries)
+    refused(tmp_path / "pytorch_model.bin", message)
+
+
+def test_hostile_zips(tmp_path):
+    path = tmp_path / "pytorch_model.bin"
+    zip_of(path, ("archive/data.pkl", GOOD + bytes(10**8)), VALUES, compression=zipfile.ZIP_DEFLATED)
+    refused(path, "its archive/data.pkl is compressed")
+    size, end = struct.pack("<I", 32), struct.pack("<I", 1 << 30)
+    for old, new, message in (
+        (size + size, end + end, "truncated"),  # larger than the file
+        (size + size, size + end, "compressed"),  # of two sizes
+        (b"PK\1\2", b"PK\1\3", "truncated"),
+        (b"PK\5\6", b"PK\5\7", "truncated"),
+    ):
+        zip_of(path, PICKLE, VALUES)
+        change(path, old, new)
+        refused(path, message)
+    for place in (0, 1, 1 << 31, (1 << 32) - 2):  # of an entry, by the directory
+        zip_of(path, PICKLE, VALUES)
+        offset = struct.pack("<I", 30 + len("".join(PICKLE[:1])) + len(GOOD))
+        change(path, offset + b"archive/data/0", struct.pack("<I", place) + b"archive/data/0")
+        refused(path, "damaged")
+
+
+def test_hostile_streams(tmp_path):
+    path = tmp_path / "pytorch_model.bin"
+    torch_file(path, "stream", tensor())
+    good = path.read_bytes()
+    stored = good[-40:]
+    for count in (9, 1 << 40, -1, -(1 << 63)):
+        path.write_bytes(good[:-40] + struct.pack("<q", count) + stored[8:])
+        refused(path, "truncated")
+    keys = b"\x80\x02](" + text("0") + b"e."
+    for other in (text("1"), b"K\1", b"]", b"N"):
+        path.write_bytes(good.replace(keys, b"\x80\x02](" + other + b"e."))
+        refused(path, "a storage that no weight is in")
+    path.write_bytes(good.replace(keys, b"\x80\x02}."))
+    refused(path, "missing")
+    for part in (good[:1], good[:40], good[:-41], b"\x80\x02}.", b"\x93NUMPY", b"{}"):
+        path.write_bytes(part)
+        refused(path, "truncated")
+
+
+ENTRY = {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}
+HOSTILE_HEADERS = {
+    **{
+        f"{key} {value}": ({"w": {**ENTRY, key: value}}, message)
+        for key, message, values in [
+            (
+                "data_offsets",
+                "the place of its w|truncated|differs",
+                [[-8, 0], [8, 0], [0, 1 << 62], [0, 12]],
+            ),
+            (
+                "data_offsets",
+                "the place of its w|damaged",
+                [[0], [0, 4, 8], ["0", "8"], [0.0, 8.0], [False, 8]],
+            ),
+            ("data_offsets", "the place of its w|damaged", [None, 8, "08", [float("nan"), 8], [0, 1 << 64]]),
+            ("shape", "the shape", [[-2], [-1, -2], [1 << 40, 1 << 40], [0, 2], [], "2", None, [2.0], [[2]]]),
+            ("shape", "the shape", [[True, 2], [1] * 99 + [2], [float("nan")], [(1 << 63) + 1, 2], 2]),
+            ("dtype", "no weight is", ["X9", "f4", "O", "\x1b[2J", "x" * 10**6, None, 5, "BOOL", "I64"]),
+            ("dtype", "damaged", [[], {}]),
+        ]
+        for value in values
+    },
+    "overlap": ({"a": ENTRY, "b": {**ENTRY, "data_offsets": [4, 12]}}, "overlap"),
+    "all of the same": (dict.fromkeys(["a", "b", "c"], ENTRY), "overlap"),
+    "a name twice": (b'{"w": {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}, "w": {}}', "twice"),
+    "a name with escapes": ({"\x1b[2J": ENTRY}, "no weight has"),
+    "a name of 1 MB": ({"n" * 10**6: ENTRY}, "no weight has"),
+    "an entry that is none": ({"w": None}, "damaged"),
+    "an entry without a shape": ({"w": {"dtype": "F32"}}, "damaged"),
+    "a list": (b"[]", "no table"),
+    "a number": (b"5", "no table"),
+    "metadata": (b'{"__metadata__": []}', "no table"),
+    "brackets": (b"[" * 100_000, "too deeply"),
+    "dicts": (b'{"a":' * 100_000, "too deeply"),
+    "no JSON": (b"\0" * 16, ""),
+    "no UTF-8": (b'{"\xff": 1}', ""),
+    "nothing": (b"", ""),
+    "larger than 32 MiB": (b" " * (33 << 20) + b"{}", "larger than 32 MiB"),
+}
+
+
+@pytest.mark.parametrize("case", HOSTILE_HEADERS)
+def test_hostile_headers(tmp_path, case):
+    header, message = HOSTILE_HEADERS[case]
+    header = header if isinstance(header, bytes) else json.dumps(header).encode()
+    path = tmp_path / "model.safetensors"
+    path.write_bytes(struct.pack("<Q", len(header)) + header + bytes(12))
+    refused(path, message or "model.safetensors")
+
+
+@pytest.mark.parametrize("length", [1 << 20, 1 << 40, 1 << 63, (1 << 64) - 8, (1 << 64) - 1])
+def test_a_header_longer_than_its_file(tmp_path, length):
+    path = tmp_path / "model.safetensors"
+    path.write_bytes(struct.pack("<Q", length) + json.dumps({"w": ENTRY}).encode() + bytes(8))
+    refused(path, "truncated")
+
+
+@pytest.mark.parametrize(
+    "weight_map, message",
+    [
+        *[(None, "no weight_map"), ([], "no weight_map"), ("x", "no weight_map")],
+        *[({"w": name}, "no plain name") for name in ("../w.bin", "/dev/zero", "a/w.bin", "", ".", "..")],
+        *[({"w": name}, "no plain name") for name in (5, None, ["w.bin"], "a\0", "../\x1b[2J" + "x" * 10**5)],
+        ({"w": "model.safetensors.index.json"}, "which is an index itself"),
+        ({"w": "gone.safetensors"}, "gone.safetensors: No such file"),
+        ({"w": "pipe.safetensors"}, "pipe.safetensors: it is no regular file"),
+        ({"w": "device.bin"}, "device.bin: it is no regular file"),
+        ({"w": "folder.pdparams"}, "folder.pdparams: it is no regular file"),
+        ({"w\x1b[2J": "w.safetensors"}, "no weight has"),
+        ({"other": "w.safetensors"}, "other is not in w.safetensors"),
+    ],
+)
+def test_hostile_indexes(tmp_path, weight_map, message):
+    write_safetensors(tmp_path / "w.safetensors", {"w": TINY[NORM]}, None)
+    os.mkfifo(tmp_path / "pipe.safetensors")
+    (tmp_path / "device.bin").symlink_to("/dev/zero")
+    (tmp_path / "folder.pdparams").mkdir()
+    path = tmp_path / "model.safetensors.index.json"
+    path.write_text(json.dumps({"weight_map": weight_map}))
+    refused(path, message)
+
+
+@pytest.mark.parametrize("name", ["model_state.pdparams", "model.safetensors", "pytorch_model.bin", "a.json"])
+def test_what_is_no_regular_file(tmp_path, name):
+    for make in (Path.mkdir, os.mkfifo, lambda path: path.symlink_to("/dev/zero")):
+        make(tmp_path / name)
+        refused(tmp_path / name, "it is no regular file")
+        (tmp_path / name).rename(tmp_path / f"not {len(list(tmp_path.iterdir()))}")
+
+
+def test_the_index_says_which_shard_a_weight_is_in(tmp_path):
+    """Another shard, which is read later, holds an old copy of it."""
+    folder = folder_of(tmp_path / "model", "np shards")
+    index = json.loads((folder / "model.safetensors.index.json").read_text())["weight_map"]
+    name = min(name for name, file in index.items() if file.startswith("model-00001"))
+    second = folder / "model-00002-of-00002.safetensors"
+    others = {key: np.array(array) for key, array in formats.read_file(second).items()}
+    write_safetensors(second, {**others, name: TINY[name] + 1}, {"format": "np"})
+    found = formats.read_file(folder / "model.safetensors.index.json")
+    assert found.keys() == TINY.keys()
+    np.testing.assert_array_equal(found[name], TINY[name])
+
+
+def grad_scaler(scale, count):
+    """A GradScaler as on a card; on a CPU a new one is switched off."""
+    scaler = paddle.amp.GradScaler.__new__(paddle.amp.GradScaler)
+    scaler._enable, scaler._scale, scaler._incr_count = True, paddle.to_tensor([scale]), count
+    scaler._incr_ratio, scaler._decr_ratio, scaler._decr_count = 2.0, 0.5, 0
+    scaler._incr_every_n_steps, scaler._decr_every_n_nan_or_inf = 1000, 2
+    scaler._use_dynamic_loss_scaling = True
+    return scaler
+
+
+def test_the_state_of_a_loss_scaler_and_of_a_schedule(tmp_path):
+    """They are read as paddle.load reads them, and a run goes on with them."""
+    path, saved, scaler = tmp_path / "scaler.pdparams", grad_scaler(4096.0, 7), grad_scaler(1.0, 0)
+    paddle.save(saved.state_dict(), str(path))
+    state = formats.read_state(path, scaler.state_dict())
+    assert state == paddle.load(str(path), return_numpy=True) == saved.state_dict()
+    scaler.load_state_dict(state)
+    assert scaler.state_dict() == saved.state_dict() and scaler.state_dict()["scale"] == 4096
+    assert formats.read_state(path, {}) == {}  # of a run without loss scaling
+
+    path = tmp_path / "scheduler.pdparams"
+    schedules = [paddle.optimizer.lr.LambdaDecay(0.1, lambda step: 0.5**step) for _ in range(2)]
+    schedules[0].step(3)
+    paddle.save(schedules[0].state_dict(), str(path))
+    schedules[1].set_state_dict(formats.read_state(path, schedules[1].state_dict()))
+    assert schedules[1].state_dict() == schedules[0].state_dict() == {"last_epoch": 3, "last_lr": 0.0125}
+
+
+@pytest.mark.parametrize(
+    "state, message",
+    [
+        ({"last_lr": 0.1}, "it has no last_epoch"),
+        ({"last_epoch": "3", "last_lr": 0.1}, "its last_epoch is of type str: it must be of type int"),
+        ({"last_epoch": True, "last_lr": 0.1}, "of type bool"),
+        ({"last_epoch": 3.5, "last_lr": 0.1}, "of type float"),
+        ({"last_epoch": 3, "last_lr": float("nan")}, "its last_lr is not finite"),
+        ({"last_epoch": 3, "last_lr": float("inf")}, "its last_lr is not finite"),
+        ({"last_epoch": 3, "last_lr": [0.1]}, "of type list"),
+        ({"last_epoch": 3, "last_lr": None}, "of type NoneType"),
+        ({"last_epoch": 3, "last_lr": np.zeros(2)}, "of type ndarray"),
+        ({"last_epoch": 10**30, "last_lr": 0.1}, "no number"),
+        ([], "no weights by name"),
+    ],
+)
+def test_hostile_states(tmp_path, state, message):
+    path = tmp_path / "scheduler.pdparams"
+    path.write_bytes(pickle.dumps(state, 4))
+    with pytest.raises(ValueError, match=f"scheduler.pdparams: .*{message}"):
+        formats.read_state(path, {"last_epoch": 0, "last_lr": 1e-5})
+
+
+def test_a_state_that_would_run(tmp_path):
+    path = tmp_path / "scheduler.pdparams"
+    path.write_bytes(b"\x80\x02" + call(named("posix", "system"), text(f"touch {tmp_path}/ran")) + b".")
+    with pytest.raises(ValueError, match="holds posix.system"):
+        formats.read_state(path, {"last_epoch": 0})
+    assert not (tmp_path / "ran").exists()

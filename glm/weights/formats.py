@@ -308,11 +308,14 @@ def _read_torch_zip(path, data):
         if entry.compress_type != zipfile.ZIP_STORED or entry.compress_size != entry.file_size:
             raise ValueError(f"its {printable(entry.filename, 80)} is compressed")
         # A local header is 30 bytes, then a name and a field of the lengths that it says.
-        offset = entry.header_offset
-        header = data[max(offset, 0) : offset + 30]
-        start = offset + 30 + sum(int.from_bytes(header[at : at + 2], "little") for at in (26, 28))
-        if header[:4] != b"PK\3\4" or start + entry.file_size > len(data) or name in parts:
-            raise ValueError("it is damaged")
+        header = data[max(entry.header_offset, 0) :]
+        lengths = [int.from_bytes(header[at : at + 2], "little") for at in (26, 28)]
+        local_name = bytes(header[30 : 30 + lengths[0]])
+        start = entry.header_offset + 30 + sum(lengths)
+        if header[:4] != b"PK\3\4" or not local_name.endswith(f"/{name}".encode()) or name in parts:
+            raise ValueError("it is damaged: its directory says other places than its parts")
+        if start + entry.file_size > len(data):
+            raise ValueError("it is truncated")
         parts[name] = data[start : start + entry.file_size]
     if "data.pkl" not in parts:
         raise ValueError("it has no data.pkl, which torch.save writes")
