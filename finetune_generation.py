@@ -73,13 +73,15 @@ def run(model_args, data_args, generation, args, folder=None, output=None):
         export_torch(args.output_dir, pretrained)
         logger.eval(f"done: in {args.output_dir} is torch")
         return
-    model = load_model(pretrained, args.weights_dtype(), degree, max(args.tensor_parallel_rank, 0))
-    if adapter:
-        model = add_lora(model, pretrained, args.seed)
+    with memory.running_out("while loading the model", "train" if args.do_train else "eval"):
+        model = load_model(pretrained, args.weights_dtype(), degree, max(args.tensor_parallel_rank, 0))
+        if adapter:
+            model = add_lora(model, pretrained, args.seed)
     if output:
         set_seed(args.seed)
         src_length, batch_size = data_args.src_length, args.per_device_eval_batch_size
-        predict_lines(model, tokenizer, src_length, generation, batch_size, output)
+        with memory.running_out("while answering", "eval"):
+            predict_lines(model, tokenizer, src_length, generation, batch_size, output)
         return
     trainer = GLMTrainer(
         model=model,

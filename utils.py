@@ -160,7 +160,8 @@ class GLMTrainer(ResumableTrainer):
             dynamic_ncols=True,
         ) as self.bar:
             kwargs["metric_key_prefix"] = prefix
-            output = super().evaluation_loop(dataloader, *args, **kwargs)
+            with self.memory.running_out(f"in evaluation ({prefix})", "eval"):
+                output = super().evaluation_loop(dataloader, *args, **kwargs)
         for part in gather_objects(self.outputs):
             self.outputs.update(part)
         seconds = time.time() - self.start
@@ -174,7 +175,7 @@ class GLMTrainer(ResumableTrainer):
         if self.args.do_train and memory == memory_before:
             memory = None  # training took more, and Paddle 2 can't begin anew
         output.metrics.update({f"{prefix}_{name}": metrics[name] for name in metrics})
-        output.metrics.update(memory_metrics(prefix, self.memory.get("eval"), memory))
+        output.metrics.update(memory_metrics(prefix, self.memory.totals.get("eval"), memory))
         if self.is_in_train and self.args.should_save:  # else they are written with the results
             Path(self.args.output_dir).mkdir(parents=True, exist_ok=True)
             write_predictions(self.args.output_dir, prefix, self.rows)

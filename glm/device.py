@@ -4,7 +4,9 @@ import contextlib
 import ctypes
 import functools
 import os
+import re
 from pathlib import Path
+from typing import Optional
 
 import paddle
 import paddle.distributed as dist
@@ -208,8 +210,65 @@ def use_the_whole_cpu():
         environment = b"\0" + Path("/proc/self/environ").read_bytes()
     if b"\0OMP_NUM_THREADS=" in environment:
         return
-    cores = os.cpu_count()
-    if hasattr(os, "sched_getaffinity"):
-        cores = len(os.sched_getaffinity(0))
     # OMP_NUM_THREADS would make paddle print a warning at import; this call does not.
-    paddle.base.core.set_num_threads(max(1, cores // int(os.environ.get("PADDLE_LOCAL_SIZE", 1))))
+    paddle.base.core.set_num_threads(max(1, usable_cores() // int(os.environ.get("PADDLE_LOCAL_SIZE", 1))))
+
+
+def usable_cores() -> int:
+    """Return how many cores this process may use, by its affinity and its container's quota."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    quotas = [text.split() for text in _read_cgroups("cpu", "cpu.max")]  # "200000 100000" or "max 100000"
+    old_names = ("cpu.cfs_quota_us", "cpu.cfs_period_us")  # of version 1, which has -1 for no limit
+    quotas += zip(*(_read_cgroups("cpu", name) for name in old_names))
+    for quota, period in quotas:
+        if quota.strip().isdecimal():
+            cores = min(cores, -(-int(quota) // int(period)))
+    return max(cores, 1)
+
+
+def free_memory() -> Optional[int]:
+    """Return the bytes that are free on a CPU, or that a GPU has in all; None of another device.
+
+    On a CPU less is free where the process's container has a limit.
+    """
+    kind, _, number = paddle.get_device().partition(":")
+    if kind == "gpu":
+        return paddle.device.cuda.get_device_properties(int(number)).total_memory
+    if kind != "cpu":
+        return None
+    sizes = []
+    with contextlib.suppress(OSError):
+        available = re.search(r"MemAvailable:\s*(\d+)", Path("/proc/meminfo").read_text())
+        sizes.append(int(available[1]) * 1024)
+    names = {
+        "memory.max": ("memory.current", "inactive_file"),
+        "memory.limit_in_bytes": ("memory.usage_in_bytes", "total_inactive_file"),  # of version 1
+    }
+    for limit_name, (usage_name, cache_name) in names.items():
+        files = (_read_cgroups("memory", name) for name in (limit_name, usage_name, "memory.stat"))
+        for limit, usage, stat in zip(*files):
+            if limit.strip().isdecimal():
+                # What of the files' cache is not in use is given back when memory is wanted.
+                cache = re.search(rf"^{cache_name} (\d+)", stat, re.MULTILINE)
+                used = int(usage) - int(cache[1] if cache else 0)
+                sizes.append(max(int(limit) - used, 0))
+    return min(sizes, default=None)
+
+
+def _read_cgroups(controller: str, name: str) -> list[str]:
+    """Return the texts of the file ``name`` of this process's control groups: its own and those above.
+
+    In version 2 of control groups one folder has all controllers, in version 1 each its own.
+    """
+    texts = []
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/self/cgroup").read_text().splitlines():
+            _, controllers, path = line.split(":", 2)
+            if controllers and controller not in controllers.split(","):
+                continue
+            root = Path("/sys/fs/cgroup", controller if controllers else "")
+            folder = root / path.lstrip("/")  # in a container the path may be the host's
+            for place in (folder, *list(folder.parents)[: len(folder.parts) - len(root.parts)]):
+                with contextlib.suppress(OSError):
+                    texts.append((place / name).read_text())
+    return texts

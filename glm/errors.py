@@ -35,6 +35,14 @@ def printable(text, limit=LONGEST_LINE):
     return text if len(text) <= limit else f"{text[: limit // 2]} ... {text[-limit // 2 + 5 :]}"
 
 
+def is_out_of_memory(error):
+    """Return whether an exception is for want of memory, on a card or a CPU.
+
+    Paddle raises MemoryError, but within a backward pass an OSError that quotes it.
+    """
+    return isinstance(error, MemoryError) or "ResourceExhausted" in str(error) or "MemoryError" in str(error)
+
+
 @contextlib.contextmanager
 def as_input_error(where, advice, kinds=Exception):
     """Turn an exception of a library within this block into an InputError.
@@ -51,6 +59,8 @@ def as_input_error(where, advice, kinds=Exception):
     except InputError:
         raise
     except kinds as error:
+        if is_out_of_memory(error):  # which is no mistake in a file
+            raise
         # Some of PaddleNLP's assertions have no words, only a line of code.
         line = traceback.extract_tb(error.__traceback__)[-1].line
         text = str(error)[:200] or f"{type(error).__name__}: {line}"

@@ -4,6 +4,7 @@ import dataclasses
 import json
 import subprocess
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -12,8 +13,9 @@ import pytest
 from helpers import ROOT, add_lora, flags, lora_config, random_glm
 from paddlenlp.transformers import GLMConfig, GLMForConditionalGeneration
 
-from glm import arguments
+from glm import arguments, device
 from glm.decoding.cache import prefill
+from glm.errors import Fault, as_input_error
 from glm.training import memory
 from glm.weights.shapes import count_parameters
 
@@ -63,9 +65,8 @@ def test_clipped_gradients_are_counted():
 
 
 @pytest.mark.parametrize("precision, megabytes", [("float32", 179.3), ("O1", 207.6), ("O2", 89.1)])
-def test_what_a_layer_keeps_on_a_card(monkeypatch, precision, megabytes):
+def test_what_a_layer_keeps_on_a_card(precision, megabytes):
     """Against Paddle's allocator on a custom device, where a layer of GLM-Large's width kept so much."""
-    monkeypatch.setattr(memory, "on_cpu", lambda: False)
     config = GLMConfig(
         num_layers=4,
         hidden_size=1024,
@@ -74,7 +75,7 @@ def test_what_a_layer_keeps_on_a_card(monkeypatch, precision, megabytes):
         attention_dropout_prob=0.0,
         output_dropout_prob=0.0,
     )
-    kept, _ = memory._layer_memory(memory.Setting(config, 2, 608, 160, precision))
+    kept, _ = memory._layer_memory(memory.Setting(config, 2, 608, 160, precision, on_cpu=False))
     assert kept / 1e6 == pytest.approx(megabytes, rel=0.05)
 
 
@@ -84,16 +85,15 @@ def test_the_cache_is_counted(monkeypatch, cpu):
     """A card has slots for all tokens at once; a CPU half of them, in the middle of the search."""
     monkeypatch.setattr("glm.decoding.cache.on_cpu", lambda: cpu)
     monkeypatch.setattr("glm.modeling.on_cpu", lambda: cpu)
-    for room in ("training.memory", "decoding.cache"):
-        monkeypatch.setattr(f"glm.{room}.captures", lambda: not cpu)
+    monkeypatch.setattr("glm.decoding.cache.captures", lambda: not cpu)
     model, lengths, beams = random_glm(num_layers=3), np.full([20], 40), 4
-    setting = memory.Setting(model.config, 20, 40, 20, num_beams=beams)
+    setting = memory.Setting(model.config, 20, 40, 20, num_beams=beams, on_cpu=cpu, cuda_graphs=not cpu)
     source = np.ones([20, 40], "int64")
     cache = prefill(model, paddle.to_tensor(source), lengths, beams)
     before, kept = allocated(), 3 * (3 if cpu else 2) * source.size * model.config.hidden_size * 4
     cache.arrange(np.arange(20 * beams).reshape([20, beams]), 0, 10 if cpu else 20)
     taken = allocated() - before + kept
-    monkeypatch.setattr(memory, "_largest", lambda peaks: peaks["decoding"])
+    monkeypatch.setattr(memory, "_add_largest", lambda _, peaks: peaks["decoding"])
     assert taken / memory.evaluation_memory(setting)["caches"] == pytest.approx(1, abs=0.1)
 
 
@@ -129,66 +129,128 @@ def test_estimates_are_close_to_peaks(tmp_path, setting):
     assert (printed["share"] < 0.05) == ("lora" in setting) and printed["speed"] > 0
 
 
-def test_a_run_says_what_it_needs(tmp_path, monkeypatch, capfd):
+GLM_10B = GLMConfig(num_layers=48, hidden_size=4096, num_attention_heads=64, vocab_size=50048)
+GLM_LARGE = GLMConfig(num_layers=24, hidden_size=1024, num_attention_heads=16, vocab_size=50048)
+
+
+def test_a_run_says_what_it_needs(tmp_path, monkeypatch):
     """More than there is: a warning that names what would help, the most first, and no error."""
     args = arguments.GLMTrainingArguments(output_dir=str(tmp_path), do_train=True, device="cpu")
-    config = GLMConfig(num_layers=48, hidden_size=4096, num_attention_heads=64, vocab_size=50048)
     dataset = [{"source_length": 600, "labels": [1] * 25}, {"source_length": 20, "labels": [1] * 30}]
     generation = arguments.GenerationArguments()
-    pretrained, logged = SimpleNamespace(config=config, adapter=None), []
+    pretrained, logged = SimpleNamespace(config=GLM_10B, adapter=None), []
     for level in ("train", "warning"):
         monkeypatch.setattr(memory.logger, level, logged.append)
     for free, warned in ((1e9, True), (1e12, False)):
         logged.clear()
         monkeypatch.setattr(memory, "free_memory", lambda free=free: free)
-        needs = memory.estimate_memory(args, pretrained, generation, dataset, dataset)
-        setting = memory.Setting(config, args.per_device_train_batch_size, 600, 30)
-        expected = memory.training_memory(setting)
+        needs = memory.estimate_memory(args, pretrained, generation, dataset, dataset).totals
+        expected = memory.training_memory(memory.Setting(GLM_10B, args.per_device_train_batch_size, 600, 30))
         assert needs["train"] == expected["total"] and needs["eval"] > expected["optimizer"]
-        assert (
-            f"{expected['total'] / 1e9:.2f} GB to train" in logged[0]
-            and f"{free / 1e9:.2f} GB free" in logged[0]
-        )
-        assert len(logged) == 1 + warned
-    logged.clear()
-    monkeypatch.setattr(memory, "free_memory", lambda: 1e9)
-    memory.estimate_memory(args, pretrained, generation, dataset, [])
-    saved = [float(text.split()[0]) for text in logged[1].split("(")[1:]]
-    assert saved == sorted(saved, reverse=True)
-    for flag in (
-        "--lora True",
-        "--recompute",
-        "--tensor_parallel_degree 2",
-        "--per_device_train_batch_size 1",
-    ):
-        assert flag in logged[1]
+        assert f"{expected['total'] / 1e9:.2f} GB to train" in logged[0]
+        assert f"cpu has {free / 1e9:.2f} GB free" in logged[0] and len(logged) == 1 + warned
 
 
 @pytest.mark.parametrize("cpu", [True, False])
-def test_a_run_says_what_would_be_faster(monkeypatch, cpu):
-    """Where it would fit, and no more: what it would then need is what such a run says it needs."""
-    monkeypatch.setattr(memory, "on_cpu", lambda: cpu)
-    monkeypatch.setattr(memory, "captures", lambda: not cpu)
-    config = GLMConfig(num_layers=24, hidden_size=1024, num_attention_heads=16, vocab_size=50048)
-    train = memory.Setting(config, 2, 608, 160, recompute=True)
-    search = memory.Setting(config, 2, 608, 160, num_beams=5)
-    settings = {"train": train, "eval": search}
-    plain = memory.training_memory(dataclasses.replace(train, recompute=False))["total"]
-    large = memory.evaluation_memory(dataclasses.replace(search, batch_size=16))["total"]
-    totals = {"train": 6e9, "eval": memory.evaluation_memory(search)["total"] + 3e9}
-
-    def told(free, records=16):
-        return memory.what_would_be_faster(settings, totals, free, records)
-
-    texts = told(1e11)
-    assert f"without --recompute it would need {plain / 1e9:.2f} GB" in texts[0]
-    assert ("two thirds" in texts[0]) == (not cpu) and len(texts) == (1 if cpu else 2)
-    if not cpu:
-        assert f"_eval_batch_size 16 it would need {(large + 3e9) / 1e9:.2f} GB" in texts[1]
-        assert len(told(1e11, records=15)) == 1
-    assert told(min(plain, large + 3e9)) == []
-    settings["train"], settings["eval"] = (
-        dataclasses.replace(train, recompute=False),
-        dataclasses.replace(search, batch_size=8),
+def test_what_would_help_is_what_the_device_can_do(monkeypatch, cpu):
+    """Half precision and tensor parallelism need cards, and heads that can be dealt to them."""
+    monkeypatch.setattr(memory, "supports_dtype", lambda name: not cpu)
+    setting = memory.Setting(GLM_LARGE, 8, 608, 160, on_cpu=cpu)
+    estimate = memory.MemoryEstimate({"train": setting})
+    text = estimate.what_would_help("train")
+    saved = [float(part.split()[0]) for part in text.split("(")[1:]]
+    assert saved == sorted(saved, reverse=True)
+    for flag in ("--lora True", "--recompute", "--per_device_train_batch_size 1"):
+        assert flag in text
+    for flag in ("--tensor_parallel_degree 2", "--fp16"):
+        assert (flag in text) == (not cpu)
+    setting.degree = 64
+    assert "--tensor_parallel_degree" not in memory.MemoryEstimate({"train": setting}).what_would_help(
+        "train"
     )
-    assert told(1e11) == []
+
+
+@pytest.mark.parametrize("cpu", [True, False])
+def test_a_run_says_what_would_be_faster(cpu):
+    """Where it would fit, and no more: what it would then need is what such a run says it needs."""
+    train = memory.Setting(GLM_LARGE, 2, 608, 160, recompute=True, on_cpu=cpu, cuda_graphs=not cpu)
+    search = dataclasses.replace(train, recompute=False, num_beams=5)
+    plain = memory.training_memory(dataclasses.replace(train, recompute=False))["total"]
+    optimizer = memory.training_memory(train)["optimizer"]
+    large = memory.evaluation_memory(dataclasses.replace(search, batch_size=16))["total"] + optimizer
+
+    def texts(free, records=16, **changes):
+        settings = {"train": train, "eval": search}
+        settings = {kind: dataclasses.replace(settings[kind], **changes.get(kind, {})) for kind in settings}
+        return memory.MemoryEstimate(settings, records).what_would_be_faster(free)
+
+    said = texts(1e11)
+    assert f"without --recompute it would need {plain / 1e9:.2f} GB" in said[0]
+    assert ("two thirds" in said[0]) == (not cpu) and len(said) == (1 if cpu else 2)
+    if not cpu:
+        assert f"_eval_batch_size 16 it would need {large / 1e9:.2f} GB" in said[1]
+        assert len(texts(1e11, records=15)) == 1
+    assert texts(min(plain, large)) == []
+    assert texts(1e11, train={"recompute": False}, eval={"batch_size": 8}) == []
+
+
+def test_running_out_of_memory_is_a_line(monkeypatch):
+    """Whichever way Paddle says it, and nothing else is."""
+    monkeypatch.setattr(memory, "free_memory", lambda: 5e9)
+    estimate = memory.MemoryEstimate({"train": memory.Setting(GLM_LARGE, 2, 608, 160)})
+    quoted = OSError("(External) MemoryError: (ResourceExhausted) Fail to alloc memory of 8 size")
+    for error in (MemoryError("(ResourceExhausted) Out of memory error on GPU 0"), quoted):
+        with pytest.raises(Fault) as fault, estimate.running_out("in a step", "train"):
+            raise error
+        assert fault.value.exit_code == 1
+        size = f"{estimate.totals['train'] / 1e9:.2f} GB"
+        text = f"in a step ({size} were estimated, cpu has 5.00 GB): what would help"
+        assert text in str(fault.value) and "--recompute" in str(fault.value)
+    with pytest.raises(Fault, match="lower --per_device_eval_batch_size or --num_beams"):
+        with memory.MemoryEstimate({}).running_out("answering", "eval"):
+            raise MemoryError
+    with pytest.raises(OSError), estimate.running_out("in a step", "train"):
+        raise OSError("disk")
+    with pytest.raises(MemoryError), as_input_error("the checkpoint can't be loaded", "remove it"):
+        raise MemoryError
+
+
+@pytest.mark.parametrize("version", [1, 2])
+def test_a_container_limits_memory_and_cores(tmp_path, monkeypatch, version):
+    """By files as the kernel lays them out; the narrowest of the groups that hold this one counts."""
+    files = {
+        1: {
+            "memory/a/memory.limit_in_bytes": "3000000",
+            "memory/a/memory.usage_in_bytes": "1000000",
+            "memory/a/memory.stat": "cache 7\ntotal_inactive_file 400000\n",
+            "memory/a/b/memory.limit_in_bytes": "9223372036854771712",
+            "memory/a/b/memory.usage_in_bytes": "900000",
+            "memory/a/b/memory.stat": "total_inactive_file 1\n",
+            "cpu/a/cpu.cfs_quota_us": "150000",
+            "cpu/a/cpu.cfs_period_us": "100000",
+            "cpu/cpu.cfs_quota_us": "-1",
+            "cpu/cpu.cfs_period_us": "100000",
+        },
+        2: {
+            "a/memory.max": "3000000",
+            "a/memory.current": "1000000",
+            "a/memory.stat": "anon 5\ninactive_file 400000\n",
+            "a/b/memory.max": "max",
+            "a/b/memory.current": "900000",
+            "a/b/memory.stat": "inactive_file 1\n",
+            "a/cpu.max": "150000 100000",
+            "a/b/cpu.max": "max 100000",
+        },
+    }[version]
+    for name, text in files.items():
+        path = tmp_path / "sys" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+    lines = {1: "4:memory:/a/b\n3:cpu,cpuacct:/a\n0::/\n", 2: "0::/a/b\n"}[version]
+    (tmp_path / "cgroup").write_text(lines)
+    moved = {"/proc/self/cgroup": tmp_path / "cgroup", "/sys/fs/cgroup": tmp_path / "sys"}
+    monkeypatch.setattr(device, "Path", lambda *parts: Path(moved.get(parts[0], parts[0]), *parts[1:]))
+    monkeypatch.setattr(device.os, "sched_getaffinity", lambda process: range(8), raising=False)
+    assert device.free_memory() == 3000000 - (1000000 - 400000) and device.usable_cores() == 2
+    (tmp_path / "cgroup").write_text("")
+    assert device.free_memory() > 3000000 and device.usable_cores() == 8

@@ -9,9 +9,9 @@ from paddlenlp.trainer.trainer_callback import PrinterCallback, ProgressCallback
 from paddlenlp.trainer.trainer_utils import TrainOutput
 from paddlenlp.utils.log import logger
 
-from glm.errors import as_input_error
+from glm.errors import Fault, as_input_error, is_out_of_memory
 from glm.outputs.folder import RunFolder
-from glm.training.memory import memory_metrics, memory_peak
+from glm.training.memory import MemoryEstimate, memory_metrics, memory_peak
 from glm.training.numerics import CheckFinite, Gradients, SeedEachStep
 from glm.training.progress import Curves, TrainingProgress
 from glm.training.saving import SaveCheckpoints
@@ -28,8 +28,7 @@ class ResumableTrainer(Trainer):
     Its samplers are GroupedBatchSamplers, which know the tokens of each batch.
 
     Args (beside the Trainer's):
-        memory (dict): the bytes that "train" and "eval" are estimated to take, for the
-            results.
+        memory (MemoryEstimate): what the run is estimated to take.
         folder (RunFolder): output_dir.
     """
 
@@ -39,7 +38,7 @@ class ResumableTrainer(Trainer):
         master_grad, args.amp_master_grad = args.amp_master_grad, False
         save_total_limit, args.save_total_limit = args.save_total_limit, None
         super().__init__(args=args, **kwargs)
-        self.memory = memory or {}
+        self.memory = memory or MemoryEstimate({})
         self.cached_metrics = None  # the metrics of the weights as they are
         self.rows = []  # the last predictions, as the predictions file has them
         self.first_step = 0  # the step that training goes on from
@@ -102,13 +101,22 @@ class ResumableTrainer(Trainer):
         # load_best loads it, from any precision and layout.
         best_at_end, args.load_best_model_at_end = args.load_best_model_at_end, False
         memory_peak(reset=True)
-        with self.loading(checkpoint), self.checkpoints.failing_as_fault(args, self.control):
-            output = super().train(resume_from_checkpoint=checkpoint and str(checkpoint), **kwargs)
+        try:
+            with self.loading(checkpoint), self.checkpoints.failing_as_fault(args, self.control):
+                output = super().train(resume_from_checkpoint=checkpoint and str(checkpoint), **kwargs)
+        except Exception as error:
+            if self.stop_by_signal.fault:  # which a backward pass has made an exception of Paddle's
+                raise self.stop_by_signal.fault from error
+            if not is_out_of_memory(error):
+                raise
+            step = self.state.global_step
+            what = self.memory.explain(f"in training after step {step}", "train")
+            raise Fault(f"{what}; {self.folder.resume_hint()}") from error
         args.load_best_model_at_end = best_at_end
         if best_at_end:
             self.load_best()
         self.train_memory_peak = max(self.train_memory_peak, memory_peak())
-        peak = memory_metrics("train", self.memory.get("train"), self.train_memory_peak)
+        peak = memory_metrics("train", self.memory.totals.get("train"), self.train_memory_peak)
         output.metrics.update(peak)
         return output
 
@@ -202,7 +210,7 @@ class ResumableTrainer(Trainer):
             yield
         except Exception as error:
             begun = bool(self.stop_by_signal.handlers_before)
-            if checkpoint is None or begun:
+            if checkpoint is None or begun or is_out_of_memory(error):
                 raise
             advice = "remove it to go on from the checkpoint before it"
             with as_input_error(f"{checkpoint} can't be loaded", advice):
