@@ -349,8 +349,9 @@ def run_folder(folder, **changes):
         "ignore_load_lr_and_optim": False,
         "tensor_parallel_degree": 1,
         "global_batch_size": 24,
-        "local_rank": -1,
         "world_size": 1,
+        "evaluation_strategy": "no",
+        "save_strategy": "steps",
     }
     made = RunFolder(SimpleNamespace(**{**values, **changes}))
     made.run = read_run(folder)

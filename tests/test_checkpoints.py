@@ -615,6 +615,14 @@ def test_a_checkpoint_that_is_given_begins_a_line_of_its_own(trained, tmp_path):
     said(run(*args), f"resuming from {out}/checkpoint-9")
 
 
+def test_arguments_are_written_as_they_were_in_effect(trained):
+    folder, _ = trained
+    groups = json.loads((folder / "out/arguments.json").read_text())
+    assert [*groups] == [f"{name}Arguments" for name in ("Model", "Data", "Generation", "GLMTraining")]
+    assert groups["GLMTrainingArguments"]["lr_scheduler_type"] == "linear"
+    assert groups["DataArguments"]["src_length"] == 160
+
+
 def test_the_best_checkpoint_that_was_moved_or_lost(trained, tmp_path):
     folder, args = trained
     best = ["--do_eval", "--load_best_model_at_end", "--metric_for_best_model", "loss"]
@@ -633,6 +641,25 @@ def test_the_best_checkpoint_that_was_moved_or_lost(trained, tmp_path):
     lines = run(*args, "--output_dir", tmp_path / "three")
     said(lines, f"the best checkpoint, {tmp_path}/one/checkpoint-3, is gone or damaged")
     assert (tmp_path / "three/model_state.pdparams").exists()
+
+
+@pytest.mark.parametrize("last", [3, 6])
+def test_an_evaluation_that_a_signal_cancelled_is_made_up_for(trained, tmp_path, last):
+    """The first is the best one, for training makes it worse; also where nothing is left to train."""
+    folder, args = trained
+    args = [*args, "--do_eval", "--load_best_model_at_end", *flags(metric_for_best_model="loss")]
+    args += flags(greater_is_better="False", evaluation_strategy="steps", eval_steps=3, max_steps=last)
+    args += flags(learning_rate=0.3, warmup_steps=3)
+    run(*args, "--output_dir", tmp_path / "one")
+    run(*args, "--output_dir", tmp_path / "two", hook=["fault", "SIGTERM", "training_step", 3], code=143)
+    assert open_checkpoint(tmp_path / "two/checkpoint-3").evaluation_is_due
+    run(*args, "--output_dir", tmp_path / "two")
+    states = [json.loads((tmp_path / name / TRAINER_STATE).read_text()) for name in ("one", "two")]
+    assert states[1]["best_model_checkpoint"] == f"{tmp_path}/two/checkpoint-3"
+    assert states[1]["best_metric"] == pytest.approx(states[0]["best_metric"], abs=1e-5)
+    results = [json.loads((tmp_path / name / "eval_results.json").read_text()) for name in ("one", "two")]
+    assert results[1]["eval_loss"] == pytest.approx(states[0]["best_metric"], abs=1e-5)
+    assert not open_checkpoint(tmp_path / f"two/checkpoint-{last}").evaluation_is_due or last == 3
 
 
 def test_early_stopping_counts_on(trained, tmp_path):

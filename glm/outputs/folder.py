@@ -246,7 +246,9 @@ class RunFolder:
             InputError: where going on with it makes no sense.
         """
         values = {type(group).__name__: asdict(group) for group in groups}
-        self.arguments = dump_json(values, indent=2, default=str)
+        self.arguments = dump_json(
+            values, indent=2, default=lambda value: getattr(value, "value", str(value))
+        )
         arguments = {}
         for group in parse_json(self.arguments).values():
             arguments.update(group)

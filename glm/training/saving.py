@@ -6,6 +6,7 @@ import shutil
 from pathlib import Path
 
 from paddlenlp.trainer.trainer_callback import TrainerCallback
+from paddlenlp.trainer.trainer_utils import IntervalStrategy
 
 from glm.errors import Fault
 from glm.files import dump_json, write_atomically
@@ -22,10 +23,12 @@ class SaveCheckpoints(TrainerCallback):
     Args:
         folder (RunFolder): output_dir. limit (int): save_total_limit, or None.
         early_stopping (EarlyStopping): the callback whose count a checkpoint keeps, or None.
+        evaluate (callable): evaluates the current weights, and returns the metrics.
     """
 
-    def __init__(self, folder, limit=None, early_stopping=None):
-        self.folder, self.limit, self.early_stopping = folder, limit, early_stopping
+    def __init__(self, folder, limit=None, early_stopping=None, evaluate=None):
+        self.folder, self.limit = folder, limit
+        self.early_stopping, self.evaluate = early_stopping, evaluate
         self.saving = None  # the path of the checkpoint that is being written
 
     def on_train_begin(self, args, state, control, **kwargs):
@@ -33,6 +36,31 @@ class SaveCheckpoints(TrainerCallback):
             best = self.folder.find_best(state.best_model_checkpoint)
             state.best_model_checkpoint = best and str(best)
         self.folder.begin_run()
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        self.make_up_evaluation(args, state)
+
+    def make_up_evaluation(self, args, state):
+        """Evaluate the checkpoint that the run goes on from, where a signal came before its evaluation.
+
+        The Trainer compares with the best what it evaluates in its own loop alone.
+        """
+        resumed = self.folder.resumed
+        if resumed is None or not resumed.evaluation_is_due or state.global_step != resumed.step:
+            return
+        name, path = args.metric_for_best_model, resumed.path
+        if args.evaluation_strategy == IntervalStrategy.NO or args.ignore_load_lr_and_optim:
+            return
+        metrics, best = self.evaluate(), state.best_metric
+        if not name:
+            return
+        value = metrics[name if name.startswith("eval_") else f"eval_{name}"]
+        better = best is None or state.best_model_checkpoint is None
+        if better or (value > best if args.greater_is_better else value < best):
+            state.best_metric = value
+            # One spelling of this folder, by which what is kept is known.
+            here = self.folder.path if self.folder.is_same(path.parent) else path.parent
+            state.best_model_checkpoint = str(here / path.name)
 
     def _is_mine(self, path):
         """Whether this run wrote, or began to write, the checkpoint at ``path``."""
@@ -73,6 +101,8 @@ class SaveCheckpoints(TrainerCallback):
             "step": state.global_step,
             "run": {"id": run.id, "parent": run.parent, **self.folder.described},
         }
+        if _is_evaluation_due(args, state):
+            manifest["evaluation_is_due"] = True
         if self.early_stopping:
             manifest["evaluations_without_better"] = self.early_stopping.early_stopping_patience_counter
         best = Path(state.best_model_checkpoint or path)
@@ -112,6 +142,18 @@ class SaveCheckpoints(TrainerCallback):
             reason = error.strerror or error
             hint = self.folder.resume_hint()
             raise Fault(f"{self.saving} can't be written: {reason}; {hint}") from error
+
+
+def _is_evaluation_due(args, state):
+    """Return whether a signal cancelled this step's evaluation, which comes before its checkpoint."""
+    step = state.global_step
+    if args.evaluation_strategy == IntervalStrategy.STEPS:
+        due = step % args.eval_steps == 0
+    else:
+        both = args.evaluation_strategy == args.save_strategy == IntervalStrategy.EPOCH
+        due = both and float(state.epoch).is_integer()
+    rows = [row for row in state.log_history if row.get("step") == step] if due else []
+    return due and not any(name.startswith("eval_") for row in rows for name in row)
 
 
 def _make_state_readable(path):

@@ -60,7 +60,7 @@ class ResumableTrainer(Trainer):
         if self.args.early_stopping_patience:
             self.early_stopping = EarlyStopping(self.args.early_stopping_patience)
             self.add_callback(self.early_stopping)
-        self.checkpoints = SaveCheckpoints(self.folder, save_total_limit, self.early_stopping)
+        self.checkpoints = SaveCheckpoints(self.folder, save_total_limit, self.early_stopping, self.evaluate)
         self.add_callback(TrainingProgress)
         self.add_callback(SeedEachStep)
         self.add_callback(Gradients(master_grad))
@@ -141,10 +141,16 @@ class ResumableTrainer(Trainer):
     def load_finished(self, checkpoint, state):
         """Load the weights of a run that had come to its end: the Trainer would go a step further."""
         self.state, best = state, None
+        if checkpoint.evaluation_is_due:
+            with self.loading(checkpoint):
+                self._load_from_checkpoint(checkpoint)
+            self.checkpoints.make_up_evaluation(self.args, state)
         if state.best_model_checkpoint:
             best = self.folder.find_best(state.best_model_checkpoint)
             state.best_model_checkpoint = best and str(best)
         if best and self.args.load_best_model_at_end:
+            if best.step != checkpoint.step:
+                self.cached_metrics = None
             checkpoint, self.weights_step = best, best.step
         with self.loading(checkpoint):
             self._load_from_checkpoint(checkpoint)
