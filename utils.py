@@ -13,7 +13,7 @@ from tqdm import tqdm
 from data import decode_target
 from glm.decoding.decoder import beam_search
 from glm.metrics import compute_metrics, rouge
-from glm.modeling import prepare_for_training, target_losses
+from glm.modeling import replace_forward, target_losses
 from glm.outputs.results import write_predictions
 from glm.processes import gather_objects
 from glm.training.memory import memory_metrics, memory_peak
@@ -54,7 +54,7 @@ class GLMTrainer(ResumableTrainer):
     def __init__(self, *, generation, **kwargs):
         super().__init__(**kwargs)
         self.generation = generation
-        prepare_for_training(self.model)
+        replace_forward(self.model)
         self.tensor_parallel_group = None
         if self.args.tensor_parallel_degree > 1:
             groups = fleet.get_hybrid_communicate_group()

@@ -1,16 +1,14 @@
-"""The device in use and what it can do: CUDA graphs, collectives, a CPU made fast."""
+"""The device in use and what it can do; a CPU made fast."""
 
 import contextlib
 import ctypes
-import functools
 import os
 import re
 from pathlib import Path
 from typing import Optional
 
 import paddle
-import paddle.distributed as dist
-from paddle.device.cuda.graphs import CUDAGraph, is_cuda_graph_supported
+from paddle.device.cuda.graphs import is_cuda_graph_supported
 from paddle.framework import _current_expected_place
 from paddlenlp.utils.log import logger
 
@@ -100,93 +98,15 @@ def supports_tensor_parallelism():
     return not on_cpu()
 
 
-def captures():
+def supports_cuda_graphs() -> bool:
     """Return whether the device in use captures CUDA graphs."""
     return paddle.get_device().startswith("gpu") and is_cuda_graph_supported()
-
-
-class Replayed:
-    """Capture a function in CUDA graphs at its first call, and replay them at each.
-
-    The function has no arguments. It reads tensors that are changed in place between the
-    calls, and returns tensors that every call writes anew. Within it nothing may be copied
-    to the device or read from it. A collective ends one graph, and the next begins behind
-    it: Paddle's own process groups do not let themselves be captured everywhere. Where the
-    device captures nothing, or fails to, the function is called as it is.
-    """
-
-    capturing = None  # the one whose function is being captured
-    failed = False  # whether a capture has failed: none is tried again
-
-    def __init__(self, function):
-        self.function = function
-        self.parts = None  # graphs, and the collectives between them, as functions
-
-    def __call__(self):
-        if not captures() or Replayed.failed:
-            return self.function()
-        if self.parts is None:
-            try:
-                self._capture()
-            except (OSError, RuntimeError, ValueError) as error:  # those that Paddle raises
-                Replayed.failed = True
-                reason = str(error).strip().splitlines()[-1]
-                logger.warning(f"going on without CUDA graphs, more slowly: {reason}")
-                return self.function()
-        for part in self.parts:
-            part()
-        return self.outputs
-
-    def _capture(self):
-        self.parts, Replayed.capturing = [], self
-        self._begin()
-        try:
-            self.outputs = self.function()
-        finally:  # or all that follows would be captured too
-            Replayed.capturing = None
-            self._end()
-
-    def _begin(self):
-        # Without a place Paddle takes the first card, whichever is in use. There is no
-        # public name for the place in use.
-        self.graph = CUDAGraph(_current_expected_place())
-        self.graph.capture_begin()
-
-    def _end(self):
-        self.graph.capture_end()
-        self.parts.append(self.graph.replay)
-
-    def between_graphs(self, function):
-        self._end()
-        self.parts.append(function)
-        self._begin()
 
 
 def upload(array, tensor):
     """Copy a numpy array into a tensor of its shape and type, in place."""
     # What set_value does within its checks, which take ten times as long.
     tensor.get_tensor().set(array, _current_expected_place())
-
-
-def _collective(function, *args, **kwargs):
-    """Call ``function`` now, or in a capture at each replay."""
-    if Replayed.capturing is None:
-        function(*args, **kwargs)
-    else:
-        Replayed.capturing.between_graphs(functools.partial(function, *args, **kwargs))
-
-
-def all_reduce(tensor, group, op=dist.ReduceOp.SUM):
-    """Reduce a tensor over the processes of ``group``, in place."""
-    # In the stream of the operators, so that no stream waits for another.
-    _collective(dist.stream.all_reduce, tensor, op, group, use_calc_stream=not on_cpu())
-
-
-def all_gather(tensor, group):
-    """Return the parts of all processes of ``group``, side by side in the last dimension."""
-    parts = [paddle.empty_like(tensor) for _ in range(group.nranks)]
-    _collective(dist.all_gather, parts, tensor, group)
-    return paddle.concat(parts, axis=-1)
 
 
 def use_the_whole_cpu():

@@ -1,59 +1,67 @@
-"""GLM's layers as computed here: attention, the forward that is given its attention, the loss."""
+"""GLM as it is computed here: attention, one forward for training and decoding, the loss."""
 
 import contextlib
 import functools
+from typing import Callable, Optional
 
 import numpy as np
 import paddle
 import paddle.distributed as dist
 import paddle.nn.functional as F
+from paddle import Tensor
 from paddle.autograd import PyLayer
+from paddle.distributed.collective import Group
 from paddle.distributed.fleet.meta_parallel import (
     RowParallelLinear,
     VocabParallelEmbedding,
     get_rng_state_tracker,
 )
 from paddle.distributed.fleet.utils import recompute
+from paddlenlp.peft import LoRAModel
+from paddlenlp.transformers import GLMForConditionalGeneration
+from paddlenlp.transformers.glm.modeling import GLMAttention
 
-from glm.device import all_reduce, on_cpu
+from glm.device import on_cpu
+from glm.graphs import all_reduce
 
 MASKED = -65504.0  # added to the attention scores of hidden positions: float16's lowest number
 
 
-def log_sum_exp(largest_logits, largest_probabilities, group):
-    """Log-sum-exp over this process's part of the vocabulary, and over the whole vocabulary.
+def log_sum_exp(
+    largest_logits: Tensor, largest_probabilities: Tensor, group: Optional[Group]
+) -> tuple[Tensor, Tensor]:
+    """Compute log-sum-exp over this process's part of the vocabulary, and over the whole vocabulary.
 
-    It is computed from a softmax that is at hand: the log-probability of the likeliest
-    token is its logit minus the log-sum-exp. Its probability is at least 1 / V, so that it
-    does not underflow.
+    It is computed from a softmax that exists already: the log-probability of the likeliest token is
+    its logit minus the log-sum-exp. Its probability is at least 1 / V, so that it does not underflow.
 
     Args:
         largest_logits: float32 [...], of each row the largest logit of this process's part.
         largest_probabilities: float32 [...], their probabilities within this part.
-        group: of tensor parallelism; None where one process holds the whole vocabulary.
+        group: Of tensor parallelism; None where one process holds the whole vocabulary.
 
     Returns:
-        two tensors, float32 [...]. Without a group they are the same one.
+        Two tensors, float32 [...]. Without a group they are the same one.
     """
-    local = whole = largest_logits - paddle.log(largest_probabilities)
+    local_sum = global_sum = largest_logits - paddle.log(largest_probabilities)
     if group is not None:
-        largest = local.clone()
+        largest = local_sum.clone()
         all_reduce(largest, group, dist.ReduceOp.MAX)
-        total = paddle.exp(local - largest)
+        total = paddle.exp(local_sum - largest)
         all_reduce(total, group)
-        whole = largest + paddle.log(total)
-    return local, whole
+        global_sum = largest + paddle.log(total)
+    return local_sum, global_sum
 
 
 class LabelSmoothedLoss(PyLayer):
     """Compute the head and the label-smoothed cross entropy in one, so that one [N, V] table exists.
 
-    The loss of a target is (1 - e) * (-log p[label]) + e * mean over the vocabulary of
-    (-log p) (Szegedy et al., arXiv 1512.00567), in float32. Its gradient with respect
-    to the logits is p - (1 - e) * onehot(label) - e / V.
+    The loss of a target is (1 - e) * (-log p[label]) + e * mean over the vocabulary of (-log p)
+    (Szegedy et al., arXiv 1512.00567), in float32. Its gradient with respect to the logits is
+    p - (1 - e) * onehot(label) - e / V.
 
-    With tensor parallelism each process holds a part of the vocabulary. Only vectors
-    [N] and the gradient of the hidden states are reduced over the group.
+    With tensor parallelism each process holds a part of the vocabulary. Only vectors [N] and the
+    gradient of the hidden states are reduced over the group.
     """
 
     @staticmethod
@@ -61,8 +69,12 @@ class LabelSmoothedLoss(PyLayer):
         """Return the losses, float32 [N].
 
         Args:
-            hidden_states: [N, C]. weight: [V / processes, C]. labels: int64 [N].
-            label_smoothing (float): e. group: of tensor parallelism.
+            ctx: Paddle's, for the backward pass.
+            hidden_states: [N, C].
+            weight: [V / processes, C].
+            labels: int64 [N].
+            label_smoothing: e, a float.
+            group: Of tensor parallelism.
         """
         logits = paddle.matmul(hidden_states, weight, transpose_y=True)  # [N, V / processes]
         ctx.dtype, ctx.group = logits.dtype, group
@@ -77,17 +89,18 @@ class LabelSmoothedLoss(PyLayer):
         sums = paddle.stack([label_logits, logits.sum(-1)])
         largest = logits.max(-1)
         probabilities = F.softmax_(logits)
-        local, whole = log_sum_exp(largest, probabilities.max(-1), group)
+        local_sum, global_sum = log_sum_exp(largest, probabilities.max(-1), group)
         if group is not None:
             all_reduce(sums, group)
         ctx.label_weight = (1 - label_smoothing) * in_this_part
         ctx.smoothing_weight = label_smoothing / ctx.vocab_size
-        part_probability = paddle.exp(local - whole)
+        part_probability = paddle.exp(local_sum - global_sum)
         ctx.save_for_backward(hidden_states, weight, probabilities, label_index, part_probability)
-        return whole - (1 - label_smoothing) * sums[0] - ctx.smoothing_weight * sums[1]
+        return global_sum - (1 - label_smoothing) * sums[0] - ctx.smoothing_weight * sums[1]
 
     @staticmethod
     def backward(ctx, grad):
+        """Return the gradients of the hidden states and of the weight, None if that is frozen."""
         hidden_states, weight, table, label_index, part_probability = ctx.saved_tensor()
         if ctx.group is not None:  # from probabilities within this part to those within the vocabulary
             table.multiply_(part_probability.unsqueeze(-1))
@@ -105,18 +118,26 @@ class LabelSmoothedLoss(PyLayer):
         return grad_hidden_states, grad_weight.astype(weight.dtype)
 
 
-def additive_mask(visible, dtype):
+def additive_mask(visible: Tensor, dtype: str) -> Tensor:
     """Return what attention scores get: 0 where ``visible`` is 1, MASKED where it is 0."""
     return ((1 - visible) * MASKED).astype(dtype)
 
 
-def attend(query, keys, values, mask, drop=None):
+def attend(
+    query: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    mask: Optional[Tensor],
+    dropout: Callable = lambda weights: weights,
+) -> Tensor:
     """Compute scaled dot-product attention (Vaswani et al., arXiv 1706.03762).
 
     Args:
-        query: [..., H, Q, D]. keys, values: [..., H, K, D].
+        query: [..., H, Q, D].
+        keys: [..., H, K, D].
+        values: [..., H, K, D].
         mask: 0 or MASKED, [B, H or 1, Q, K], or None where every key is visible.
-        drop: the dropout of the attention weights, a function, or None.
+        dropout: Of the attention weights.
 
     Returns:
         [..., H, Q, D].
@@ -124,8 +145,7 @@ def attend(query, keys, values, mask, drop=None):
     scores = paddle.matmul(query * query.shape[-1] ** -0.5, keys, transpose_y=True)
     if mask is not None:
         scores = scores + (mask if mask.dtype == scores.dtype else mask.astype(scores.dtype))
-    weights = F.softmax(scores)
-    return paddle.matmul(weights if drop is None else drop(weights), values)
+    return paddle.matmul(dropout(F.softmax(scores)), values)
 
 
 @functools.lru_cache(maxsize=64)
@@ -144,20 +164,20 @@ def _transpose_rows(inputs, order):
     return F.embedding(_row_order(tuple(inputs.shape[:-1]), tuple(order)), rows)
 
 
-def laid_out_by_head(attention):
+def qkv_per_head(attention: GLMAttention) -> bool:
     """Return whether query_key_value gives [q k v] head by head, or [all q | all k | all v]."""
     return attention.config.tensor_parallel_degree > 1
 
 
-def split_heads(attention, projected):
+def split_heads(attention: GLMAttention, projected: Tensor) -> Tensor:
     """Split the output of query_key_value, [B, Q, 3 * H * D].
 
     Returns:
-        queries, keys and values in one tensor, [3, B, H, Q, D].
+        Queries, keys and values in one tensor, [3, B, H, Q, D].
     """
     batch_size, length, _ = projected.shape
     heads, head_size = attention.num_attention_heads, attention.attention_head_size
-    if laid_out_by_head(attention):
+    if qkv_per_head(attention):
         projected = projected.reshape([batch_size, length, heads, 3, head_size])
         return _transpose_rows(projected, [3, 0, 2, 1])
     projected = projected.reshape([batch_size, length, 3, heads, head_size])
@@ -172,104 +192,190 @@ def _merge_heads(context):
     return context.reshape([-1, length, heads * head_size])
 
 
-def _dropout(dropout, state, inputs):
-    """Apply ``dropout``, with tensor parallelism by its generator named ``state``."""
-    tracker = get_rng_state_tracker()
-    switched = dropout.p > 0 and state in tracker.states_
-    with tracker.rng_state(state) if switched else contextlib.nullcontext():
-        return paddle.nn.Dropout.forward(dropout, inputs)
+def forward(
+    model: GLMForConditionalGeneration,
+    input_ids: Tensor,
+    position_ids: Tensor,
+    core_attention: Callable,
+    compute: Callable,
+    dropout: Callable = lambda layer, generator, inputs: inputs,
+    run_layer: Callable = lambda layer, hidden_states: layer(hidden_states),
+) -> Tensor:
+    """Run GLM's layers. Training and decoding differ in the functions that they give.
 
+    PaddleNLP's own forward multiplies the attention scores by one mask and adds another, which it
+    makes in each layer. For decoding it caches hidden states, and projects the whole prefix to keys
+    and values at every step.
 
-def _linear_on_cpu(layer, inputs):
-    """Return ``inputs @ weight + bias``, with the bias as a product.
+    Args:
+        model: The GLM, without wrappers.
+        input_ids: int64 [B, Q].
+        position_ids: int64 [B or 1, 2, Q or 1].
+        core_attention: Takes a layer's number, its attention and the output of query_key_value,
+            [B, Q, 3 * H * D]. Returns the heads' outputs, [B, H, Q, D] or [1, B, H, Q, D].
+        compute: Takes a linear or the word embeddings, and their inputs. Returns their outputs.
+        dropout: Takes an nn.Dropout, the name of its generator under tensor parallelism, and inputs.
+        run_layer: Takes a layer, which is a function of hidden states, and hidden states.
 
-    The bias's gradient is then a product too. Paddle's gradient of a bias is a sum over
-    rows. It takes a CPU as long as the gradients of the inputs and the weight together.
+    Returns:
+        Hidden states after the last layer norm, [B, Q, C].
     """
+    glm, stack = model.glm, model.glm.transformer
+
+    def layer_forward(number, layer, hidden_states):
+        attention, mlp = layer.attention, layer.mlp
+        projected = compute(attention.query_key_value, layer.input_layernorm(hidden_states))
+        context = _merge_heads(core_attention(number, attention, projected))
+        outputs = compute(attention.dense, context)
+        hidden_states = hidden_states + dropout(attention.output_dropout, "global_seed", outputs)
+        inner = compute(mlp.dense_h_to_4h, layer.post_attention_layernorm(hidden_states))
+        outputs = compute(mlp.dense_4h_to_h, F.gelu(inner, approximate=True))
+        return hidden_states + dropout(mlp.dropout, "global_seed", outputs)
+
+    hidden_states = (
+        compute(glm.word_embeddings, input_ids)
+        + stack.position_embeddings(position_ids[:, 0])
+        + stack.block_position_embeddings(position_ids[:, 1])
+    )  # [B, Q, C]
+    # All processes drop the same embeddings. The generator that differs between processes, by which
+    # PaddleNLP draws them, is for the split heads.
+    hidden_states = dropout(stack.embedding_dropout, "embedding_seed", hidden_states)
+    for number, layer in enumerate(stack.layers):
+        hidden_states = run_layer(functools.partial(layer_forward, number, layer), hidden_states)
+    return stack.final_layernorm(hidden_states)
+
+
+# What training gives to ``forward``
+
+
+def _dropout(layer, generator, inputs):
+    """Apply the nn.Dropout ``layer``, under tensor parallelism by the generator of that name."""
+    if not layer.training or not layer.p:  # where Paddle would copy the inputs
+        return inputs
+    tracker = get_rng_state_tracker()
+    named = generator in tracker.states_
+    with tracker.rng_state(generator) if named else contextlib.nullcontext():
+        return layer(inputs)
+
+
+def _compute_with_gradient(layer, inputs):
+    """Call ``layer``, which may have an adapter or be one of fleet's; of a plain linear its operator."""
+    if type(layer) is not paddle.nn.Linear:
+        return layer(inputs)
+    if not on_cpu() or layer.bias.stop_gradient:
+        return paddle._C_ops.linear(inputs, layer.weight, layer.bias)
+    # With the bias as a product, its gradient is a product too. Paddle's gradient of a bias is a sum
+    # over rows, which takes a CPU as long as the gradients of the inputs and the weight together.
     ones = paddle.ones([*inputs.shape[:-1], 1], inputs.dtype)
     return paddle.matmul(inputs, layer.weight) + paddle.matmul(ones, layer.bias.unsqueeze(0))
 
 
-def _attention_forward(attention, hidden_states, mask, cache=None):
-    """Compute what PaddleNLP's attention does, with a mask of 0 and MASKED that is added."""
-    projected = attention.query_key_value(hidden_states)
-    query, key, value = paddle.unbind(split_heads(attention, projected))
-    drop = None
-    if attention.training:  # in evaluation dropout would copy its input
-        drop = functools.partial(_dropout, attention.attention_dropout, "local_seed")
-    context = _merge_heads(attend(query, key, value, mask, drop))
-    return _dropout(attention.output_dropout, "global_seed", attention.dense(context))
-
-
-def _recompute(layer, hidden_states, mask, cache):
+def _recompute(layer, hidden_states):
     """Return what ``layer`` computes, and have the backward pass compute it again.
 
-    Dropout draws the same numbers again. Left to Paddle, NumPy's and Python's generators
-    would be kept and set too, which takes the host a sixth of a millisecond a layer.
+    Dropout draws the same numbers again. Left to Paddle, NumPy's and Python's generators would be
+    kept and set too, which takes the host a sixth of a millisecond a layer.
     """
     tracker = get_rng_state_tracker()
     states = []
 
-    def forward(*inputs):
+    def run(inputs):
         outside = paddle.get_rng_state(), tracker.get_states_tracker()
         if not states:  # the forward pass
             states.extend(outside)
-            return layer(*inputs)
+            return layer(inputs)
         try:
             paddle.set_rng_state(states[0])
             tracker.set_states_tracker(states[1])
-            return layer(*inputs)
+            return layer(inputs)
         finally:
             paddle.set_rng_state(outside[0])
             tracker.set_states_tracker(outside[1])
 
-    return recompute(forward, hidden_states, mask, cache, preserve_rng_state=False)
+    # LoRA trains nothing below the first layer: without a gradient there, Paddle would keep the
+    # first layer's activations.
+    hidden_states.stop_gradient = False
+    return recompute(run, hidden_states, preserve_rng_state=False)
 
 
-def prepare_for_training(model):
-    """Change how PaddleNLP's layers compute, not what they compute.
+def _forward_with_gradient(model, input_ids, position_ids, attention_mask):
+    """Return the hidden states of ``forward``, with dropout and recompute as the model is set."""
+    mask = additive_mask(attention_mask.astype("float32"), "float32")  # [B, 1, L, L]
+    if on_cpu():  # which is slow at broadcasting
+        heads = model.glm.transformer.layers[0].attention.num_attention_heads
+        mask = mask.tile([1, heads, 1, 1])
 
-    - The attention takes a mask of 0 and MASKED, and adds it. PaddleNLP multiplies the scores by
-      one mask and adds another, which it makes in every layer: three more passes over its largest
-      tensors, kept for the backward pass.
-    - The model returns hidden states, through any wrapper: the head is applied to targets alone.
-    - With tensor parallelism all processes drop the same embeddings. PaddleNLP draws them from the
-      generator that differs between processes, which only the split heads may use.
-    - The plain linears are their operator alone; on a CPU they have fast gradients of their
-      biases.
-    - Layers that are computed again keep the generators' states that dropout needs, no others.
+    def core_attention(number, attention, projected):
+        query, key, value = paddle.unbind(split_heads(attention, projected))
+        drop = functools.partial(_dropout, attention.attention_dropout, "local_seed")
+        return attend(query, key, value, mask, drop)
+
+    functions = {"compute": _compute_with_gradient, "dropout": _dropout}
+    if model.glm.transformer.enable_recompute and paddle.is_grad_enabled():
+        functions["run_layer"] = _recompute
+    return forward(model, input_ids, position_ids, core_attention, **functions)
+
+
+def replace_forward(model: paddle.nn.Layer) -> None:
+    """Have ``model(...)`` run ``forward`` and return hidden states, in any wrapper.
+
+    The Trainer wraps the model, and a wrapper has to be called for the gradients to be averaged.
+    Logits are left to LabelSmoothedLoss, at the targets alone.
+
+    Args:
+        model: GLMForConditionalGeneration, or LoRAModel around it.
     """
-    model.glm.output_predict = False
-    stack = model.glm.transformer
-    stack.recompute_training = _recompute
-    for layer in stack.layers:
-        layer.attention.forward = functools.partial(_attention_forward, layer.attention)
-
-    def embedding_dropout(inputs):
-        outputs = _dropout(stack.embedding_dropout, "embedding_seed", inputs)
-        # LoRA trains nothing below the first layer: without a gradient there, recompute
-        # would keep the first layer's activations.
-        if stack.enable_recompute:
-            outputs.stop_gradient = False
-        return outputs
-
-    stack.embedding_dropout.forward = embedding_dropout
-    compute = _linear_on_cpu if on_cpu() else linear
-    for layer in model.sublayers():
-        # A linear with an adapter is of another class.
-        if type(layer) is paddle.nn.Linear and not layer.bias.stop_gradient:
-            layer.forward = functools.partial(compute, layer)
+    glm = model.model if isinstance(model, LoRAModel) else model
+    # LoRAModel has kept the forward that its model had.
+    model.forward = glm.forward = functools.partial(_forward_with_gradient, glm)
 
 
-def linear(layer, inputs):
-    """Return what a linear computes, with its adapter if it has one, without dropout.
+def target_losses(
+    model: paddle.nn.Layer,
+    wrapped: paddle.nn.Layer,
+    inputs: dict[str, Tensor],
+    label_smoothing: float,
+    group: Optional[Group] = None,
+) -> Tensor:
+    """Compute the label-smoothed losses of a batch's N targets.
 
-    The layers' own ways take the host longer than the operators take a card: PaddleNLP 3
-    puts a choice of precisions before F.linear, and fleet's layers put collectives without
-    effect around theirs. Paddle's operator has no public name.
+    Args:
+        model: The GLM after ``replace_forward``.
+        wrapped: The same in the Trainer's wrappers.
+        inputs: A batch of ``data.DataCollator``, as tensors.
+        label_smoothing: e of LabelSmoothedLoss.
+        group: Of tensor parallelism.
+
+    Returns:
+        float32 [N].
+    """
+    names = "input_ids", "position_ids", "attention_mask"
+    hidden_states = wrapped(**{name: inputs[name] for name in names})
+    hidden_states = hidden_states.reshape([-1, hidden_states.shape[-1]])
+    hidden_states = hidden_states.gather(inputs["target_positions"])  # [N, C]
+    weight = model.glm.word_embeddings.weight
+    return LabelSmoothedLoss.apply(hidden_states, weight, inputs["labels"], label_smoothing, group)
+
+
+# What decoding gives to ``forward``
+
+
+def compute_without_gradient(layer: paddle.nn.Layer, inputs: Tensor) -> Tensor:
+    """Compute a linear, with its adapter if it has one, or the word embeddings; without dropout.
+
+    The layers' own ways take the host longer than the operators take a card: PaddleNLP 3 puts a
+    choice of precisions before F.linear, and fleet's layers put collectives without effect around
+    theirs. Paddle's operator has no public name.
     """
     if type(layer) is paddle.nn.Linear:
         return paddle._C_ops.linear(inputs, layer.weight, layer.bias)
+    if isinstance(layer, paddle.nn.Embedding):
+        return layer(inputs)
+    if isinstance(layer, VocabParallelEmbedding):
+        first, count = layer.vocab_start_index, layer.num_embeddings
+        rows = paddle._C_ops.c_embedding(layer.weight, inputs, first, count)
+        all_reduce(rows, layer.model_parallel_group)
+        return rows
     split_inputs = isinstance(layer, RowParallelLinear)
     if split_inputs:
         outputs = paddle.matmul(inputs, layer.weight)
@@ -283,69 +389,3 @@ def linear(layer, inputs):
         all_reduce(outputs, layer.model_parallel_group)
         outputs = outputs + layer.bias
     return outputs
-
-
-def _embedding(layer, token_ids):
-    """Return the rows of ``token_ids``, with tensor parallelism those of all processes' parts."""
-    if type(layer) is not VocabParallelEmbedding:
-        return layer(token_ids)
-    first, count = layer.vocab_start_index, layer.num_embeddings
-    rows = paddle._C_ops.c_embedding(layer.weight, token_ids, first, count)
-    all_reduce(rows, layer.model_parallel_group)
-    return rows
-
-
-def forward(model, input_ids, position_ids, core_attention):
-    """Run GLM's layers without dropout, with an attention that is given.
-
-    PaddleNLP's own forward caches hidden states, and projects the whole prefix to keys
-    and values at every step.
-
-    Args:
-        input_ids: int64 [B, Q]. position_ids: int64 [B or 1, 2, Q or 1].
-        core_attention: a function of a layer's number, its attention and the output of
-            query_key_value, [B, Q, 3 * H * D]. It returns the heads' outputs, [1, B, H,
-            Q, D].
-
-    Returns:
-        hidden states after the last layer norm, [B, Q, C].
-    """
-    glm, stack = model.glm, model.glm.transformer
-    hidden_states = (
-        _embedding(glm.word_embeddings, input_ids)
-        + stack.position_embeddings(position_ids[:, 0])
-        + stack.block_position_embeddings(position_ids[:, 1])
-    )  # [B, Q, C]
-    for number, layer in enumerate(stack.layers):
-        attention, mlp = layer.attention, layer.mlp
-        projected = linear(attention.query_key_value, layer.input_layernorm(hidden_states))
-        context = _merge_heads(core_attention(number, attention, projected))
-        hidden_states = hidden_states + linear(attention.dense, context)
-        inner = linear(mlp.dense_h_to_4h, layer.post_attention_layernorm(hidden_states))
-        inner = F.gelu(inner, approximate=True)
-        hidden_states = hidden_states + linear(mlp.dense_4h_to_h, inner)
-    return stack.final_layernorm(hidden_states)
-
-
-def target_losses(model, wrapped, inputs, label_smoothing, group=None):
-    """Compute the label-smoothed losses of a batch's N targets.
-
-    Args:
-        model: the GLM, prepared for training. wrapped: the same in the Trainer's wrappers.
-        inputs: a batch of ``data.DataCollator``, as tensors.
-        label_smoothing (float): e of LabelSmoothedLoss. group: of tensor parallelism.
-
-    Returns:
-        float32 [N].
-    """
-    mask = additive_mask(inputs["attention_mask"].astype("float32"), "float32")  # [B, 1, L, L]
-    if on_cpu():  # which is slow at broadcasting
-        attention = model.glm.transformer.layers[0].attention
-        mask = mask.tile([1, attention.num_attention_heads, 1, 1])
-    hidden_states = wrapped(
-        input_ids=inputs["input_ids"], position_ids=inputs["position_ids"], attention_mask=mask
-    )[0]
-    hidden_states = hidden_states.reshape([-1, hidden_states.shape[-1]])
-    hidden_states = hidden_states.gather(inputs["target_positions"])  # [N, C]
-    weight = model.glm.word_embeddings.weight
-    return LabelSmoothedLoss.apply(hidden_states, weight, inputs["labels"], label_smoothing, group)

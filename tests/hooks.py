@@ -98,7 +98,7 @@ def compare_hidden_states():
 
     def checked(self, model, inputs):
         seen, parts = [], []
-        keep = self.model.glm.register_forward_post_hook(lambda *args: seen.append(args[2][0].detach()))
+        keep = self.model.register_forward_post_hook(lambda *args: seen.append(args[2].detach()))
         loss = compute_loss(self, model, inputs)
         keep.remove()
         dist.all_gather(parts, seen[0])

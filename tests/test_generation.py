@@ -16,11 +16,12 @@ from helpers import (
     repeats_ngram,
 )
 
-from glm import device
+from glm import device, graphs
+from glm.decoding.beams import Beams
 from glm.decoding.cache import decode_one_token, prefill
 from glm.decoding.candidates import Candidates, drawn_candidates
-from glm.decoding.decoder import Beams, beam_search
-from glm.device import Replayed
+from glm.decoding.decoder import beam_search
+from glm.graphs import CapturedStep
 
 START, END = 1, 2
 
@@ -42,7 +43,7 @@ def test_cached_decoding_equals_the_plain_forward_at_every_step():
     rng = np.random.default_rng(1)
     cache = prefill(model, input_ids, lengths, num_beams)
     origins = np.arange(3 * num_beams).reshape([3, num_beams])
-    cache.arrange(origins, 0, steps)
+    cache.compact(origins, 0, steps)
     paths = [[[] for _ in range(num_beams)] for _ in sources]
     fed = np.full([3, num_beams], START)
     for _ in range(steps):
@@ -143,12 +144,12 @@ def captured(monkeypatch):
     monkeypatch.setattr(paddle, "to_tensor", counted(paddle.to_tensor, "uploads"))
     monkeypatch.setattr("glm.decoding.decoder.upload", counted(device.upload, "uploads"))
     monkeypatch.setattr(paddle.Tensor, "numpy", counted(paddle.Tensor.numpy, "downloads"))
-    monkeypatch.setattr("glm.device.CUDAGraph", counted(RecordedGraph, "captures"))
+    monkeypatch.setattr("glm.graphs.CUDAGraph", counted(RecordedGraph, "captures"))
     monkeypatch.setattr(RecordedGraph, "replay", counted(RecordedGraph.replay, "replays"))
     for room in ("glm.modeling", "glm.decoding.cache"):
         monkeypatch.setattr(f"{room}.on_cpu", lambda: False)
-    for room in ("glm.device", "glm.decoding.cache", "glm.decoding.decoder"):
-        monkeypatch.setattr(f"{room}.captures", lambda: True)
+    for room in ("glm.graphs", "glm.decoding.cache", "glm.decoding.decoder"):
+        monkeypatch.setattr(f"{room}.supports_cuda_graphs", lambda: True)
     return counts
 
 
@@ -204,7 +205,7 @@ def test_an_exception_ends_a_capture(captured):
     def fail():
         raise KeyboardInterrupt
 
-    replayed = Replayed(fail)
+    replayed = CapturedStep(fail)
     with pytest.raises(KeyboardInterrupt):
         replayed()
     assert RecordedGraph.capturing is None and captured["replays"] == 0
@@ -225,10 +226,10 @@ def test_a_collective_runs_between_two_graphs(captured, monkeypatch):
     def step():
         value.add_(paddle.ones([1]))
         total = value * 10.0
-        device.all_reduce(total, None)
+        graphs.all_reduce(total, None)
         return total + 1.0
 
-    replayed = Replayed(step)
+    replayed = CapturedStep(step)
     for call in (1, 2, 3):
         assert replayed().tolist() == [20.0 * call + 1] and calls == [[10.0 * n] for n in range(1, call + 1)]
     assert captured["captures"] == 2 and captured["replays"] == 6
@@ -237,7 +238,7 @@ def test_a_collective_runs_between_two_graphs(captured, monkeypatch):
 def test_where_a_capture_fails_the_search_goes_on_without(captured, monkeypatch):
     _, input_ids, lengths = make_sources()
     model = random_glm(num_layers=1)
-    monkeypatch.setattr(Replayed, "failed", False)
+    monkeypatch.setattr(graphs, "_failed", False)
     args = model, input_ids, lengths, generation_arguments(), START, END
     expected = best_hypotheses(*args)
     assert captured["replays"]
@@ -251,7 +252,7 @@ def test_where_a_capture_fails_the_search_goes_on_without(captured, monkeypatch)
     captured.update(replays=0, captures=0)
     monkeypatch.setattr(RecordedGraph, "capture_end", capture_end)
     warnings = []
-    monkeypatch.setattr("glm.device.logger.warning", warnings.append)
+    monkeypatch.setattr("glm.graphs.logger.warning", warnings.append)
     assert best_hypotheses(*args) == expected
     assert captured["captures"] == 1 and captured["replays"] == 0
     assert len(warnings) == 1 and "error(900)" in warnings[0]
@@ -303,7 +304,7 @@ def test_slots_that_no_beam_sees_are_left_out():
     cache = prefill(model, input_ids, lengths, num_beams)
     origins = np.arange(6).reshape([2, 3])
     for steps in (16, 16, 8):
-        cache.arrange(origins, slots - 9, steps)
+        cache.compact(origins, slots - 9, steps)
         assert cache.layers[0][1].shape == [1, 2, 4, slots + steps * num_beams, 8]
         for _ in range(steps):
             token_ids = paddle.full([2, num_beams], 5, dtype="int64")
@@ -313,26 +314,26 @@ def test_slots_that_no_beam_sees_are_left_out():
 
 
 @paddle.no_grad()
-@pytest.mark.parametrize("by_head", [False, True])
-def test_where_a_token_goes_in_the_cache(by_head):
+@pytest.mark.parametrize("qkv_per_head", [False, True])
+def test_where_a_token_goes_in_the_cache(qkv_per_head):
     """Each number that query_key_value gives, in either layout, after an example has left."""
     num_beams, heads, size = 3, 4, 8
     _, input_ids, lengths = make_sources((9, 7))
     cache = prefill(random_glm(), input_ids, lengths, num_beams)
-    cache.by_head = by_head
-    cache.arrange(np.arange(6).reshape([2, 3]), 0, 5)
-    cache.open_slots(paddle.arange(6).reshape([2, 3]))
-    cache.arrange(np.array([[3, 4, 5]]), 1, 4)  # the second example alone goes on
-    cache.open_slots(paddle.arange(3).reshape([1, 3]))
+    cache.qkv_per_head = qkv_per_head
+    cache.compact(np.arange(6).reshape([2, 3]), 0, 5)
+    cache.advance(paddle.arange(6).reshape([2, 3]))
+    cache.compact(np.array([[3, 4, 5]]), 1, 4)  # the second example alone goes on
+    cache.advance(paddle.arange(3).reshape([1, 3]))
     used = 7 + 2 * num_beams
     assert cache.position_ids.tolist() == [[[5], [2]]]
     assert (cache.mask[0, 0] == 0).sum(-1).tolist() == [9] * 3  # source, a past slot, its own
     projected = np.arange(num_beams * 3 * heads * size, dtype="float32") + 1000
     for layer, keys, values, query in cache.layers:
         layer.scatter_(cache.new_rows, paddle.to_tensor(projected).reshape([-1, size]))
-        columns = (heads, 3, size) if by_head else (3, heads, size)
+        columns = (heads, 3, size) if qkv_per_head else (3, heads, size)
         for beam, numbers in enumerate(projected.reshape(num_beams, *columns)):
-            numbers = numbers if not by_head else numbers.swapaxes(0, 1)  # [3, H, D]
+            numbers = numbers if not qkv_per_head else numbers.swapaxes(0, 1)  # [3, H, D]
             slot = used - num_beams + beam
             assert cache.mask[0, 0, beam, slot] == 0
             for part, where, expected in zip((query, keys, values), (beam, slot, slot), numbers):
@@ -364,7 +365,7 @@ def test_the_source_is_stored_once_per_example():
     for num_beams in (1, 7):
         cache = prefill(model, input_ids, lengths, num_beams)
         assert [layer[1].shape for layer in cache.layers] == [[1, 3, 4, 12, 8]] * 2
-        cache.arrange(np.arange(3 * num_beams).reshape([3, -1]), 0, 16)
+        cache.compact(np.arange(3 * num_beams).reshape([3, -1]), 0, 16)
         slots = 12 + 16 * num_beams
         assert [part.shape for part in cache.layers[1][1:]] == [
             [1, 3, 4, n, 8] for n in (slots, slots, num_beams)

@@ -89,7 +89,9 @@ def test_a_step_moves_every_adapter_weight_and_no_other(tmp_path, recompute):
     trainer = make_trainer(tmp_path, adapted, recompute=recompute, save_strategy="no", **settings)
     trainer.train_dataset, trainer.data_collator = dataset, DataCollator(0)
     inputs, layers = [], model.glm.transformer.layers
-    layers[0].register_forward_pre_hook(lambda layer, given: inputs.append(given[0].stop_gradient))
+    layers[0].input_layernorm.register_forward_pre_hook(
+        lambda layer, given: inputs.append(given[0].stop_gradient)
+    )
     before = {name: weight.numpy().copy() for name, weight in adapted.named_parameters()}
     trainer.train()
     moved = {name for name, weight in adapted.named_parameters() if (weight.numpy() != before[name]).any()}

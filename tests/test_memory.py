@@ -85,13 +85,13 @@ def test_the_cache_is_counted(monkeypatch, cpu):
     """A card has slots for all tokens at once; a CPU half of them, in the middle of the search."""
     monkeypatch.setattr("glm.decoding.cache.on_cpu", lambda: cpu)
     monkeypatch.setattr("glm.modeling.on_cpu", lambda: cpu)
-    monkeypatch.setattr("glm.decoding.cache.captures", lambda: not cpu)
+    monkeypatch.setattr("glm.decoding.cache.supports_cuda_graphs", lambda: not cpu)
     model, lengths, beams = random_glm(num_layers=3), np.full([20], 40), 4
     setting = memory.Setting(model.config, 20, 40, 20, num_beams=beams, on_cpu=cpu, cuda_graphs=not cpu)
     source = np.ones([20, 40], "int64")
     cache = prefill(model, paddle.to_tensor(source), lengths, beams)
     before, kept = allocated(), 3 * (3 if cpu else 2) * source.size * model.config.hidden_size * 4
-    cache.arrange(np.arange(20 * beams).reshape([20, beams]), 0, 10 if cpu else 20)
+    cache.compact(np.arange(20 * beams).reshape([20, beams]), 0, 10 if cpu else 20)
     taken = allocated() - before + kept
     monkeypatch.setattr(memory, "_add_largest", lambda _, peaks: peaks["decoding"])
     assert taken / memory.evaluation_memory(setting)["caches"] == pytest.approx(1, abs=0.1)

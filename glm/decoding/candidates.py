@@ -1,39 +1,44 @@
 """Candidates for the next token of every beam: the likeliest ones, or a draw."""
 
-from typing import NamedTuple
+from typing import NamedTuple, Optional
 
 import numpy as np
 import paddle
 import paddle.nn.functional as F
+from numpy import ndarray
+from paddle import Tensor
+from paddle.distributed.collective import Group
 
-from glm.device import all_gather
+from glm.graphs import all_gather
 from glm.modeling import log_sum_exp
 
 
 class Candidates(NamedTuple):
     """Hold the likely next tokens of every beam, numpy [A, K, M].
 
-    A beam with fewer than M possible tokens has keys and log-probabilities of -inf, with
-    some valid token id.
+    A beam with fewer than M possible tokens has keys and log-probabilities of -inf, with some valid
+    token id.
     """
 
-    keys: np.ndarray  # float64: those with the largest keys are chosen
-    log_probabilities: np.ndarray  # float64
-    token_ids: np.ndarray  # int64
+    sort_keys: ndarray  # float64: those with the largest keys are chosen
+    log_probabilities: ndarray  # float64
+    token_ids: ndarray  # int64
 
 
-def likeliest_tokens(logits, count, group=None):
+def likeliest_tokens(logits: Tensor, count: int, group: Optional[Group] = None) -> Tensor:
     """Find the ``count`` likeliest next tokens of every beam.
 
-    With tensor parallelism each process has a part of the logits. The likeliest of each part
-    are gathered, a few numbers a beam, and ``Beams.advance`` merges them.
+    With tensor parallelism each process has a part of the logits. The likeliest of each part are
+    gathered, a few numbers a beam, and ``Beams.advance`` merges them.
 
     Args:
-        logits: [N, V], or this process's part of V. group: of tensor parallelism.
+        logits: [N, V], or this process's part of V.
+        count: At least what ``Beams.advance`` chooses.
+        group: Of tensor parallelism.
 
     Returns:
-        float64 [2, N, M], log-probabilities and token ids. One tensor, so that one copy
-        leaves the device: float64 holds any id.
+        float64 [2, N, M], log-probabilities and token ids. One tensor, so that one copy leaves the
+        device: float64 holds any id.
     """
     logits = logits.astype("float32")
     part_size = logits.shape[-1]
@@ -45,13 +50,14 @@ def likeliest_tokens(logits, count, group=None):
     return table if group is None else all_gather(table, group)
 
 
-def without_banned(table, banned):
+def without_banned(table: ndarray, banned: ndarray) -> Candidates:
     """Return the Candidates that ``likeliest_tokens`` gave, without the banned tokens.
 
+    The other tokens' probabilities are not normalised again.
+
     Args:
-        table: numpy float64 [2, A, K, M].
-        banned: int64 [N, 3], each a row, a beam and a token that is impossible there. The
-            other tokens' probabilities are not normalised again.
+        table: float64 [2, A, K, M].
+        banned: int64 [N, 3], each a row, a beam and a token that is impossible there.
     """
     log_probabilities, token_ids = table[0], table[1].astype("int64")
     row, beam, token = banned.T
@@ -60,23 +66,27 @@ def without_banned(table, banned):
     return Candidates(log_probabilities, log_probabilities, token_ids)
 
 
-def drawn_candidates(logits, banned, count, temperature=1.0, top_k=0, top_p=0.0):
-    """Return ``count`` next tokens of every beam, drawn without replacement, as Candidates.
+def drawn_candidates(
+    logits: Tensor, banned: ndarray, count: int, temperature: float = 1.0, top_k: int = 0, top_p: float = 0.0
+) -> Candidates:
+    """Return ``count`` next tokens of every beam, drawn without replacement.
 
-    A key is a log-probability plus Gumbel noise: the n largest are a draw of n without
-    replacement in proportion to the probabilities (Kool et al., arXiv 1903.06059).
+    A key is a log-probability plus Gumbel noise: the n largest are a draw of n without replacement
+    in proportion to the probabilities (Kool et al., arXiv 1903.06059).
 
     Args:
         logits: [A, K, V].
         banned: int64 [N, 3], each a row, a beam and a token that is impossible there.
-        temperature: divides the logits that are drawn by. The log-probabilities, and so the
-            scores, stay the model's.
-        top_k, top_p: filters of the tempered probabilities, see GenerationArguments. A token
-            that they leave out is impossible.
+        count: Of each beam.
+        temperature: Divides the logits that are drawn by. The log-probabilities, and so the scores,
+            stay the model's.
+        top_k: A filter of the tempered probabilities, see GenerationArguments. A token that it
+            leaves out is impossible.
+        top_p: Another one.
     """
     logits = logits.astype("float32")
     tempered = logits / temperature
-    whole, tempered_whole = (_log_sum_exp(x, *paddle.topk(x, 1)) for x in (logits, tempered))
+    log_sum, tempered_log_sum = (_log_sum_exp(x, *paddle.topk(x, 1)) for x in (logits, tempered))
     if len(banned):
         tempered[tuple(paddle.to_tensor(column) for column in banned.T)] = -float("inf")
     minus_infinity = paddle.full([1], -float("inf"))
@@ -89,12 +99,12 @@ def drawn_candidates(logits, banned, count, temperature=1.0, top_k=0, top_p=0.0)
     token_ids = paddle.where(impossible, paddle.zeros_like(token_ids), token_ids)
     chosen = paddle.take_along_axis(logits, token_ids, axis=-1)
     chosen = paddle.where(impossible, minus_infinity, chosen)
-    table = _stack(keys - tempered_whole, chosen - whole, token_ids).numpy()
+    table = _stack(keys - tempered_log_sum, chosen - log_sum, token_ids).numpy()
     return Candidates(table[0], table[1], table[2].astype("int64"))
 
 
 def _log_sum_exp(logits, largest, token_ids, group=None):
-    """Return the log-sum-exp of whole rows, [..., 1], given their largest logits, in order."""
+    """Return the log-sum-exp over the vocabulary, [..., 1], given the largest logits, in order."""
     likeliest = paddle.take_along_axis(F.softmax(logits), token_ids[..., :1], axis=-1)
     return log_sum_exp(largest[..., :1], likeliest, group)[1]
 
@@ -104,7 +114,7 @@ def _stack(*columns):
 
 
 def _lowest_logit_to_draw(logits, top_k, top_p):
-    """Return the lowest logit of each row that top_k and top_p leave, [A, K, 1], ties included."""
+    """Return the lowest logit of each row that top_k and top_p leave, [A, K, 1], with ties."""
     lowest = paddle.full([*logits.shape[:-1], 1], -float("inf"))
     if 0 < top_k < logits.shape[-1]:
         lowest = paddle.topk(logits, top_k)[0][..., -1:]

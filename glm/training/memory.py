@@ -9,7 +9,7 @@ from paddlenlp.peft import LoRAConfig
 from paddlenlp.transformers import GLMConfig
 from paddlenlp.utils.log import logger
 
-from glm.device import captures, free_memory, on_cpu, supports_dtype
+from glm.device import free_memory, on_cpu, supports_cuda_graphs, supports_dtype
 from glm.errors import Fault, is_out_of_memory
 from glm.processes import gather_objects
 from glm.weights.adapters import new_lora_config
@@ -36,7 +36,7 @@ class Setting:
     master_grad: bool = True  # as --amp_master_grad
     num_beams: int = 1
     on_cpu: bool = dataclasses.field(default_factory=on_cpu)
-    cuda_graphs: bool = dataclasses.field(default_factory=captures)
+    cuda_graphs: bool = dataclasses.field(default_factory=supports_cuda_graphs)
     paddle_2: bool = PADDLE_2
 
     @property

@@ -30,7 +30,8 @@ from common import (
 
 from data import build_attention_mask
 from glm.arguments import GenerationArguments
-from glm.decoding.decoder import Beams, Decoder, beam_search
+from glm.decoding.beams import Beams
+from glm.decoding.decoder import Decoder, beam_search
 
 START, END = SpecialTokens.sop_token_id, SpecialTokens.eop_token_id
 
