@@ -5,6 +5,7 @@ from collections import defaultdict
 import numpy as np
 from numpy import ndarray
 
+from glm.arguments import GenerationArguments
 from glm.decoding.candidates import Candidates
 
 
@@ -29,7 +30,7 @@ class Beams:
         results: Of each example of the batch its hypotheses, or None while it is running.
     """
 
-    def __init__(self, batch_size: int, generation, end_token_id: int):
+    def __init__(self, batch_size: int, generation: GenerationArguments, end_token_id: int):
         self.generation, self.end_token_id = generation, end_token_id
         num_beams, tgt_length = generation.num_beams, generation.tgt_length
         self.step = 0

@@ -10,6 +10,7 @@ from paddle import Tensor
 from paddle.distributed.collective import Group
 from paddlenlp.transformers import GLMForConditionalGeneration
 
+from glm.arguments import GenerationArguments
 from glm.decoding.beams import Beams
 from glm.decoding.cache import decode_one_token, prefill
 from glm.decoding.candidates import Candidates, drawn_candidates, likeliest_tokens, without_banned
@@ -36,7 +37,7 @@ class Decoder:
         input_ids: Tensor,
         source_length: ndarray,
         start_token_id: int,
-        generation,
+        generation: GenerationArguments,
         group: Optional[Group] = None,
     ):
         """Prefill the cache. The arguments are those of ``beam_search``."""
@@ -128,7 +129,7 @@ def beam_search(
     model: GLMForConditionalGeneration,
     input_ids: Tensor,
     source_length: ndarray,
-    generation,
+    generation: GenerationArguments,
     start_token_id: int,
     end_token_id: int,
     group: Optional[Group] = None,
@@ -139,7 +140,7 @@ def beam_search(
         model: In eval mode.
         input_ids: int64 [B, S], sources of ``data.encode_source``, padded on the right.
         source_length: int64 [B].
-        generation: GenerationArguments.
+        generation: The rules.
         start_token_id: The first token of a target.
         end_token_id: The last one.
         group: Of tensor parallelism.
