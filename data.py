@@ -3,6 +3,8 @@
 Nothing here needs a model or a device: features and batches are numpy arrays.
 """
 
+import unicodedata
+
 import numpy as np
 from paddlenlp.utils.log import logger
 from tqdm import tqdm
@@ -33,12 +35,18 @@ def split_text(tokenizer, text):
 def encode_source(tokenizer, record, src_length):
     """Encode ``[CLS] 答案：{answer}，上下文：{context} [gMASK] <|endoftext|>``.
 
-    Only the context is cut, at its end. Returns at most ``src_length`` ids, list[int]. Raises
-    InputError where even an empty context leaves too many ids.
+    Only the context is cut, at its end.
+
+    Returns:
+        at most ``src_length`` ids, list[int], and whether the context was cut, bool.
+
+    Raises:
+        InputError: where even an empty context leaves too many ids.
     """
     opening = SOURCE_OPENING.format(answer=record["answer"])
     room = src_length - 3  # [CLS], [gMASK] and <|endoftext|>
-    if room < 2 * len(opening) + 8:  # the answer is rarely so long
+    # The answer is rarely so long. NFKC, which the tokenizer applies, makes up to 18 characters of one.
+    if room < 2 * len(unicodedata.normalize("NFKC", opening)) + 8:
         length = len(encode_text(tokenizer, opening))
         if length > room:
             raise InputError(
@@ -46,17 +54,20 @@ def encode_source(tokenizer, record, src_length):
                 f"--src_length {src_length}: raise it or shorten the answer"
             )
     # Opening and context are encoded as one text, as in pre-training: a piece may span the seam.
-    ids = encode_text(tokenizer, opening + record["context"])[:room]
-    return [tokenizer.cls_token_id, *ids, tokenizer.gmask_token_id, tokenizer.eos_token_id]
+    ids = encode_text(tokenizer, opening + record["context"])
+    source_ids = [tokenizer.cls_token_id, *ids[:room], tokenizer.gmask_token_id, tokenizer.eos_token_id]
+    return source_ids, len(ids) > room
 
 
 def encode_target(tokenizer, question, tgt_length):
-    """Encode a question behind the fixed opening. Returns labels, list[int].
+    """Encode a question behind the fixed opening.
 
-    They end with ``<|endofpiece|>`` and are ``tgt_length`` at most.
+    Returns:
+        labels, list[int], which end with ``<|endofpiece|>`` and are ``tgt_length`` at most, and
+        whether the question was cut, bool.
     """
     ids = encode_text(tokenizer, TARGET_OPENING + question)
-    return ids[: tgt_length - 1] + [tokenizer.eop_token_id]
+    return ids[: tgt_length - 1] + [tokenizer.eop_token_id], len(ids) >= tgt_length
 
 
 def decode_target(tokenizer, token_ids):
@@ -123,6 +134,32 @@ def check_target_length(tokenizer, tgt_length):
         )
 
 
+def describe_generation(tokenizer, generation, dataset):
+    """Log what beam search makes of the fixed opening, which it counts like the question behind it.
+
+    Args:
+        generation (GenerationArguments): how it generates.
+        dataset (list[dict]): the features of records with questions, if there are any.
+    """
+    opening, least = len(encode_text(tokenizer, TARGET_OPENING)), generation.min_tgt_length
+    # Of the labels, the end token is not counted: the minimum is of tokens before it.
+    longest = max((len(features["labels"]) - 1 for features in dataset), default=0)
+    if 0 < longest < least:
+        logger.warning(
+            f"--min_tgt_length {least} is over the longest question of the data, which has {longest} "
+            f"tokens with its opening of {opening}: all predictions will be longer"
+        )
+    elif least:
+        logger.eval(
+            f"--min_tgt_length {least} counts the {opening} tokens of the fixed opening: a question has "
+            f"at least {max(least - opening, 0)}"
+        )
+    if generation.no_repeat_ngram_size == 1:
+        logger.warning(
+            "--no_repeat_ngram_size 1 counts the fixed opening too: its words can't stand in a question"
+        )
+
+
 def build_dataset(tokenizer, records, src_length, tgt_length, quiet=True):
     """Build the features of every record, before training starts.
 
@@ -136,14 +173,25 @@ def build_dataset(tokenizer, records, src_length, tgt_length, quiet=True):
     Raises:
         InputError: where a prompt and its answer take more than ``src_length`` tokens.
     """
-    dataset, losses, limits = [], {}, (src_length, tgt_length)
+    dataset, losses = [], {}
     bar = tqdm(records, "features", delay=2, disable=quiet, dynamic_ncols=True)
     for index, record in enumerate(bar):
-        source_ids, labels = encode_source(tokenizer, record, src_length), []
+        source_ids, source_cut = encode_source(tokenizer, record, src_length)
+        labels, target_cut = [], False
         if record["question"] is not None:
-            labels = encode_target(tokenizer, record["question"], tgt_length)
-        for loss in find_losses(tokenizer, record, source_ids, labels, *limits):
-            losses.setdefault(loss, []).append(record["where"])
+            labels, target_cut = encode_target(tokenizer, record["question"], tgt_length)
+        found = {
+            f"passages are cut at --src_length {src_length}": source_cut,
+            f"passages lose their answer, cut at --src_length {src_length}": source_cut
+            and is_answer_cut(tokenizer, record, src_length),
+            f"questions are cut at --tgt_length {tgt_length}": target_cut,
+            "questions have characters that the tokenizer does not know": tokenizer.unk_token_id in labels,
+            "passages or answers have characters that the tokenizer does not know": tokenizer.unk_token_id
+            in source_ids,
+        }
+        for loss, is_found in found.items():
+            if is_found:
+                losses.setdefault(loss, []).append(record["where"])
         features = build_features(tokenizer, source_ids, labels)
         dataset.append({**features, "index": index, "record": record})
     for loss, places in losses.items():
@@ -151,24 +199,8 @@ def build_dataset(tokenizer, records, src_length, tgt_length, quiet=True):
     return dataset
 
 
-def find_losses(tokenizer, record, source_ids, labels, src_length, tgt_length):
-    """Yield what the features have lost of their record, each as the end of a sentence."""
-    # What has as many ids as it may have can still be whole.
-    if len(source_ids) == src_length < len(encode_source(tokenizer, record, src_length + 1)):
-        yield f"passages are cut at --src_length {src_length}"
-        if is_answer_cut(tokenizer, record, src_length):
-            yield f"passages lose their answer, cut at --src_length {src_length}"
-    longer = tgt_length + 1
-    if len(labels) == tgt_length < len(encode_target(tokenizer, record["question"], longer)):
-        yield f"questions are cut at --tgt_length {tgt_length}"
-    if tokenizer.unk_token_id in labels:
-        yield "questions have characters that the tokenizer does not know"
-    if tokenizer.unk_token_id in source_ids:
-        yield "passages or answers have characters that the tokenizer does not know"
-
-
 def is_answer_cut(tokenizer, record, src_length):
-    """Whether the answer stands in the context, but not in what ``src_length`` leaves of it."""
+    """Return whether the answer stands in the context, but not in what ``src_length`` leaves of it."""
 
     def normalize(pieces):
         return tokenizer.convert_tokens_to_string(pieces)
@@ -177,8 +209,8 @@ def is_answer_cut(tokenizer, record, src_length):
     pieces = split_text(tokenizer, opening + record["context"])
     start = len(normalize(split_text(tokenizer, opening)))
     answer = normalize(split_text(tokenizer, record["answer"]))
-    whole, kept = normalize(pieces), normalize(pieces[: src_length - 3])
-    return answer in whole[start:] and answer not in kept[start:]
+    complete, kept = normalize(pieces), normalize(pieces[: src_length - 3])
+    return answer in complete[start:] and answer not in kept[start:]
 
 
 def build_attention_mask(source_length, length, padded_length):

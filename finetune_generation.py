@@ -5,29 +5,46 @@ python finetune_generation.py --help, or with one JSON file of the same argument
 
 import contextlib
 import errno
-import json
+import itertools
 import os
-import signal
 import sys
-import threading
 
 import paddle
-from paddlenlp.trainer import set_seed
-from paddlenlp.utils.log import logger
-from tqdm.contrib.logging import logging_redirect_tqdm
 
-from data import DataCollator, build_dataset, build_features, check_target_length, encode_source
-from glm.arguments import parse_arguments
-from glm.checks import check_accumulation, check_min_length
+try:
+    from paddlenlp.trainer import set_seed
+except OSError as error:  # it makes a folder for downloads at its import
+    if __name__ != "__main__":
+        raise
+    print(
+        f"finetune_generation.py: error: {error.filename} can't be made ({error.strerror}), which PaddleNLP "
+        "wants: set PPNLP_HOME to a folder that can be written to",
+        file=sys.stderr,
+    )
+    sys.exit(2)
+from paddlenlp.utils.log import logger
+
+from data import (
+    DataCollator,
+    build_dataset,
+    build_features,
+    check_target_length,
+    describe_generation,
+    encode_source,
+)
+from glm.arguments import check_accumulation, parse_arguments
+from glm.console import process_settings, standard_output
 from glm.decoding.decoder import beam_search
 from glm.device import use_the_whole_cpu
-from glm.errors import Fault, InputError
+from glm.errors import Fault, InputError, error_line, printable
+from glm.files import dump_json
 from glm.outputs.folder import open_run_folder
 from glm.outputs.layout import TRAINER_STATE
 from glm.outputs.results import write_results
-from glm.processes import Peers
-from glm.records import parse_lines, read_in_batches, read_records
+from glm.processes import is_first_of_machine, tensor_parallel_part
+from glm.records import parse_each_line, read_in_batches, read_lines, read_records
 from glm.training.memory import estimate_memory
+from glm.watchdog import Peers, watch_launcher
 from glm.weights.adapters import add_lora
 from glm.weights.loading import LORA_WEIGHTS, load_model
 from glm.weights.pretrained import check_lengths, find_pretrained
@@ -47,7 +64,7 @@ def run(model_args, data_args, generation, args, folder=None, output=None):
         output: the text stream that the answers to standard input go to, or None.
     """
     # Everything that can be wrong is read and checked before the weights are.
-    degree = max(args.tensor_parallel_degree, 1)
+    part, degree = tensor_parallel_part(args)
     pretrained = find_pretrained(model_args)
     adapter, tokenizer = pretrained.adapter, pretrained.tokenizer
     check_lengths(pretrained, data_args.src_length, generation, degree)
@@ -74,14 +91,14 @@ def run(model_args, data_args, generation, args, folder=None, output=None):
         logger.eval(f"done: in {args.output_dir} is torch")
         return
     with memory.running_out("while loading the model", "train" if args.do_train else "eval"):
-        model = load_model(pretrained, args.weights_dtype(), degree, max(args.tensor_parallel_rank, 0))
+        model = load_model(pretrained, args.weights_dtype(), degree, part)
         if adapter:
             model = add_lora(model, pretrained, args.seed)
     if output:
         set_seed(args.seed)
-        src_length, batch_size = data_args.src_length, args.per_device_eval_batch_size
+        batch_size = args.per_device_eval_batch_size
         with memory.running_out("while answering", "eval"):
-            predict_lines(model, tokenizer, src_length, generation, batch_size, output)
+            answer_lines(model, tokenizer, data_args, generation, batch_size, output)
         return
     trainer = GLMTrainer(
         model=model,
@@ -121,7 +138,8 @@ def read_datasets(tokenizer, data_args, generation, args):
     if args.do_predict and data_args.predict_file != "-":
         source = data_args.predict_file or data_args.task_name
         test_dataset = read("test", source, data_args.max_predict_samples)
-    check_min_length(generation.min_tgt_length, train_dataset + dev_dataset)
+    if args.do_eval or args.do_predict:
+        describe_generation(tokenizer, generation, train_dataset + dev_dataset)
     return train_dataset, dev_dataset, test_dataset
 
 
@@ -185,112 +203,106 @@ def written_files(model_args, args, adapter):
     return names
 
 
-def predict_lines(model, tokenizer, src_length, generation, batch_size, output):
+def answer_lines(model, tokenizer, data_args, generation, batch_size, output):
     """Answer the lines of standard input by JSON lines in the text stream ``output``.
 
-    Lines that are there already are answered in one batch. A mistake in a line is an
-    InputError, after the answers to the lines before it.
+    Lines that are there already are answered in one batch. Each gets a line: the row of a predictions
+    file, or an object with ``error`` alone, what is wrong with the line.
+
+    Raises:
+        InputError: at the end, where a line could not be answered.
     """
 
     def read_features(lines):
-        for record in parse_lines(lines, "standard input", require_question=False):
-            if record["answer"] is None:
-                raise InputError(f"{record['where']}: the question has no answer: give one")
-            source_ids = encode_source(tokenizer, record, src_length)
+        for record in parse_each_line(lines, "standard input", require_question=False):
+            try:
+                if isinstance(record, InputError):
+                    raise record
+                if record["answer"] is None:
+                    raise InputError(f"{record['where']}: the question has no answer: give one")
+                source_ids, _ = encode_source(tokenizer, record, data_args.src_length)
+            except InputError as error:
+                yield error
+                continue
             features = build_features(tokenizer, source_ids, labels=[])
             yield {**features, "index": None, "record": record}
 
     model.eval()
     collate = DataCollator(tokenizer.pad_token_id)
+    candidates = generation.num_return_sequences > 1
+    start, end = tokenizer.sop_token_id, tokenizer.eop_token_id
+    mistakes, first_mistake = 0, None
     # A file of its own: a thread that waits in sys.stdin would hinder the interpreter's end.
-    standard_input = os.fdopen(os.dup(0), "rb")
-    for features in read_in_batches(read_features(standard_input), batch_size):
-        batch = collate(features)
-        source_length = batch["source_length"]
-        input_ids = paddle.to_tensor(batch["input_ids"][:, : source_length.max()])
-        start, end = tokenizer.sop_token_id, tokenizer.eop_token_id
-        hypotheses = beam_search(model, input_ids, source_length, generation, start, end)
-        for feature, best in zip(features, hypotheses):
-            candidates = generation.num_return_sequences > 1
-            row, _ = prediction_row(tokenizer, feature["record"], best, candidates)
-            print(json.dumps(row, ensure_ascii=False), file=output)
+    lines = read_lines(os.fdopen(os.dup(0), "rb"), "standard input")
+    items = itertools.islice(read_features(lines), data_args.max_predict_samples)
+    for batch in read_in_batches(items, batch_size):
+        features = [item for item in batch if not isinstance(item, InputError)]
+        hypotheses = iter(())
+        if features:
+            arrays = collate(features)
+            source_length = arrays["source_length"]
+            input_ids = paddle.to_tensor(arrays["input_ids"][:, : source_length.max()])
+            hypotheses = iter(beam_search(model, input_ids, source_length, generation, start, end))
+        for item in batch:
+            if isinstance(item, InputError):
+                mistakes, first_mistake = mistakes + 1, first_mistake or item
+                row = {"error": printable(str(item))}
+            else:
+                row, _ = prediction_row(tokenizer, item["record"], next(hypotheses), candidates)
+            print(dump_json(row, ensure_ascii=False), file=output)
         output.flush()
-
-
-@contextlib.contextmanager
-def standard_output(wanted):
-    """Yield the standard output as a text stream if ``wanted``, else None.
-
-    Whatever else is printed goes to standard error then.
-    """
-    if not wanted:
-        yield None
-        return
-    # The run ends quietly when the reader of the pipe does.
-    signal.signal(signal.SIGPIPE, signal.SIG_DFL)
-    with os.fdopen(os.dup(1), "w", encoding="utf-8") as output:
-        os.dup2(2, 1)
-        yield output
-
-
-def stop(number, _):
-    """End the run at the signal ``number``."""
-    raise Fault(f"stopped by {signal.Signals(number).name}", exit_code=128 + number)
-
-
-def end_the_run(error):
-    """End the process after an exception in a thread, for which others would wait for ever."""
-    sys.__excepthook__(error.exc_type, error.exc_value, error.exc_traceback)
-    os._exit(1)
+    if mistakes:
+        raise InputError(f"lines without an answer: {mistakes}, the first: {first_mistake}")
 
 
 def main():
     """Run the script. Mistakes and faults are one line and an exit code."""
-    if not sys.stderr.isatty():
-        os.environ["NO_COLOR"] = "1"
-    threading.excepthook = end_the_run
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, stop)
+    with process_settings():
+        code = run_to_the_end()
+    if code:
+        sys.exit(code)
+
+
+def run_to_the_end():
+    """Run the script in a process that is set up. Returns its exit code."""
 
     def advice():
         return folder.resume_hint() if folder else "the same command starts again"
 
     peers = folder = None
     try:
+        watch_launcher()
         model_args, data_args, generation, args = parse_arguments()
         use_the_whole_cpu()
         if args.world_size > 1:
             peers = Peers(advice)
-        # On a terminal a log line goes above the bar that is there.
-        terminal = sys.stderr.isatty()
-        bars = logging_redirect_tqdm([logger.logger]) if terminal else contextlib.nullcontext()
         pipe = data_args.predict_file == "-"
         opened = contextlib.nullcontext() if pipe else open_run_folder(args)
-        with bars, standard_output(pipe) as output, opened as folder:
+        with standard_output(pipe) as output, opened as folder:
             run(model_args, data_args, generation, args, folder, output)
         if peers:
-            peers.leave(b"done")
-        return
+            peers.close()
+        return 0
     except (InputError, Fault) as error:
         code, message = error.exit_code, str(error)
         # Under a launcher all processes find the same mistake, and one says it.
-        told = isinstance(error, Fault) or os.environ.get("PADDLE_RANK_IN_NODE", "0") == "0"
+        reported = isinstance(error, Fault) or is_first_of_machine()
     except Exception as error:
         if getattr(error, "errno", None) not in NO_ROOM:
             if peers:
                 peers.wait_to_be_ended()
             raise
-        code, told = 1, True
+        code, reported = 1, True
         message = (
             f"can't write {error.filename or 'a file'}: {error.strerror}: give it room and "
-            "start again, checkpoints and predictions written before are whole"
+            "start again, checkpoints and predictions written before are complete"
         )
-    if told:
-        message = " ".join(message.split())
-        print(f"finetune_generation.py: error: {message}", file=sys.stderr)
+    if reported:
+        with contextlib.suppress(OSError):  # standard error is closed, or on a full disk
+            print(error_line(message), file=sys.stderr, flush=True)
     if peers:
-        peers.leave(b"ending")
-    sys.exit(code)
+        peers.leave()
+    return code
 
 
 if __name__ == "__main__":

@@ -80,17 +80,25 @@ def on_cpu():
     return paddle.get_device() == "cpu"
 
 
-def supports_dtype(name):
-    """Return whether the device in use computes in ``name``, float16 or bfloat16, and gains by it.
+# The compute capability from which on NVIDIA's cards compute in a type and gain by it. Those of 5.3
+# to 6.2 know float16, but most compute in it more slowly than in float32.
+LEAST_CAPABILITY = {"float16": (7, 0), "bfloat16": (8, 0)}
 
-    NVIDIA's cards do from compute capability 7 and 8. Those of 5.3 to 6.2 know float16,
-    but most compute in it more slowly than in float32.
-    """
+
+def supports_dtype(name):
+    """Return whether the device in use computes in ``name``, float16 or bfloat16, and gains by it."""
     kind = paddle.get_device().split(":")[0]
     if kind == "gpu":
-        least = {"float16": (7, 0), "bfloat16": (8, 0)}[name]
-        return paddle.device.cuda.get_device_capability() >= least
+        return paddle.device.cuda.get_device_capability() >= LEAST_CAPABILITY[name]
     return kind != "cpu" and getattr(paddle.amp, f"is_{name}_supported")()
+
+
+def why_unsupported(name):
+    """Return the end of a sentence on what the device in use lacks for a type, str."""
+    if not paddle.get_device().startswith("gpu"):
+        return "needs a GPU"
+    least, (major, minor) = LEAST_CAPABILITY[name], paddle.device.cuda.get_device_capability()
+    return f"needs a card of compute capability {least[0]}.{least[1]}, and this one has {major}.{minor}"
 
 
 def supports_tensor_parallelism():

@@ -1,4 +1,4 @@
-"""How mistakes and faults are told: in one line, by two exceptions."""
+"""How mistakes and faults are reported: in one line, by two exceptions."""
 
 import contextlib
 import traceback
@@ -7,14 +7,14 @@ LONGEST_LINE = 1000  # characters
 
 
 class InputError(ValueError):
-    """A mistake in what the user gave, told in one line: what is wrong, where, and what to do."""
+    """A mistake in what the user gave, in one line: what is wrong, where, and what to do."""
 
     exit_code = 2
 
 
 # A BaseException, as KeyboardInterrupt is: a signal passes what catches every Exception.
 class Fault(BaseException):
-    """What ended a run and was no mistake of the user's, told in one line."""
+    """What ended a run and was no mistake of the user's, in one line."""
 
     def __init__(self, message, exit_code=1):
         super().__init__(message)
@@ -27,11 +27,12 @@ def printable(text, limit=LONGEST_LINE):
     What a file holds may stand in it: an escape sequence would change the terminal, and a line break
     forge a line of this project's.
     """
+    text = text if len(text) <= limit else f"{text[: limit // 2]} ... {text[-limit // 2 + 5 :]}"
     text = "".join(
         character if character.isprintable() else " " if character.isspace() else repr(character)[1:-1]
-        for character in text[: 4 * limit]
+        for character in text
     )
-    text = " ".join(text.split())
+    # Escapes are longer than what they stand for.
     return text if len(text) <= limit else f"{text[: limit // 2]} ... {text[-limit // 2 + 5 :]}"
 
 
@@ -43,15 +44,20 @@ def is_out_of_memory(error):
     return isinstance(error, MemoryError) or "ResourceExhausted" in str(error) or "MemoryError" in str(error)
 
 
+def error_line(message):
+    """Return the last line of a run that ends by a mistake or a fault, str."""
+    return printable("finetune_generation.py: error: " + " ".join(message.split()))
+
+
 @contextlib.contextmanager
 def as_input_error(where, advice, kinds=Exception):
     """Turn an exception of a library within this block into an InputError.
 
-    Its one line says ``where`` (what can't be read or done), what the library said, and the
-    ``advice``.
+    Its one line says ``where`` (what can't be read or done), what the library said, and the ``advice``.
 
     Args:
-        where (str): such as "model/config.json can't be loaded". advice (str): what to do.
+        where (str): such as "model/config.json can't be loaded".
+        advice (str): what to do.
         kinds: the exceptions to turn; PaddleNLP, its hubs and pickle raise many.
     """
     try:

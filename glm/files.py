@@ -33,6 +33,26 @@ def open_regular(path):
         raise
 
 
+def open_input(path):
+    """Open for reading what the user names: a regular file, or a pipe such as /dev/stdin or ``<(zcat ...)``.
+
+    Returns it, binary. A pipe without a writer is empty.
+
+    Raises:
+        ValueError: where ``path`` is a device or a socket. OSError: where it can't be opened.
+    """
+    number = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    try:
+        mode = os.fstat(number).st_mode
+        if not (stat.S_ISREG(mode) or stat.S_ISFIFO(mode) or os.isatty(number)):
+            raise ValueError("it is a folder" if stat.S_ISDIR(mode) else "it is a device, and no file")
+        os.set_blocking(number, True)
+        return os.fdopen(number, "rb")
+    except BaseException:
+        os.close(number)
+        raise
+
+
 def parse_json(text, **kwargs):
     """Parse JSON, str or bytes of UTF-8. Raises ValueError, also where it is nested too deeply."""
     try:

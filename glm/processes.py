@@ -1,17 +1,41 @@
-"""The processes of a run: what all of them have to know, one run a folder, a process that is gone."""
+"""The processes of a run: which one this is, what all of them have to know, the signals that end them."""
 
-import contextlib
 import os
 import signal
-import socket
-import sys
 import threading
-import time
-from multiprocessing.connection import Client, Listener, wait
+from signal import SIGHUP, SIGINT, SIGTERM
 
 import paddle.distributed as dist
 
-GRACE = 3  # seconds in which the processes that end for one reason may each say so
+STOP_SIGNALS = (SIGINT, SIGTERM, SIGHUP)  # those that end a run in good order
+
+
+def is_first_of_run() -> bool:
+    """Return whether this process is the first of all."""
+    return dist.get_rank() == 0
+
+
+def place_on_machine():
+    """Return the number of this process among those of its machine, and how many they are, ints."""
+    size = int(os.environ.get("PADDLE_LOCAL_SIZE", 1))
+    return dist.get_rank() % size, size
+
+
+def is_first_of_machine() -> bool:
+    """Return whether this process is the first one on its machine."""
+    return place_on_machine()[0] == 0
+
+
+def tensor_parallel_part(settings):
+    """Return which part of the model is this process's.
+
+    Args:
+        settings: a run's arguments, or a model's config.
+
+    Returns:
+        tuple: the number of the part, from 0, and the number of parts, 1 where the model is not split.
+    """
+    return max(settings.tensor_parallel_rank, 0), max(settings.tensor_parallel_degree, 1)
 
 
 def gather_objects(value):
@@ -26,100 +50,31 @@ def gather_objects(value):
     return values
 
 
-def place_on_machine():
-    """Return the number of this process among those of its machine, and how many they are, ints."""
-    size = int(os.environ.get("PADDLE_LOCAL_SIZE", 1))
-    return dist.get_rank() % size, size
-
-
-def is_first_of_machine():
-    """Whether this process is the first one on its machine."""
-    return place_on_machine()[0] == 0
-
-
 def barrier():
     """Wait until all processes of the run have come here."""
     if dist.get_world_size() > 1:
         dist.barrier()
 
 
-class Peers:
-    """Ends this process when another one of the run is gone, so that it waits for none in vain.
+def in_main_thread() -> bool:
+    """Return whether this is the main thread, the only one that may set handlers of signals."""
+    return threading.current_thread() is threading.main_thread()
 
-    The first process has a connection to each of the others. The system closes it when
-    either end dies, and the first process tells the others who that was. A process that
-    ends by itself says "done"; or "ending", if early, and the others then have GRACE
-    seconds to end for the same reason with a line of their own.
 
-    A thread does so, which needs Python's lock. Tensor.item() keeps it while it waits for
-    a device: what may wait for another process is read by numpy() or tolist().
+def set_signals(handler):
+    """Have ``handler`` called at each of STOP_SIGNALS, but for those that are ignored: they stay so.
 
-    Args: advice (function): returns what the line about a process that is gone ends with.
+    Returns:
+        dict: the handlers before, by number, for ``restore_signals``. Empty but in the main thread.
     """
+    before = {number: signal.getsignal(number) for number in STOP_SIGNALS if in_main_thread()}
+    before = {number: found for number, found in before.items() if found not in (signal.SIG_IGN, None)}
+    for number in before:
+        signal.signal(number, handler)
+    return before
 
-    def __init__(self, advice):
-        self.advice, self.ranks = advice, {}  # ranks by connection
-        self.has_left = False
-        rank, count = dist.get_rank(), dist.get_world_size()
-        host = os.environ["PADDLE_CURRENT_ENDPOINT"].rpartition(":")[0]
-        listener = Listener((host, 0), backlog=count) if rank == 0 else None
-        address = gather_objects(listener and listener.address)[0]
-        if rank:
-            self.ranks[Client(address)] = 0
-            self._tell(b"%d" % rank)
-        else:
-            for _ in range(count - 1):
-                connection = listener.accept()
-                self.ranks[connection] = int(connection.recv_bytes())
-            listener.close()
-        for connection in self.ranks:
-            self._keep_alive(connection)
-        threading.Thread(target=self._watch, daemon=True).start()
 
-    @staticmethod
-    def _keep_alive(connection):
-        """Have the system look after the other end, for a machine that is gone closes nothing."""
-        with socket.socket(fileno=os.dup(connection.fileno())) as peer:
-            peer.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-            options = {"TCP_KEEPIDLE": 15, "TCP_KEEPINTVL": 5, "TCP_KEEPCNT": 4}
-            for name, number in options.items():
-                if hasattr(socket, name):
-                    peer.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), number)
-
-    def leave(self, word):
-        """Say to the others that this process is b"done", or is b"ending" early."""
-        self.has_left = True
-        self._tell(word)
-
-    def _tell(self, word):
-        for connection in self.ranks:
-            with contextlib.suppress(OSError):
-                connection.send_bytes(word)
-
-    def _watch(self):
-        watched = dict(self.ranks)
-        while watched:
-            for connection in wait(list(watched)):
-                rank, word = watched.pop(connection), b""
-                with contextlib.suppress(EOFError, OSError):
-                    word = connection.recv_bytes()
-                if word == b"done":
-                    continue
-                if word == b"ending":
-                    time.sleep(GRACE)
-                elif word:
-                    rank = int(word)
-                if self.has_left:
-                    return
-                self._tell(b"%d" % rank)
-                gone = f"process {rank} is gone, so this one of {dist.get_world_size()} ends too"
-                line = f"finetune_generation.py: error: {gone}: {self.advice()}"
-                print(line, file=sys.stderr, flush=True)
-                os._exit(1)
-
-    @staticmethod
-    def wait_to_be_ended():
-        """Wait, after an exception, for the end that this process has if another one is gone."""
-        for number in (signal.SIGINT, signal.SIGTERM):  # the launcher has seen it too
-            signal.signal(number, signal.SIG_IGN)
-        time.sleep(GRACE + 1)
+def restore_signals(handlers):
+    """Set the handlers, a dict by number, that ``set_signals`` has returned."""
+    for number, handler in handlers.items():
+        signal.signal(number, handler)

@@ -1,6 +1,6 @@
 """Records as people have them: JSON lines, reading comprehension in SQuAD's form, a pipe."""
 
-import json
+import itertools
 import queue
 import threading
 from pathlib import Path
@@ -8,9 +8,20 @@ from pathlib import Path
 from paddlenlp.utils.log import logger
 
 from glm.errors import InputError, as_input_error
+from glm.files import open_input, parse_json
 
 # The lists that a nested file holds its questions in, from the outermost.
 LEVELS = ("data", "paragraphs", "qas")
+LONGEST_LINE = 1 << 28  # bytes
+READ_BY = {
+    "train": "--do_train reads",
+    "dev": "--do_eval and --evaluation_strategy read",
+    "test": "--do_predict reads",
+}
+
+
+class BlankLine(InputError):
+    """A line without a record. It is a mistake in a pipe alone."""
 
 
 def read_records(task_name, split, require_question=True):
@@ -22,7 +33,7 @@ def read_records(task_name, split, require_question=True):
         require_question (bool): whether a record without a question is a mistake.
 
     Returns:
-        list of dicts: see ``parse_lines``. Questions that have no answer are left out.
+        list of dicts: see ``parse_record``. Questions that have no answer are left out.
 
     Raises:
         InputError: also for a file that is missing or has no records.
@@ -41,12 +52,14 @@ def read_records(task_name, split, require_question=True):
             )
         name = str(source / f"{split}.json" if source.is_dir() else source)
         try:
-            with open(name, "rb") as file:
-                lines = [file.read()] if spans_lines(file) else file
-                records = list(parse_lines(lines, name, require_question))
-        except OSError as error:
-            message = f"{name}: {error.strerror}: give a file that can be read"
-            raise InputError(message) from error
+            with open_input(name) as file:
+                records = list(parse_lines(join_document(read_lines(file, name)), name, require_question))
+        except InputError:
+            raise
+        except (OSError, ValueError) as error:
+            reason = getattr(error, "strerror", None) or error
+            needed = f", which {READ_BY[split]}" if source.is_dir() else ""
+            raise InputError(f"{name}{needed}: {reason}: give a file that can be read") from error
     unanswered = [record["where"] for record in records if record["answer"] is None]
     if unanswered:
         logger.warning(
@@ -70,18 +83,35 @@ def load_dureader_qg(split):
         return load_dataset("dureader_qg", splits=split)
 
 
-def spans_lines(file):
-    """Whether a file is one JSON object over several lines, as printed for people to read."""
-    first = next((line for line in file if line.strip()), b"").rstrip()
-    file.seek(0)
-    return first.endswith((b"{", b"[", b",", b":"))
+def read_lines(file, name):
+    """Yield the lines of a binary file. Raises InputError for one that is too long to be a record."""
+    while True:
+        line = file.readline(LONGEST_LINE)
+        if not line:
+            return
+        if len(line) == LONGEST_LINE:
+            raise InputError(f"{name}: a line of more than {LONGEST_LINE >> 20} MiB: give one record a line")
+        yield line
+
+
+def join_document(lines):
+    """Join the ``lines`` of a file that is one JSON object over several, as printed for people to read."""
+    lines, head = iter(lines), []
+    for line in lines:
+        head.append(line)
+        if line.strip():
+            break
+    if head and head[-1].rstrip().endswith((b"{", b"[", b",", b":")):
+        return [b"".join([*head, *lines])]
+    return itertools.chain(head, lines)
 
 
 def parse_lines(lines, name, require_question):
     """Parse JSON lines one at a time; blank lines are left out.
 
     Args:
-        lines: iterable of bytes, such as a file. name (str): what messages call it.
+        lines: iterable of bytes, such as a file.
+        name (str): what messages call it.
         require_question (bool): whether a record without a question is a mistake.
 
     Yields:
@@ -91,22 +121,41 @@ def parse_lines(lines, name, require_question):
         InputError: with file and line, for a line that is not UTF-8 or not a JSON object, or a
             field that is missing, empty or of another type.
     """
+    for result in parse_each_line(lines, name, require_question):
+        if not isinstance(result, InputError):
+            yield result
+        elif not isinstance(result, BlankLine):
+            raise result
+
+
+def parse_each_line(lines, name, require_question):
+    """Parse JSON lines as ``parse_lines`` does, and go on behind a mistake.
+
+    Yields:
+        dict or InputError: for each line its record (or those of its questions), or what is wrong with
+        it; that may be that it is blank.
+    """
     count = 0
     for number, line in enumerate(lines, start=1):
-        # A document over several lines says more exactly itself where it is wrong.
+        # The message on a document over several lines says itself in which it is wrong.
         where = name if b"\n" in line.strip() else f"{name}:{number}"
         try:
             text = line.decode("utf-8-sig" if number == 1 else "utf-8").strip()
-            row = json.loads(text) if text else None
+            questions = flatten(parse_json(text), where) if text else ()
         except UnicodeDecodeError as error:
-            message = f"{where}: byte {error.start + 1} is not UTF-8: save the file as UTF-8"
-            raise InputError(message) from error
-        except (ValueError, RecursionError) as error:
-            raise InputError(f"{where}: {describe_json_error(error)}") from error
-        if text:
-            for question, place in flatten(row, where):
+            yield InputError(f"{where}: byte {error.start + 1} is not UTF-8: save the file as UTF-8")
+            continue
+        except ValueError as error:
+            yield InputError(f"{where}: {describe_json_error(error)}")
+            continue
+        if not text:
+            yield BlankLine(f"{where}: the line is blank")
+        for question, place in questions:
+            try:
                 yield parse_record(question, place, count, require_question)
-                count += 1
+            except InputError as error:
+                yield error
+            count += 1
 
 
 def describe_json_error(error):
@@ -125,13 +174,13 @@ def flatten(row, where, levels=LEVELS):
     "qas": [question, question]}]}]} gives two questions with that context, the second at
     "where data[0].paragraphs[0].qas[1]".
     """
-    if isinstance(row, dict) and not {"question", "answer", "answers"} & row.keys():
+    if isinstance(row, dict) and all(row.get(name) is None for name in ("question", "answer", "answers")):
         for depth, level in enumerate(levels, start=1):
             if isinstance(row.get(level), list):
                 place = f"{where}.{level}" if where.endswith("]") else f"{where} {level}"
                 for number, inner in enumerate(row[level]):
-                    if isinstance(inner, dict) and "context" in row:
-                        inner = {"context": row["context"], **inner}
+                    if isinstance(inner, dict) and "context" in row and inner.get("context") is None:
+                        inner = {**inner, "context": row["context"]}
                     yield from flatten(inner, f"{place}[{number}]", levels[depth:])
                 return
     yield row, where
@@ -140,8 +189,13 @@ def flatten(row, where, levels=LEVELS):
 def parse_record(row, where, number, require_question):
     """Bring a question of any published form into one.
 
+    A field that is null counts as missing. But ``title`` takes the place of an answer that is null only
+    beside ``source``: beside ``context`` it may be an article's.
+
     Args:
-        row: what JSON holds. where (str): file and line. number (int): of the record, from 0.
+        row: what JSON holds.
+        where (str): file and line.
+        number (int): of the record, from 0.
         require_question (bool): whether a record without a question is a mistake.
 
     Returns:
@@ -149,43 +203,43 @@ def parse_record(row, where, number, require_question):
         is said to have none), ``question`` (None where there is none) and ``where``.
     """
     if not isinstance(row, dict):
-        kind = type(row).__name__
-        raise InputError(f"{where}: a {kind}: each line must be one JSON object")
-    record = {"id": row.get("id", row.get("question_id", number)), "where": where}
-    if not isinstance(record["id"], (str, int)):
-        kind = type(record["id"]).__name__
+        raise InputError(f"{where}: a {type(row).__name__}: each line must be one JSON object")
+    fields = {name: value for name, value in row.items() if value is not None}
+    identifier = fields.get("id", fields.get("question_id", number))
+    if not isinstance(identifier, (str, int)):
+        kind = type(identifier).__name__
         raise InputError(f"{where}: 'id' is a {kind}: it must be a string or a whole number")
+    record = {"id": replace_surrogates(identifier), "where": where}
     values = {
-        "context": row.get("context", row.get("source")),
-        "answer": find_answer(row, where),
-        "question": row.get("question", row.get("target")),
+        "context": fields.get("context", fields.get("source")),
+        "answer": find_answer(row),
+        "question": fields.get("question", fields.get("target")),
     }
     for name, value in values.items():
-        if name == "question" and not require_question and value in (None, ""):
+        blank = value is None or isinstance(value, str) and not value.strip()
+        if name == "question" and not require_question and blank or name == "answer" and value == []:
             record[name] = None
-        elif name == "answer" and value == []:
-            record[name] = None
+        elif value is None:
+            lack = "null" if name in row else "missing"
+            raise InputError(
+                f"{where}: the field '{name}' is {lack}: a record needs context, answer and question"
+            )
+        elif not isinstance(value, str):
+            kind = type(value).__name__
+            raise InputError(f"{where}: the field '{name}' is a {kind}: it must be a string")
+        elif name == "question" and blank:
+            raise InputError(f"{where}: the field 'question' is empty: it is what the model learns to write")
         else:
-            check_text(name, value, where)
-            # Half of a surrogate pair is legal JSON, but no tokenizer and no file can hold it.
-            record[name] = value.encode("utf-8", "replace").decode("utf-8")
+            record[name] = replace_surrogates(value)
     return record
 
 
-def check_text(name, value, where):
-    """Raise InputError unless ``value`` can be the field ``name`` of a record."""
-    if value is None:
-        raise InputError(
-            f"{where}: the field '{name}' is missing: a record needs context, answer and question"
-        )
-    if not isinstance(value, str):
-        kind = type(value).__name__
-        raise InputError(f"{where}: the field '{name}' is a {kind}: it must be a string")
-    if name == "question" and not value.strip():
-        raise InputError(f"{where}: the field 'question' is empty: it is what the model learns to write")
+def replace_surrogates(text):
+    """Replace halves of a surrogate pair, which JSON may hold, but no tokenizer and no file."""
+    return text.encode("utf-8", "replace").decode("utf-8") if isinstance(text, str) else text
 
 
-def find_answer(row, where):
+def find_answer(row):
     """Find the answer of a question: ``answer``, the first of ``answers``, or else ``title``.
 
     ``answers`` is what SQuAD and DuReader have: a list of texts or of {"text": text}, or
@@ -194,8 +248,10 @@ def find_answer(row, where):
     Returns:
         the answer, which is a str in a right file; [] where the question has no answer.
     """
-    if row.get("answer") is not None or "answers" not in row:
-        return row.get("answer", row.get("title"))
+    if row.get("answer") is not None:
+        return row["answer"]
+    if "answers" not in row:
+        return row.get("title") if "answer" not in row or row.get("source") is not None else None
     if row.get("is_impossible") is True:  # SQuAD 2, where ``answers`` may be plausible ones
         return []
     answers = row["answers"]
@@ -206,35 +262,33 @@ def find_answer(row, where):
     return answers.get("text") if isinstance(answers, dict) else answers
 
 
-def read_in_batches(records, batch_size):
-    """Yield lists of 1 to ``batch_size`` of those ``records`` that are there already.
+def read_in_batches(items, batch_size):
+    """Yield lists of 1 to ``batch_size`` of those ``items`` that are there already.
 
-    Only the first of a list is waited for. What ends ``records``, an exception too, comes
-    after all that came before it.
+    Only the first of a list is waited for. An exception that ends ``items`` is raised after all that
+    came before it.
     """
-    ready = queue.Queue(maxsize=batch_size)
+    ready, end = queue.Queue(maxsize=batch_size), object()
 
     def read():
+        error = None
         try:
-            for record in records:
-                ready.put(record)
-            ready.put(None)
-        except BaseException as error:
-            ready.put(error)
+            for item in items:
+                ready.put((item, None))
+        except BaseException as raised:
+            error = raised
+        ready.put((end, error))
 
     threading.Thread(target=read, daemon=True).start()
-    end = False
-    while end is False:
-        batch, item = [], ready.get()
-        while True:
-            if item is None or isinstance(item, BaseException):
-                end = item
-                break
+    batch = []
+    while True:
+        item, error = ready.get()
+        if item is not end:
             batch.append(item)
-            if len(batch) == batch_size or ready.empty():
-                break
-            item = ready.get()
-        if batch:
+        if batch and (item is end or len(batch) == batch_size or ready.empty()):
             yield batch
-    if end is not None:
-        raise end
+            batch = []
+        if error is not None:
+            raise error
+        if item is end:
+            return

@@ -6,7 +6,7 @@ import sys
 import pytest
 from paddlenlp.transformers import GLMConfig
 
-from glm import arguments, checks
+from glm import arguments
 from glm.arguments import GenerationArguments, GLMTrainingArguments
 from glm.errors import InputError
 from glm.weights.pretrained import Pretrained, check_lengths
@@ -137,16 +137,3 @@ def test_the_edges_of_what_fits_a_model():
     ):
         with pytest.raises(InputError, match=message):
             check(**changes)
-
-
-def test_a_minimum_over_every_question_is_told(monkeypatch):
-    """The labels' end token is not counted: the minimum is of tokens before it."""
-    told = []
-    monkeypatch.setattr(checks.logger, "warning", told.append)
-    dataset = [{"labels": [1] * 5}, {"labels": [1] * 9}, {"labels": []}]
-    checks.check_min_length(8, dataset)
-    checks.check_min_length(8, [])
-    checks.check_min_length(8, dataset[2:])
-    assert not told
-    checks.check_min_length(9, dataset)
-    assert len(told) == 1 and "--min_tgt_length 9" in told[0] and "8 tokens" in told[0]

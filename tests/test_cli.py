@@ -82,7 +82,7 @@ def test_scores_are_those_of_the_plain_forward_in_float64(finished_run):
         model.eval()
         for row in read_jsonl(out / "eval_predictions.jsonl"):
             labels = [*row["token_ids"], tokenizer.eop_token_id]
-            source_ids = encode_source(tokenizer, {**row, "where": ""}, 160)
+            source_ids, _ = encode_source(tokenizer, {**row, "where": ""}, 160)
             batch = DataCollator(0)([{**build_features(tokenizer, source_ids, labels), "index": 0}])
             logits = model(
                 input_ids=paddle.to_tensor(batch["input_ids"]),

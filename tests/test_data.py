@@ -6,6 +6,7 @@ import threading
 import time
 import tracemalloc
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -56,8 +57,11 @@ def peer_features(tokenizer, record, tgt_length):
 
 def check_against_peer(tokenizer, records):
     for record in records:
-        source_ids = encode_source(tokenizer, record, 1000)
-        features = build_features(tokenizer, source_ids, encode_target(tokenizer, record["question"], 200))
+        source_ids, labels = (
+            encode_source(tokenizer, record, 1000)[0],
+            encode_target(tokenizer, record["question"], 200)[0],
+        )
+        features = build_features(tokenizer, source_ids, labels)
         peer = peer_features(tokenizer, record, 200)
         np.testing.assert_array_equal(features["input_ids"], peer["input_ids"][0])
         np.testing.assert_array_equal(features["labels"], peer["label_ids"][0, len(source_ids) :])
@@ -92,12 +96,13 @@ def test_features_equal_paddlenlp_with_the_real_tokenizer(real_tokenizer):
     tokenizer = real_tokenizer
     assert (tokenizer.sop_token_id, tokenizer.eop_token_id, tokenizer.gmask_token_id) == (50006, 50007, 50009)
     check_against_peer(tokenizer, read_records(str(MINI), "dev"))
-    labels = encode_target(tokenizer, "谁写了Hello World 2020？", 160)
+    labels, _ = encode_target(tokenizer, "谁写了Hello World 2020？", 160)
     assert decode_target(tokenizer, labels[:-1]) == "谁写了Hello World 2020?"
     # 608 ids of a long passage: cut at the end of the context, answer and [gMASK] kept
     record = {**RECORD, "context": "中国人民在今天的天气里。" * 400}
-    source_ids = encode_source(tokenizer, record, 608)
-    whole = encode_source(tokenizer, record, 10**6)
+    source_ids, cut = encode_source(tokenizer, record, 608)
+    whole, uncut = encode_source(tokenizer, record, 10**6)
+    assert cut and not uncut
     assert len(source_ids) == 608 and source_ids[:606] == whole[:606] and source_ids[606:] == [50009, 50000]
 
 
@@ -113,8 +118,8 @@ def losses_of(monkeypatch, tokenizer, records, src_length, tgt_length):
 def test_what_is_lost_is_counted(monkeypatch, tokenizer):
     long = {**RECORD, "context": "白云山。" * 30 + RECORD["context"], "where": "f:2"}
     records = [RECORD, long, {**long, "where": "f:3"}, {**RECORD, "question": "龘？", "where": "f:4"}]
-    whole = len(encode_source(tokenizer, long, 10**6))
-    longest = len(encode_target(tokenizer, RECORD["question"], 160))
+    whole = len(encode_source(tokenizer, long, 10**6)[0])
+    longest = len(encode_target(tokenizer, RECORD["question"], 160)[0])
     unknown = ("1", "questions have characters that the tokenizer does not know", "f:4")
     # Lengths that are just enough lose nothing.
     assert losses_of(monkeypatch, tokenizer, records, whole, longest) == [unknown]
@@ -145,21 +150,49 @@ def test_what_real_records_lose(monkeypatch, real_tokenizer, name, lost, unknown
 
 def test_truncation_keeps_answer_mask_and_end(tokenizer):
     record = {**RECORD, "context": RECORD["context"] * 30}
-    whole, cut = encode_source(tokenizer, record, 10**6), encode_source(tokenizer, record, 40)
+    whole, cut = encode_source(tokenizer, record, 10**6)[0], encode_source(tokenizer, record, 40)[0]
     assert len(cut) == 40 and cut[:38] == whole[:38]
     assert cut[38:] == [tokenizer.gmask_token_id, tokenizer.eos_token_id]
     assert record["answer"] in tokenizer.convert_tokens_to_string(tokenizer.convert_ids_to_tokens(cut[1:38]))
-    labels = encode_target(tokenizer, "很长的问题" * 20, 12)
+    labels, _ = encode_target(tokenizer, "很长的问题" * 20, 12)
     assert len(labels) == 12 and labels[-1] == tokenizer.eop_token_id
     with pytest.raises(InputError, match="here:1.*src_length 20"):
         encode_source(tokenizer, {**RECORD, "answer": "答" * 30}, 20)
+
+
+def test_an_answer_that_nfkc_lengthens_leaves_room_or_is_refused(tokenizer):
+    """Such as U+33AF, which is six characters."""
+    record = {**RECORD, "answer": "\u33af" * 20}
+    with pytest.raises(InputError, match="here:1: prompt and answer take .* more than --src_length 80"):
+        encode_source(tokenizer, record, 80)
+    source_ids, cut = encode_source(tokenizer, record, 160)
+    assert not cut and len(source_ids) > 120
+
+
+def test_what_is_said_of_the_opening(monkeypatch, tokenizer):
+    """The labels' end token is not counted: the minimum is of tokens before it."""
+    said = []
+    monkeypatch.setattr(data.logger, "warning", said.append)
+    monkeypatch.setattr(data.logger, "eval", said.append)
+    opening = len(encode_text(tokenizer, TARGET_OPENING))
+
+    def describe(least, ngram=3):
+        said.clear()
+        generation = SimpleNamespace(min_tgt_length=least, no_repeat_ngram_size=ngram)
+        data.describe_generation(tokenizer, generation, [{"labels": [1] * 5}, {"labels": [1] * 30}])
+        return " ".join(said)
+
+    assert describe(0) == ""
+    assert f"counts the {opening} tokens" in describe(29) and f"at least {29 - opening}" in said[0]
+    assert "--min_tgt_length 30 is over the longest question" in describe(30) and "has 29 tokens" in said[0]
+    assert "--no_repeat_ngram_size 1" in describe(0, ngram=1)
 
 
 def test_special_tokens_in_text_stay_text(tokenizer):
     special = set(tokenizer.all_special_ids) - {tokenizer.unk_token_id}
     text = "".join(tokenizer.all_special_tokens)
     assert not special & set(encode_text(tokenizer, text))
-    source_ids = encode_source(tokenizer, {**RECORD, "context": text, "answer": text}, 500)
+    source_ids, _ = encode_source(tokenizer, {**RECORD, "context": text, "answer": text}, 500)
     assert [i for i in source_ids if i in special] == [
         tokenizer.cls_token_id,
         tokenizer.gmask_token_id,
@@ -168,7 +201,7 @@ def test_special_tokens_in_text_stay_text(tokenizer):
 
 
 def test_decode_target_takes_the_opening_off(tokenizer):
-    labels = encode_target(tokenizer, RECORD["question"], 160)
+    labels, _ = encode_target(tokenizer, RECORD["question"], 160)
     assert decode_target(tokenizer, labels[:-1]) == "白云山海拔多少米?"  # sentencepiece writes ？ as ?
     assert decode_target(tokenizer, []) == ""
     beyond = [len(tokenizer), len(tokenizer) + 3]  # ids of the model's padded vocabulary

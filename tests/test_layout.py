@@ -78,6 +78,8 @@ def acts(node):
     """Return whether a statement at import does more than name a value."""
     if isinstance(node, ast.If) and ast.unparse(node.test) == "__name__ == '__main__'":
         return False
+    if isinstance(node, ast.Try) and all(isinstance(part, ast.ImportFrom) for part in node.body):
+        return False  # what is done where an import fails
     if isinstance(node, ast.Expr):
         return not isinstance(node.value, ast.Constant)  # a docstring
     if isinstance(node, (ast.Assign, ast.AnnAssign)):

@@ -1,12 +1,16 @@
 """Records in the forms that people have them in: one line, SQuAD's lists, nested files."""
 
+import io
 import json
+import os
+import threading
 
 import pytest
 
 from data import build_dataset
+from glm import records
 from glm.errors import InputError
-from glm.records import parse_lines, read_records
+from glm.records import parse_each_line, parse_lines, read_lines, read_records
 
 CONTEXT = "明霜峰高1205米。爬明霜峰大约需要11小时。"
 QAS = [
@@ -43,6 +47,9 @@ def parse(*rows, require_question=True):
         ({"answer": None, "answers": ["二"]}, "二"),
         ({"answers": {"text": [], "answer_start": []}, "title": "题"}, None),
         ({"answers": [], "title": "题"}, None),
+        ({"source": CONTEXT, "title": "题"}, "题"),
+        ({"source": CONTEXT, "answer": None, "title": "题"}, "题"),
+        ({"source": "二", "answer": "一", "title": "题"}, "一"),
     ],
 )
 def test_the_answer_of_a_row(fields, answer):
@@ -56,6 +63,73 @@ def test_the_answer_of_a_row(fields, answer):
 def test_answers_that_are_none(answers):
     with pytest.raises(InputError, match="^f.json:1: the field 'answer' is"):
         parse({"context": CONTEXT, "question": "问？", "title": "题", "answers": answers})
+
+
+def test_null_is_as_if_it_were_not_there():
+    row = {"id": None, "context": None, "source": "c", "title": "a", "question": None, "target": "q"}
+    (record,) = parse({**row, "question_id": "7"})
+    assert record == {"id": "7", "context": "c", "answer": "a", "question": "q", "where": "f.json:1"}
+    assert parse(row)[0]["id"] == 0
+    inner = {"context": None, "question": "q", "answer": "a"}
+    assert parse({"context": "outer", "qas": [inner]})[0]["context"] == "outer"
+    # An article's title is no answer.
+    with pytest.raises(InputError, match="f.json:1: the field 'answer' is null"):
+        parse({"context": "c", "answer": None, "title": "article", "question": "q"})
+
+
+def test_a_blank_question_is_none_where_none_is_needed():
+    for question in ("", " \n", None):
+        row = {"context": "c", "answer": "a", "question": question}
+        assert parse(row, require_question=False)[0]["question"] is None
+        with pytest.raises(InputError, match="the field 'question' is"):
+            parse(row)
+
+
+def test_halves_of_a_surrogate_pair_are_replaced():
+    row = {"id": "\ud83d", "context": "c\ud83d", "answer": "a", "question": "q"}
+    (record,) = parse_lines([json.dumps(row).encode()], "f", True)
+    assert (record["id"], record["context"]) == ("?", "c?")
+
+
+def test_a_mistake_does_not_end_what_follows():
+    lines = [b'{"context": "c", "answer": "a"}', b" ", b"{", b"\xff", b"[" * 100_000, b'{"answer": NaN}']
+    lines.append(b'{"context": "c", "qas": [{"answer": "b"}, 7, {"answer": "d"}]}')
+    found = list(parse_each_line(lines, "f", False))
+    errors = [str(item).split(": ")[:2] for item in found if isinstance(item, InputError)]
+    assert [where for where, _ in errors] == ["f:2", "f:3", "f:4", "f:5", "f:6", "f:7 qas[1]"]
+    answered = [(item["id"], item["answer"]) for item in found if isinstance(item, dict)]
+    assert answered == [(0, "a"), (2, "b"), (4, "d")]
+
+
+def test_what_a_file_of_records_may_be(tmp_path):
+    """A pipe, which can't be read twice; not a device, nor a pipe that nobody writes to for ever."""
+    text = json.dumps(NESTED, ensure_ascii=False, indent=1).encode()
+    reader, writer = os.pipe()
+    threading.Thread(target=lambda: (os.write(writer, text), os.close(writer))).start()
+    assert len(read_records(f"/dev/fd/{reader}", "test")) == 2
+    os.close(reader)
+    os.mkfifo(tmp_path / "dev.json")
+    with pytest.raises(InputError, match="dev.json has no records"):
+        read_records(str(tmp_path), "dev")
+    (tmp_path / "train.json").symlink_to("/dev/zero")
+    with pytest.raises(InputError, match="train.json, which --do_train reads: it is a device"):
+        read_records(str(tmp_path), "train")
+    (tmp_path / "test.json").mkdir()
+    with pytest.raises(InputError, match="it is a folder"):
+        read_records(str(tmp_path), "test")
+
+
+def test_a_file_that_is_missing_says_what_wants_it(tmp_path):
+    with pytest.raises(InputError) as error:
+        read_records(str(tmp_path), "dev")
+    assert "--evaluation_strategy" in str(error.value) and "No such file" in str(error.value)
+
+
+def test_a_line_without_end(monkeypatch):
+    monkeypatch.setattr(records, "LONGEST_LINE", 10)
+    assert list(read_lines(io.BytesIO(b"12345678\n\n1"), "f")) == [b"12345678\n", b"\n", b"1"]
+    with pytest.raises(InputError, match="f: a line of more than"):
+        list(read_lines(io.BytesIO(b"1234567890\n"), "f"))
 
 
 @pytest.mark.parametrize("indent, place", [(None, "train.json:1"), (1, "train.json"), (4, "train.json")])
@@ -99,8 +173,6 @@ def test_lists_in_a_record_are_no_levels():
 
 
 def test_questions_without_an_answer_are_counted(tmp_path, monkeypatch):
-    from glm import records
-
     told = []
     monkeypatch.setattr(records.logger, "warning", told.append)
     (tmp_path / "dev.json").write_text(json.dumps(NESTED))

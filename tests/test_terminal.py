@@ -5,6 +5,7 @@ import json
 import os
 import pty
 import re
+import shlex
 import signal
 import struct
 import subprocess
@@ -69,10 +70,21 @@ def test_a_pipe_is_answered_line_by_line(tmp_path):
         process.stdin.write(json.dumps(row) + "\n")
         process.stdin.flush()
         answers.append(json.loads(process.stdout.readline()))
-    process.stdin.write("no JSON\n")
-    output, error = process.communicate(timeout=60)
-    assert process.returncode == 2 and output == ""
-    assert "error: standard input:3: not JSON" in error.splitlines()[-1]
+    # A line out for each in: what can't be answered says why, and what follows is answered all the same.
+    text = "no JSON\n\n" + json.dumps({**rows[0], "answer": "答" * 200}) + "\n" + json.dumps(rows[1]) + "\n"
+    output, error = process.communicate(text, timeout=60)
+    assert process.returncode == 2
+    last = "error: lines without an answer: 3, the first: standard input:3: not JSON"
+    assert last in error.splitlines()[-1]
+    *mistakes, answer = map(json.loads, output.splitlines())
+    beginnings = [
+        "standard input:3: not JSON",
+        "standard input:4: the line is blank",
+        "standard input:5: prompt",
+    ]
+    assert [list(mistake) for mistake in mistakes] == [["error"]] * 3
+    assert all(mistake["error"].startswith(start) for mistake, start in zip(mistakes, beginnings))
+    assert answer["prediction"] == answers[1]["prediction"]
     assert answers[1]["reference"] is None
 
     # The same from a file, in a batch.
@@ -91,6 +103,40 @@ def test_a_reader_that_leaves_ends_the_pipe():
     process.stdout.close()
     error = process.stderr.read()
     assert process.wait(60) == -signal.SIGPIPE and "Traceback" not in error
+
+
+def test_so_many_lines_of_a_pipe():
+    with open(MINI / "train.json") as lines:
+        process = start(*PREDICT, "-", "--max_predict_samples", 2, stdin=lines, stderr=subprocess.PIPE)
+    assert len(process.communicate(timeout=60)[0].splitlines()) == 2 and process.returncode == 0
+
+
+def test_text_of_a_file_does_not_act_on_the_terminal(tmp_path):
+    """Not in the last line, nor in the predictions that are shown; no line break forges a line of ours."""
+    row = {"context": "c", "answer": "\x1b[2J\n[2026] finetune_generation.py: error: forged", "question": "q"}
+    (tmp_path / "dev.json").write_text(json.dumps(row))
+    args = [*TRAIN, *flags(do_train=False, do_eval=True, task_name=tmp_path, output_dir=tmp_path / "out")]
+    lines = run(*args)
+    assert any(line.endswith("answer      \\x1b[2J") for line in lines)
+    assert "\x1b" not in "".join(lines) and not any(line.startswith("[2026] f") for line in lines)
+    (tmp_path / "\x1b[31m\nforged").mkdir()
+    *_, last = run(*args, "--task_name", tmp_path / "\x1b[31m\nforged", code=2)
+    assert "\\x1b[31m forged/dev.json" in last
+
+
+@pytest.mark.parametrize("closed", ["0<&-", "1>&-", "2>&-", "0<&- 1>&- 2>&-"])
+def test_closed_streams(tmp_path, closed):
+    args = [*TRAIN, *flags(do_train=False, do_eval=True, max_eval_samples=2, output_dir=tmp_path)]
+    command = shlex.join(map(str, [*SCRIPT, *args])) + f" {closed}"
+    assert subprocess.run(command, shell=True, cwd=ROOT, capture_output=True).returncode == 0
+    assert (tmp_path / "eval_results.json").exists()
+
+
+@pytest.mark.parametrize("closed", ["0<&-", "1>&-"])
+def test_a_pipe_without_an_end(closed):
+    command = shlex.join(map(str, [*SCRIPT, *PREDICT, "-"])) + f" {closed}"
+    found = subprocess.run(command, shell=True, cwd=ROOT, capture_output=True, stdin=subprocess.DEVNULL)
+    assert found.returncode == 2 and b"standard input or output is closed" in found.stderr.splitlines()[-1]
 
 
 def test_packages_import_after_paddle():

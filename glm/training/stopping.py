@@ -9,6 +9,7 @@ from paddlenlp.trainer.trainer_callback import EarlyStoppingCallback, TrainerCal
 from paddlenlp.trainer.trainer_utils import IntervalStrategy
 
 from glm.errors import Fault
+from glm.processes import restore_signals, set_signals
 
 
 class EarlyStopping(EarlyStoppingCallback):
@@ -45,7 +46,6 @@ class StopBySignal(TrainerCallback):
         resume_hint (callable): returns what the last line says of going on.
     """
 
-    signals = ("SIGINT", "SIGTERM", "SIGHUP")
     signal_number = None  # of the signal that training is to end by, the same on all processes
     received = 0  # the number of the signal that this process has received
     pending_exchange = None  # of the largest number received, begun the step before
@@ -67,9 +67,7 @@ class StopBySignal(TrainerCallback):
                 self.stop(number, args, state)
             self.received, first = number, time.monotonic()
 
-        for number in (signal.Signals[name] for name in self.signals):
-            if signal.getsignal(number) != signal.SIG_IGN:
-                self.handlers_before[number] = signal.signal(number, receive)
+        self.handlers_before = set_signals(receive)
 
     def exchange(self, world_size: int):
         """Read the largest number that any process had received a call ago, and send this one's.
@@ -112,8 +110,8 @@ class StopBySignal(TrainerCallback):
 
     def restore_handlers(self):
         """Let signals do again what they did before training."""
-        while self.handlers_before:
-            signal.signal(*self.handlers_before.popitem())
+        restore_signals(self.handlers_before)
+        self.handlers_before = {}
 
     def stop_when_written(self, args):
         """Raise the Fault that ends a run whose model is written, if a signal came in its last step."""

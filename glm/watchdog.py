@@ -1,0 +1,167 @@
+"""What ends a process that would wait in vain: another one of the run is gone, or the launcher is."""
+
+import contextlib
+import hmac
+import os
+import secrets
+import signal
+import socket
+import sys
+import threading
+import time
+from multiprocessing.connection import wait
+
+import paddle.distributed as dist
+from paddlenlp.utils.log import logger
+
+from glm.errors import Fault, error_line
+from glm.processes import barrier, gather_objects, is_first_of_run
+
+GRACE = 3  # seconds in which the processes that end for one reason may each say so
+TIMEOUT = 60  # seconds in which all processes have to connect
+MOST_STRANGERS = 64  # connections that have not said the secret yet
+NUMBER = 4  # bytes of a rank
+
+
+class Peers:
+    """Ends this process when another one of the run is gone, so that it waits for none in vain.
+
+    The first process has a connection to each of the others. The system closes it when either end
+    dies, and the first process sends the others the rank of the one that was gone.
+
+    A thread does so, which needs Python's lock. Tensor.item() keeps it while it waits for a device:
+    what may wait for another process is read by numpy() or tolist().
+
+    Args:
+        advice (callable): returns what the line about a process that is gone ends with.
+    """
+
+    def __init__(self, advice):
+        self.advice, self.watching = advice, True
+        listener = invitation = None
+        if is_first_of_run():
+            host = os.environ["PADDLE_CURRENT_ENDPOINT"].rpartition(":")[0]
+            listener = socket.create_server((host, 0), backlog=dist.get_world_size() + MOST_STRANGERS)
+            invitation = listener.getsockname(), secrets.token_bytes(32)
+        address, secret = gather_objects(invitation)[0]
+        self.ranks = accept(listener, secret) if listener else {connect(address, secret): 0}
+        for connection in self.ranks:
+            keep_alive(connection)
+        threading.Thread(target=self._watch, daemon=True).start()
+
+    def close(self):
+        """Stop watching, once all processes have come here."""
+        barrier()
+        self.watching = False
+        barrier()
+
+    def leave(self):
+        """Wait, after this process has said why it ends early, until those that end so too have said it."""
+        self.watching = False
+        time.sleep(GRACE)
+
+    @staticmethod
+    def wait_to_be_ended():
+        """Wait, after an exception, for the end that this process has if another one is gone."""
+        for number in (signal.SIGINT, signal.SIGTERM):  # the launcher has seen it too
+            with contextlib.suppress(ValueError):  # not in the main thread
+                signal.signal(number, signal.SIG_IGN)
+        time.sleep(GRACE)
+
+    def _watch(self):
+        connection = wait(list(self.ranks))[0]
+        rank, message = self.ranks.pop(connection), b""
+        with contextlib.suppress(OSError):
+            message = connection.recv(NUMBER)
+        if message:
+            rank = int.from_bytes(message, "big")
+        if not self.watching:
+            return
+        for other in self.ranks:
+            with contextlib.suppress(OSError):
+                other.sendall(rank.to_bytes(NUMBER, "big"))
+        gone = f"process {rank} is gone, so this one of {dist.get_world_size()} ends too"
+        print(error_line(f"{gone}: {self.advice()}"), file=sys.stderr, flush=True)
+        os._exit(1)
+
+
+def accept(listener, secret):
+    """Accept the connections of all other processes. Whoever does not say the secret is ignored.
+
+    Returns:
+        dict: their ranks by connection.
+    """
+    ranks, received, deadline = {}, {}, time.monotonic() + TIMEOUT
+    while len(ranks) < dist.get_world_size() - 1:
+        ready = wait([listener, *received], timeout=max(deadline - time.monotonic(), 0))
+        if not ready:
+            raise Fault(f"only {len(ranks) + 1} of {dist.get_world_size()} processes have met in {TIMEOUT} s")
+        for connection in ready:
+            if connection is listener:
+                connection, _ = listener.accept()
+                connection.setblocking(False)
+                received[connection] = b""
+                if len(received) > MOST_STRANGERS + dist.get_world_size():
+                    oldest = next(iter(received))
+                    del received[oldest]
+                    oldest.close()
+                continue
+            if connection not in received:  # it was the oldest
+                continue
+            data = b""
+            with contextlib.suppress(OSError):
+                data = connection.recv(len(secret) + NUMBER - len(received[connection]))
+            received[connection] += data
+            if data and len(received[connection]) < len(secret) + NUMBER:
+                continue
+            message = received.pop(connection)
+            if data and hmac.compare_digest(message[: len(secret)], secret):
+                connection.setblocking(True)
+                ranks[connection] = int.from_bytes(message[len(secret) :], "big")
+            else:
+                connection.close()
+    for stranger in received:
+        stranger.close()
+    listener.close()
+    return ranks
+
+
+def connect(address, secret):
+    """Connect to the first process, and say the secret and this process's rank. Returns the socket."""
+    try:
+        connection = socket.create_connection(address, timeout=TIMEOUT)
+        connection.sendall(secret + dist.get_rank().to_bytes(NUMBER, "big"))
+    except OSError as error:
+        host, port = address
+        raise Fault(
+            f"the first process can't be reached at {host}:{port} ({error}): let the machines of a run "
+            "reach each other on all ports"
+        ) from error
+    connection.settimeout(None)
+    return connection
+
+
+def keep_alive(connection):
+    """Have the system look after the other end, for a machine that is gone closes nothing."""
+    connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+    options = {"TCP_KEEPIDLE": 15, "TCP_KEEPINTVL": 5, "TCP_KEEPCNT": 4}
+    for name, number in options.items():
+        if hasattr(socket, name):
+            connection.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), number)
+
+
+def watch_launcher():
+    """Send this process SIGTERM when the launcher that started it is gone, if one did."""
+    if "PADDLE_LOG_DIR" not in os.environ:  # which it gives to its processes
+        return
+    launcher = os.getppid()
+
+    def watch():
+        while os.getppid() == launcher:
+            time.sleep(1)
+        logger.warning("the launcher of this process is gone, so this one ends too")
+        if signal.getsignal(signal.SIGTERM) is signal.SIG_IGN:
+            os._exit(128 + signal.SIGTERM)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    threading.Thread(target=watch, daemon=True).start()

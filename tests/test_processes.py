@@ -1,0 +1,107 @@
+"""Which process this is, the signals that end it, and the watchdog's connections."""
+
+import os
+import signal
+import socket
+import threading
+from types import SimpleNamespace
+
+import pytest
+
+from glm import processes, watchdog
+from glm.errors import Fault
+from glm.processes import (
+    is_first_of_machine,
+    is_first_of_run,
+    restore_signals,
+    set_signals,
+    tensor_parallel_part,
+)
+
+
+def test_the_part_of_the_model():
+    settings = SimpleNamespace(tensor_parallel_degree=-1, tensor_parallel_rank=-1)
+    assert tensor_parallel_part(settings) == (0, 1)
+    settings = SimpleNamespace(tensor_parallel_degree=4, tensor_parallel_rank=3)
+    assert tensor_parallel_part(settings) == (3, 4)
+
+
+@pytest.mark.parametrize(
+    "rank, size, first", [(0, None, True), (0, "2", True), (1, "2", False), (4, "2", True)]
+)
+def test_the_first_of_a_machine(monkeypatch, rank, size, first):
+    monkeypatch.setattr(processes.dist, "get_rank", lambda: rank)
+    monkeypatch.delenv("PADDLE_LOCAL_SIZE", raising=False)
+    if size:
+        monkeypatch.setenv("PADDLE_LOCAL_SIZE", size)
+    assert is_first_of_machine() is first and is_first_of_run() is (rank == 0)
+
+
+def test_signals_are_set_and_set_back():
+    """But one that is ignored stays so, and in a thread nothing is set."""
+    before = {number: signal.getsignal(number) for number in processes.STOP_SIGNALS}
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    received = []
+    try:
+        handlers = set_signals(lambda number, _: received.append(number))
+        for number in before:
+            os.kill(os.getpid(), number)
+        assert received == [signal.SIGINT, signal.SIGTERM]
+        restore_signals(handlers)
+        assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+    finally:
+        restore_signals(before)
+    assert {number: signal.getsignal(number) for number in before} == before
+    found = []
+    thread = threading.Thread(target=lambda: found.append(set_signals(received.append)))
+    thread.start()
+    thread.join()
+    assert found == [{}]
+
+
+@pytest.fixture
+def listener():
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        yield listener
+
+
+def test_the_port_takes_who_knows_the_secret(monkeypatch, listener):
+    """Whoever says nothing, a part of it, something else, or leaves, does not keep the others out."""
+    monkeypatch.setattr(watchdog.dist, "get_world_size", lambda: 3)
+    secret, address, found = bytes(range(32)), listener.getsockname(), []
+    thread = threading.Thread(target=lambda: found.append(watchdog.accept(listener, secret)))
+    thread.start()
+    strangers = [socket.create_connection(address) for _ in range(100)]
+    for stranger, said in zip(
+        strangers, [b"", secret[:31], b"GET / HTTP/1.1\r\n\r\n" + bytes(50), bytes(36)]
+    ):
+        stranger.sendall(said)
+    strangers[-1].close()
+    strangers[-2].sendall(secret[:-1] + b"\0\0\0\0\1")
+    peers = []
+    for rank in (2, 1):
+        monkeypatch.setattr(watchdog.dist, "get_rank", lambda rank=rank: rank)
+        peers.append(watchdog.connect(address, secret))
+    thread.join(20)
+    (ranks,) = found
+    assert sorted(ranks.values()) == [1, 2]
+    for connection, rank in ranks.items():
+        assert connection.getpeername() == peers[2 - rank].getsockname()
+    for stranger in strangers[:-1]:  # they are closed, and have been told nothing
+        stranger.settimeout(5)
+        try:
+            assert stranger.recv(1) == b""
+        except ConnectionResetError:
+            pass
+        stranger.close()
+
+
+def test_processes_that_do_not_meet(monkeypatch, listener):
+    monkeypatch.setattr(watchdog.dist, "get_world_size", lambda: 3)
+    monkeypatch.setattr(watchdog, "TIMEOUT", 0.2)
+    with pytest.raises(Fault, match="only 1 of 3 processes have met"):
+        watchdog.accept(listener, b"s" * 32)
+    address = listener.getsockname()
+    listener.close()
+    with pytest.raises(Fault, match=f"can't be reached at 127.0.0.1:{address[1]}"):
+        watchdog.connect(address, b"s" * 32)
