@@ -38,7 +38,7 @@ FORMS = (
 LINEAR = re.compile(r".*\.(query_key_value|dense|dense_h_to_4h|dense_4h_to_h)\.weight")
 SAFETENSORS_DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "uint16"}
 NO_TORCH = "it is truncated, or no file that torch.save writes"
-LARGEST_HEADER = 1 << 25  # bytes: a weight takes about a hundred
+LARGEST_HEADER = 1 << 24  # bytes: a weight takes about a hundred
 
 Arrays = dict[str, np.ndarray]
 
@@ -210,18 +210,24 @@ def _read_safetensors(path):
         raise ValueError("it is truncated, or no safetensors")
     if start > LARGEST_HEADER:
         raise ValueError(f"its header is larger than {LARGEST_HEADER >> 20} MiB")
-    header = parse_json(data[8:start].tobytes(), object_pairs_hook=_unique)
+    try:
+        header = parse_json(data[8:start].tobytes(), object_pairs_hook=_unique)
+    except ValueError as error:
+        raise ValueError(f"its header can't be read ({error})") from error
     metadata = header.pop("__metadata__", {}) if isinstance(header, dict) else None
-    if not isinstance(metadata, dict):
+    if not isinstance(metadata, dict) or not all(isinstance(entry, dict) for entry in header.values()):
         raise ValueError("its header is no table of weights")
     arrays, ranges = {}, []
     for name, entry in header.items():
-        dtype, shape, offsets = (entry[key] for key in ("dtype", "shape", "data_offsets"))
-        if check_name(name) and dtype not in SAFETENSORS_DTYPES:
+        check_name(name)
+        dtype, shape, offsets = (entry.get(key) for key in ("dtype", "shape", "data_offsets"))
+        if not isinstance(dtype, str) or dtype not in SAFETENSORS_DTYPES:
             raise ValueError(f"its {name} is of type {printable(str(dtype), 40)}, which no weight is")
-        if len(offsets) != 2 or not all(map(is_size, offsets)) or offsets[0] > offsets[1]:
-            raise ValueError(f"the place of its {name} is none")
+        if not isinstance(offsets, list) or len(offsets) != 2 or not all(map(is_size, offsets)):
+            raise ValueError(f"its {name} has wrong offsets")
         first, last = offsets
+        if first > last:
+            raise ValueError(f"its {name} has wrong offsets")
         if start + last > len(data):
             raise ValueError(f"it is truncated: {name} ends after the file")
         ranges.append((first, last))

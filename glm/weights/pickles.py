@@ -82,7 +82,7 @@ def check_name(name: Any) -> str:
 def count_values(shape: Any) -> int:
     """Return how many values an array of ``shape`` has. Raises ValueError where it is no shape."""
     if not isinstance(shape, (tuple, list)) or len(shape) > 32 or not all(map(is_size, shape)):
-        raise ValueError("the shape of an array in it is none")
+        raise ValueError("an array in it has a wrong shape")
     return math.prod(shape)
 
 
@@ -128,7 +128,7 @@ def _dtype(name, *_):
 
 def _tuple(values):
     if type(values) is not tuple:
-        raise ValueError("it is damaged: it takes for a tuple what is none")
+        raise ValueError("it is damaged: it has no tuple where one is needed")
     return values
 
 
@@ -141,7 +141,7 @@ def _tensor(storage, offset, shape, strides, *_):
         raise ValueError("a tensor in it has no storage")
     count_values(shape)
     if not isinstance(strides, tuple) or len(strides) != len(shape) or not all(map(is_size, strides)):
-        raise ValueError("the strides of a tensor in it are none")
+        raise ValueError("a tensor in it has wrong strides")
     return Tensor(storage, offset, shape, strides)
 
 
@@ -291,7 +291,7 @@ class PickleReader:
     def _encode(self, text, encoding):
         """The bytes of an array, which protocol 2 writes as text."""
         if not isinstance(text, str) or encoding != "latin1":
-            raise ValueError("it encodes what is no array")
+            raise ValueError("it encodes a value that is no array")
         self.encoded += len(text)  # a text can be referred to again and again
         if self.encoded > len(self.data):
             raise ValueError("its arrays are larger than the file")
@@ -332,13 +332,13 @@ class PickleReader:
 
 def _extend(target, items):
     if type(target) is not list:
-        raise ValueError("it appends to what is no list")
+        raise ValueError("it appends to a value that is no list")
     target.extend(items)
 
 
 def _set_items(target, items):
     if type(target) is not dict:
-        raise ValueError("it sets an item of what is no dict")
+        raise ValueError("it sets an item of a value that is no dict")
     for name, value in zip(items[::2], items[1::2]):
         target[check_name(name)] = value
 
@@ -360,4 +360,4 @@ def _set_state(target, state):
         if byte_order not in ("<", "|") or any(part is not None for part in parts[:3]):
             raise ValueError("an array in it is of a type that no weight is")
     elif type(target) is not dict:  # PyTorch's OrderedDict has its _metadata there
-        raise ValueError("it sets the state of what has none")
+        raise ValueError("it sets the state of a value that has none")
