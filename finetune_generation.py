@@ -81,8 +81,7 @@ def run(model_args, data_args, generation, args, folder=None, output=None):
     if args.do_train:
         groups = (model_args, data_args, generation, args)
         records = [feature["record"] for feature in train_dataset]
-        name, weights, lora_config = pretrained.name, pretrained.fingerprint, adapter and adapter.config
-        folder.prepare_run(groups, name, weights, lora_config, records, checkpoint)
+        folder.prepare_run(groups, pretrained, records, checkpoint)
     generated = dev_dataset + test_dataset
     memory = estimate_memory(args, pretrained, generation, train_dataset, generated)
 

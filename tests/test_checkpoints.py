@@ -148,6 +148,7 @@ def test_a_checkpoint_that_waits_for_a_process_that_is_gone_is_not_unwritable(tm
         callback = SaveCheckpoints(run_folder(tmp_path))
         callback.saving = tmp_path / "checkpoint-2"
         callback.saving.mkdir(exist_ok=True)
+        (callback.saving / INCOMPLETE).write_text(callback.folder.new_run.id)
         args = SimpleNamespace(world_size=processes)
         with pytest.raises(BaseException) as raised:
             with callback.failing_as_fault(args, SimpleNamespace(should_evaluate=False)):
@@ -308,7 +309,8 @@ def test_a_run_of_an_old_version_is_gone_on_with(tmp_path):
 def describe(model=TINY_GLM, questions=("who", "what"), weights="w", **changes):
     records = [{"context": "c", "answer": "a", "question": question} for question in questions]
     values = {"max_steps": 6, "num_train_epochs": 3.0, "seed": 42, "learning_rate": 1e-3, **changes}
-    return describe_training(values, str(model), weights, None, records)
+    pretrained = SimpleNamespace(name=str(model), fingerprint=weights, adapter=None)
+    return describe_training(values, pretrained, records)
 
 
 def compare(tmp_path, before, now, replaced=False):

@@ -6,6 +6,7 @@ folder, and every value has a type and a range.
 
 import hashlib
 import os
+from collections.abc import Collection
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import NamedTuple, Optional
@@ -35,15 +36,15 @@ class Run(NamedTuple):
     model: Optional[int] = None
     parent: Optional[tuple] = None
 
-    def owns(self, checkpoint):
-        """Whether the Checkpoint is one that this run wrote or went on from."""
+    def owns(self, checkpoint) -> bool:
+        """Return whether the Checkpoint is one that this run wrote or went on from."""
         written_by, parent = checkpoint.run.id, self.parent
         if written_by == self.id or parent is None:
             return written_by == self.id
         return written_by == parent[0] and (checkpoint.step or 0) <= parent[1]
 
 
-def parse_run(values):
+def parse_run(values: dict) -> Run:
     """Return the Run in a dict of a file. Raises ValueError where it says it in another way."""
     parent = get_typed(values, "parent", list)
     if parent is not None:
@@ -53,7 +54,7 @@ def parse_run(values):
     return Run(get_typed(values, "id", str), get_typed(values, "model", int, least=0), parent)
 
 
-def read_run(folder):
+def read_run(folder: Path) -> Optional[Run]:
     """Return the Run that ``folder`` is of, or None where it tells of none.
 
     Raises:
@@ -103,16 +104,16 @@ class Checkpoint:
 
     __fspath__ = __str__
 
-    def find_damage(self, but=()):
+    def find_damage(self, but: Collection[str] = ()) -> Optional[str]:
         """Compare the files with the sizes and checksums in the manifest.
 
         All processes have to call it.
 
         Args:
-            but (collection): patterns of the files that are not needed.
+            but: patterns of the files that are not needed.
 
         Returns:
-            what is wrong on any machine, str, or None.
+            what is wrong on any machine, or None.
         """
         needed = {n: entry for n, entry in self.files.items() if not any(Path(n).match(p) for p in but)}
         damage = None
@@ -123,8 +124,8 @@ class Checkpoint:
                 damage = f"its {name} is not what was written ({size} bytes)"
         return next(filter(None, gather_objects(damage)), None)
 
-    def read_state(self):
-        """Return the Trainer's state, TrainerState. Raises InputError where its values are none."""
+    def read_state(self) -> TrainerState:
+        """Return the Trainer's state. Raises InputError where its values are none."""
         path = self.path / TRAINER_STATE
         try:
             values = read_json(path)
@@ -153,7 +154,7 @@ class Checkpoint:
         return TrainerState(**values)
 
 
-def open_checkpoint(path):
+def open_checkpoint(path: Path) -> Checkpoint:
     """Return the Checkpoint at ``path``.
 
     Raises:
@@ -202,13 +203,13 @@ def open_checkpoint(path):
     )
 
 
-def number_of(path):
-    """Return N of a path checkpoint-N, int."""
+def number_of(path: Path) -> int:
+    """Return N of a path checkpoint-N."""
     return int(CHECKPOINT.fullmatch(path.name)[1])
 
 
-def checkpoint_paths(folder):
-    """Return the paths in ``folder`` called checkpoint-N, list[Path], the largest N first."""
+def checkpoint_paths(folder: Path) -> list[Path]:
+    """Return the paths in ``folder`` called checkpoint-N, the largest N first."""
     paths = [path for path in Path(folder).glob("checkpoint-*") if CHECKPOINT.fullmatch(path.name)]
     return sorted(paths, key=number_of, reverse=True)
 
@@ -225,8 +226,8 @@ def _checksum(path):
         return [None, None]
 
 
-def compute_checksums(folder, names):
-    """Return sizes and checksums of the files ``names`` in a folder, dict of [bytes, BLAKE2b] by name.
+def compute_checksums(folder: Path, names: Collection[str]) -> dict:
+    """Return sizes and checksums of the files ``names`` in a folder, [bytes, BLAKE2b] by name.
 
     A file that can't be read has [None, None]. The processes of a machine share the work; all of them
     have to call it.
@@ -239,7 +240,7 @@ def compute_checksums(folder, names):
     return {name: entry for part in parts[first : first + local_size] for name, entry in part.items()}
 
 
-def list_files(folder):
-    """Return the names of a checkpoint's regular files, but for those that are about the others, set."""
+def list_files(folder: Path) -> set[str]:
+    """Return the names of a checkpoint's regular files, but for those that are about the others."""
     entries = {entry.name for entry in os.scandir(folder) if entry.is_file(follow_symlinks=False)}
     return entries - {MANIFEST, INCOMPLETE}

@@ -9,8 +9,10 @@ import contextlib
 import os
 import time
 import uuid
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
+from typing import Optional
 
 import paddle.distributed as dist
 from paddlenlp.utils.log import logger
@@ -18,7 +20,7 @@ from paddlenlp.utils.log import logger
 from glm.errors import InputError, as_input_error, printable
 from glm.files import dump_json, parse_json, read_json, write_atomically
 from glm.outputs import layout, resuming
-from glm.outputs.checkpoints import Run, checkpoint_paths, number_of, open_checkpoint, read_run
+from glm.outputs.checkpoints import Checkpoint, Run, checkpoint_paths, number_of, open_checkpoint, read_run
 from glm.outputs.layout import ALL_RESULTS, MANIFEST, MODEL, RESULTS, RUN, find
 from glm.outputs.lock import check_writable, is_own_output, take_lock
 from glm.outputs.replace import finish_interrupted_replace, replace_together
@@ -49,11 +51,11 @@ class RunFolder:
 
     # What may be done here.
 
-    def check_contents(self, checkpoint):
+    def check_contents(self, checkpoint: Optional[Checkpoint]):
         """Raise InputError where training would be mixed with what is not a run's, or can't be written.
 
         Args:
-            checkpoint (Checkpoint): the one to resume from, or None.
+            checkpoint: the one to resume from, or None.
         """
         if not self.path.is_dir():
             return
@@ -82,12 +84,12 @@ class RunFolder:
                 "give a folder of its own, or --overwrite_output_dir"
             )
 
-    def check_other_models(self, model, adapter_base=None):
+    def check_other_models(self, model: Optional[str], adapter_base: Optional[str] = None):
         """Warn where results would lie beside a model that they are not of.
 
         Args:
-            model (str): the one that is evaluated, or None where the run writes one.
-            adapter_base (str): the model that an adapter which is trained or merged belongs to.
+            model: the one that is evaluated, or None where the run writes one.
+            adapter_base: the model that an adapter which is trained or merged belongs to.
 
         Raises:
             InputError: where what the run writes would replace the base of its adapter.
@@ -100,19 +102,19 @@ class RunFolder:
         if model and find(self.path, (*layout.WHOLE_MODEL, *layout.ADAPTER)) and not self.is_same(model):
             logger.warning(f"the results in {self.path} will be of {model}, not of the model that lies there")
 
-    def is_same(self, other):
-        """Whether the path ``other`` is this folder, as far as there are such."""
+    def is_same(self, other: str) -> bool:
+        """Return whether the path ``other`` is this folder, as far as there are such."""
         return self.path.is_dir() and os.path.isdir(other) and os.path.samefile(self.path, other)
 
     # Checkpoints.
 
-    def find_checkpoint(self, lora):
+    def find_checkpoint(self, lora: bool) -> Optional[Checkpoint]:
         """Return the checkpoint to go on from, given or the last one of the folder's run, or None.
 
         All processes have to call it.
 
         Args:
-            lora (bool): whether this run trains an adapter.
+            lora: whether this run trains an adapter.
 
         Raises:
             InputError: where one can't be gone on with, or none of those that are here.
@@ -121,7 +123,11 @@ class RunFolder:
         if not args.do_train or (args.overwrite_output_dir and given is None):
             return None
         weights_alone = args.ignore_load_lr_and_optim
-        but = (*resuming.OPTIMIZER_FILES.values(), "scaler.pdparams") if weights_alone else ()
+        but = (
+            (*resuming.OPTIMIZER_FILES.values(), "scaler.pdparams", layout.TRAINER_STATE)
+            if weights_alone
+            else ()
+        )
         if given is None:
             checkpoint = self._find_last(but)
         else:
@@ -139,12 +145,12 @@ class RunFolder:
         logger.train(f"resuming from {checkpoint}; --overwrite_output_dir starts anew")
         return checkpoint
 
-    def list_checkpoints(self):
-        """Return the complete checkpoints of the folder's run, list[Checkpoint], the last step first.
+    def list_checkpoints(self) -> tuple[list[Checkpoint], list]:
+        """Return the complete checkpoints of the folder's run, the last step first, and what the others are.
 
         Returns:
-            them; of each other one its path, the reason, str, and whether a user may have meant it to be
-            gone on with, list of tuples.
+            them; of each other one its path, why it is none, and whether a user may have meant it to be
+            gone on with.
         """
         own, others = [], []
         for path in checkpoint_paths(self.path):
@@ -187,14 +193,14 @@ class RunFolder:
             )
         return None
 
-    def find_best(self, recorded, compare_files=True):
+    def find_best(self, recorded: str, compare_files: bool = True) -> Optional[Checkpoint]:
         """Return the Checkpoint that the run recorded as its best, or None where it is gone.
 
         A folder may have been moved since: it is looked for beside the checkpoint that the run goes on
         from, then here, then where it was. All processes have to call it.
 
         Args:
-            recorded (str): its path then. compare_files (bool): whether its files may have changed since.
+            recorded: its path then. compare_files: whether its files may have changed since.
         """
         name, resumed = Path(recorded).name, self.resumed
         folders, runs = [self.path, Path(recorded).parent], [self.new_run]
@@ -213,8 +219,8 @@ class RunFolder:
         logger.warning(f"the best checkpoint, {where}, is gone or damaged: {advice}")
         return None
 
-    def resume_hint(self):
-        """Return what the last line of a run that ended early says of going on, str."""
+    def resume_hint(self) -> str:
+        """Return what the last line of a run that ended early says of going on."""
         args = self.args
         flags = [name for name in ("overwrite_output_dir", "resume_from_checkpoint") if getattr(args, name)]
         # Until training begins, the checkpoints here may be those of another run.
@@ -230,29 +236,25 @@ class RunFolder:
 
     # This command's run.
 
-    def prepare_run(self, groups, base, weights, lora_config, records, checkpoint):
+    def prepare_run(self, groups: tuple, pretrained, records: list, checkpoint: Optional[Checkpoint]):
         """Decide which run this is, and compare it with the one that wrote ``checkpoint``.
 
         Nothing is written yet. All processes have to call it.
 
         Args:
-            groups (tuple): the four dataclasses of arguments.
-            base (str): the model or adapter to start from. weights (str): its fingerprint, or None.
-            lora_config (LoRAConfig): of the adapter that is trained, or None.
-            records (list[dict]): to train on.
-            checkpoint (Checkpoint): to go on from, or None.
+            groups: the four dataclasses of arguments.
+            pretrained (Pretrained): what training starts from.
+            records: to train on, dicts. checkpoint: to go on from, or None.
 
         Raises:
             InputError: where going on with it makes no sense.
         """
         values = {type(group).__name__: asdict(group) for group in groups}
-        self.arguments = dump_json(
-            values, indent=2, default=lambda value: getattr(value, "value", str(value))
-        )
+        self.arguments = dump_json(values, indent=2, default=lambda kind: getattr(kind, "value", str(kind)))
         arguments = {}
         for group in parse_json(self.arguments).values():
             arguments.update(group)
-        self.described = resuming.describe_training(arguments, base, weights, lora_config, records)
+        self.described = resuming.describe_training(arguments, pretrained, records)
         self.new_run, self.aside = gather_objects((self.new_run, self.aside))[0]
         self.resumed = checkpoint
         self.new_run, self.to_move = self._choose_run(checkpoint)
@@ -261,10 +263,8 @@ class RunFolder:
         owner = None
         with contextlib.suppress(OSError, ValueError):
             owner = read_run(self.described["base"])
-        replaced = owner is not None and owner.owns(checkpoint)
-        resuming.compare_training(
-            checkpoint, self.described, replaced, self.args.resume_from_checkpoint is not None
-        )
+        replaced, given = owner is not None and owner.owns(checkpoint), self.args.resume_from_checkpoint
+        resuming.compare_training(checkpoint, self.described, replaced, given is not None)
         if "settings" in checkpoint.described:
             self.described.update({name: checkpoint.described.get(name) for name in ("base", "weights")})
 
@@ -300,7 +300,7 @@ class RunFolder:
     def _write_run(folder, run):
         write_atomically(Path(folder, RUN), dump_json(run._asdict()))
 
-    def move_aside(self, paths):
+    def move_aside(self, paths: Sequence[Path]):
         """Move checkpoints that this run did not write into one folder beside them, and say so."""
         for path in paths:
             self.aside.mkdir(exist_ok=True)
@@ -313,11 +313,11 @@ class RunFolder:
     # Results and the model.
 
     @contextlib.contextmanager
-    def replacing(self, patterns=(), run=None):
+    def replacing(self, patterns: Sequence[str] = (), run: Optional[Run] = None):
         """Yield the staging folder of ``replace_together``, for all processes.
 
         Args:
-            patterns: of what goes in the same move. run (Run): what the folder is of afterwards, if it
+            patterns: of what goes in the same move. run: what the folder is of afterwards, if it
                 changes.
         """
         first = dist.get_rank() == 0
@@ -332,7 +332,7 @@ class RunFolder:
         if run:
             self.run, self.wrote_model = run, True
 
-    def replacing_model(self, step):
+    def replacing_model(self, step: int):
         """Return the context of ``replacing`` for the model that this run trained, of ``step``.
 
         The model's other forms go, and the results of another model.
@@ -344,7 +344,7 @@ class RunFolder:
             same = self.resumed is not None and self.is_same(self.resumed.path.parent)
         return self.replacing(MODEL if same else (*MODEL, *RESULTS), run)
 
-    def replacing_merged(self, adapter):
+    def replacing_merged(self, adapter: str):
         """Return the context of ``replacing`` for a model with the ``adapter`` (a folder) in its weights."""
         if self.args.do_train or self.is_same(adapter):
             return self.replacing(layout.WHOLE_MODEL)

@@ -1,6 +1,7 @@
 """The names of all files in output_dir and in a checkpoint, and the patterns that tell them apart."""
 
 import re
+from collections.abc import Collection
 from pathlib import Path
 
 LOCK = ".lock"  # in output_dir: held by the run that writes there
@@ -49,6 +50,6 @@ TRACES = (
 )
 
 
-def find(folder, patterns):
-    """Return the paths in ``folder`` that match any of the glob ``patterns``, list[Path], sorted."""
+def find(folder: Path, patterns: Collection[str]) -> list[Path]:
+    """Return the paths in ``folder`` that match any of the glob ``patterns``, sorted."""
     return sorted({path for pattern in patterns for path in Path(folder).glob(pattern)})

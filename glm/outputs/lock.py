@@ -5,6 +5,7 @@ import os
 import socket
 import stat
 import tempfile
+from pathlib import Path
 
 from glm.errors import InputError, printable
 from glm.outputs.layout import LOCK
@@ -12,7 +13,7 @@ from glm.outputs.layout import LOCK
 NAME_MAX = 255  # bytes of a folder's name
 
 
-def check_writable(flag, folder):
+def check_writable(flag: str, folder: str):
     """Raise InputError where ``folder`` can't be made, or can't be written to."""
     if max(map(len, os.fsencode(folder).split(b"/"))) > NAME_MAX:
         raise InputError(f"{flag} is longer than a folder's name may be: give a shorter one")
@@ -29,7 +30,7 @@ def check_writable(flag, folder):
         ) from error
 
 
-def take_lock(path):
+def take_lock(path: Path):
     """Lock the file ``path``, which no link leads to.
 
     Returns:
@@ -58,8 +59,8 @@ def take_lock(path):
     return file, None
 
 
-def is_own_output(path):
-    """Whether what this run prints goes to the file ``path``."""
+def is_own_output(path: Path) -> bool:
+    """Return whether what this run prints goes to the file ``path``."""
     try:
         return any(os.path.samestat(os.fstat(number), os.stat(path)) for number in (1, 2))
     except OSError:  # a link to nowhere, or an output that is closed

@@ -8,6 +8,7 @@ one that is killed after it are finished by the next run that writes to the fold
 import contextlib
 import os
 import shutil
+from collections.abc import Collection
 from fnmatch import fnmatch
 from pathlib import Path
 
@@ -19,9 +20,8 @@ from glm.outputs.layout import LOCK, MODEL, REPLACED, RESULTS, UNFINISHED, find
 from glm.processes import barrier
 
 
-def remove(path):
+def remove(path: Path):
     """Remove a file, a folder, or a link, which is not followed."""
-    path = Path(path)
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path)
     else:
@@ -29,7 +29,7 @@ def remove(path):
 
 
 @contextlib.contextmanager
-def replace_together(folder, patterns=()):
+def replace_together(folder: Path, patterns: Collection[str] = ()):
     """Yield the path of an empty staging folder, whose files move into ``folder`` when the block ends.
 
     What matches the ``patterns`` in ``folder``, and is not among them, goes in the same move. An
@@ -54,7 +54,7 @@ def replace_together(folder, patterns=()):
         shutil.rmtree(staging)
 
 
-def finish_interrupted_replace(folder):
+def finish_interrupted_replace(folder: Path):
     """Do what a run that was killed had left to move into ``folder``, if anything.
 
     The list comes from a file: it is checked as a whole before anything is moved, and names files of
@@ -84,7 +84,7 @@ def finish_interrupted_replace(folder):
     (staging / REPLACED).unlink()
 
 
-def check_complete(folder, flag="--model_name_or_path"):
+def check_complete(folder: str, flag: str = "--model_name_or_path"):
     """Raise InputError where a run was killed while it moved files into a ``folder`` that is only read."""
     if os.path.lexists(Path(folder, UNFINISHED, REPLACED)):
         raise InputError(

@@ -2,14 +2,17 @@
 
 import hashlib
 import os
+from typing import Optional
 
 from paddlenlp.utils.log import logger
 
 from glm.errors import InputError, printable
+from glm.outputs.checkpoints import Checkpoint
 from glm.outputs.layout import TRAINER_STATE
 
 # What --ignore_load_lr_and_optim does without: the pattern of each file that an optimizer's state has.
 OPTIMIZER_FILES = {"optimizer.pdopt": "optimizer[-.]*", "scheduler.pdparams": "scheduler.pdparams"}
+BESIDE_WEIGHTS = (*OPTIMIZER_FILES.values(), "scaler.pdparams", TRAINER_STATE)
 
 # The arguments that change what a step computes or which model is the best, in the order of a message.
 SETTINGS = (
@@ -25,13 +28,13 @@ ADAPTER_FLAGS = {
 }
 
 
-def check_files(checkpoint, lora, weights_alone, given):
+def check_files(checkpoint: Checkpoint, lora: bool, weights_alone: bool, given: bool):
     """Raise InputError where a file is missing, or is none, that the run goes on with.
 
     Args:
-        lora (bool): whether this run trains an adapter.
-        weights_alone (bool): whether it takes the weights alone.
-        given (bool): whether the user named the checkpoint.
+        lora: whether this run trains an adapter.
+        weights_alone: whether it takes the weights alone.
+        given: whether the user named the checkpoint.
     """
     where = f"--resume_from_checkpoint {checkpoint}" if given else str(checkpoint)
 
@@ -57,13 +60,13 @@ def check_files(checkpoint, lora, weights_alone, given):
     checkpoint.read_state()
 
 
-def check_layout(checkpoint, degree):
+def check_layout(checkpoint: Checkpoint, degree: int):
     """Raise InputError where the weights of an optimizer's state can't be told apart.
 
     Without ``parameters`` they are known by the names that Paddle gave them, which depend on the layout.
 
     Args:
-        degree (int): of this run's tensor parallelism.
+        degree: of this run's tensor parallelism.
     """
     saved = len({path.name[:14] for path in checkpoint.path.glob("optimizer.tp*")}) or 1
     if saved != degree and checkpoint.parameters is None:
@@ -74,12 +77,12 @@ def check_layout(checkpoint, degree):
         )
 
 
-def keep_global_batch_size(args, size):
+def keep_global_batch_size(args, size: Optional[int]):
     """Let each update be of as many records as before: with others the order of the data would change.
 
     Args:
         args (GLMTrainingArguments): whose gradient_accumulation_steps changes.
-        size (int): of the checkpoint's updates, or None where that is not known.
+        size: of the checkpoint's updates, or None where that is not known.
     """
     now = args.global_batch_size
     if size in (None, now):
@@ -98,14 +101,14 @@ def keep_global_batch_size(args, size):
     )
 
 
-def describe_training(arguments, base, weights, lora_config, records):
-    """Return what a manifest says of a run, dict: see Checkpoint.described.
+def describe_training(arguments: dict, pretrained, records: list) -> dict:
+    """Return what a manifest says of a run: see Checkpoint.described.
 
     Args:
-        arguments (dict): of all groups. base (str): the model or adapter to start from.
-        weights (str): its fingerprint, or None. lora_config (LoRAConfig): of the adapter, or None.
-        records (list[dict]): to train on.
+        arguments: of all groups. pretrained (Pretrained): what training starts from.
+        records: to train on, dicts.
     """
+    base, lora_config = pretrained.name, pretrained.adapter and pretrained.adapter.config
     settings = {name: arguments.get(name) for name in SETTINGS}
     # The other of these two is not looked at.
     settings["num_train_epochs" if settings["max_steps"] > 0 else "max_steps"] = None
@@ -115,7 +118,7 @@ def describe_training(arguments, base, weights, lora_config, records):
         digest.update("\0".join([*texts, ""]).encode("utf-8", "surrogatepass"))
     return {
         "base": os.path.realpath(base) if os.path.isdir(base) else base,
-        "weights": weights,
+        "weights": pretrained.fingerprint,
         "records": len(records),
         "texts": digest.hexdigest(),
         "adapter": {name: getattr(lora_config, name) for name in ADAPTER_FLAGS} if lora_config else None,
@@ -123,13 +126,13 @@ def describe_training(arguments, base, weights, lora_config, records):
     }
 
 
-def compare_training(checkpoint, now, replaced, given):
+def compare_training(checkpoint: Checkpoint, now: dict, replaced: bool, given: bool):
     """Say in a line in what a run differs from the one that wrote ``checkpoint``.
 
     Args:
-        now (dict): the run, as describe_training returns it.
-        replaced (bool): whether the checkpoint's run wrote its model over the one that it started from.
-        given (bool): whether the user named the checkpoint.
+        now: the run, as describe_training returns it.
+        replaced: whether the checkpoint's run wrote its model over the one that it started from.
+        given: whether the user named the checkpoint.
 
     Raises:
         InputError: where going on makes no sense, with another base or another adapter.

@@ -16,7 +16,7 @@ from glm.processes import barrier, is_first_of_machine
 
 
 class SaveCheckpoints(TrainerCallback):
-    """Gives a checkpoint a last file, the manifest, that says what the others are; then removes old ones.
+    """Give a checkpoint a last file, the manifest, that says what the others are; then remove old ones.
 
     PaddleNLP removes old ones before the new one is complete, and on a single process none at all.
 
@@ -63,7 +63,7 @@ class SaveCheckpoints(TrainerCallback):
             state.best_model_checkpoint = str(here / path.name)
 
     def _is_mine(self, path):
-        """Whether this run wrote, or began to write, the checkpoint at ``path``."""
+        """Return whether this run wrote, or began to write, the checkpoint at ``path``."""
         with contextlib.suppress(OSError, ValueError):
             if not path.is_symlink() and path.is_dir():
                 begun = (path / INCOMPLETE).is_file() and (path / INCOMPLETE).read_text()
@@ -73,9 +73,8 @@ class SaveCheckpoints(TrainerCallback):
     def on_step_end(self, args, state, control, **kwargs):
         if not control.should_save:
             return
-        path = self.saving = Path(
-            args.output_dir, f"checkpoint-{state.global_step}"
-        )  # as the Trainer calls it
+        # As the Trainer calls it.
+        path = self.saving = Path(args.output_dir, f"checkpoint-{state.global_step}")
         if is_first_of_machine():
             if self._is_mine(path):
                 (path / MANIFEST).unlink(missing_ok=True)
@@ -118,11 +117,13 @@ class SaveCheckpoints(TrainerCallback):
 
     def _remove_old_ones(self, best):
         """Remove those of this run that are over the limit: incomplete ones first, then by step."""
+        if not self.limit:
+            return
         mine = [path for path in checkpoint_paths(self.folder.path) if self._is_mine(path)]
         kept = {self.saving, best}
         old = [path for path in mine[::-1] if path not in kept]
         old.sort(key=lambda path: (path / MANIFEST).exists())
-        count = len(mine) - max(self.limit or len(mine), len(kept))
+        count = len(mine) - max(self.limit, len(kept))
         for path in old[: max(count, 0)]:
             shutil.rmtree(path, ignore_errors=True)
 
@@ -138,7 +139,8 @@ class SaveCheckpoints(TrainerCallback):
             collective = args.world_size > 1 and error.errno is None
             if collective or isinstance(error, ConnectionError):
                 raise
-            shutil.rmtree(self.saving, ignore_errors=True)
+            if self._is_mine(self.saving):
+                shutil.rmtree(self.saving, ignore_errors=True)
             reason = error.strerror or error
             hint = self.folder.resume_hint()
             raise Fault(f"{self.saving} can't be written: {reason}; {hint}") from error
