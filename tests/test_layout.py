@@ -2,6 +2,7 @@
 
 import ast
 import graphlib
+import re
 import subprocess
 
 import pytest
@@ -146,6 +147,12 @@ def test_no_room_is_too_long():
 def test_every_wing_is_known():
     """A new folder of glm/ gets its level in LEVELS."""
     assert {wing_of(room) for room in PATHS} == {"glm", *LEVELS}
+
+
+def test_every_module_and_test_stands_in_the_tests_readme():
+    named = set(re.findall(r"\w+\.py", (ROOT / "tests/README.md").read_text(encoding="utf-8")))
+    tests = {path.name for path in ROOT.glob("tests/*.py")}
+    assert named == tests | {path.name for path in PATHS.values()}
 
 
 def test_top_of_the_folder():
