@@ -15,6 +15,7 @@ from glm.decoding.beams import Beams
 from glm.decoding.cache import decode_one_token, prefill
 from glm.decoding.candidates import Candidates, drawn_candidates, likeliest_tokens, without_banned
 from glm.device import supports_cuda_graphs, upload
+from glm.errors import InputError
 from glm.graphs import CapturedStep, all_gather
 
 GROWTH = 16  # steps by which a cache grows: slots not written yet are attended over too, masked
@@ -49,7 +50,7 @@ class Decoder:
         self.capacity = 0  # steps that the cache has slots left for
 
     def next_candidates(self, beams: Beams) -> Candidates:
-        """Take one step of the running ``beams``."""
+        """Take one step of the running ``beams``. Raises InputError where the model is no usable one."""
         # 1. Feed the last token of each beam, and which beam of the step before it goes on from.
         rows = self._feed(beams)
         # 2. Run the model.
@@ -57,8 +58,15 @@ class Decoder:
         banned = beams.banned()  # while the device is at work
         # 3. Choose the candidates of the running examples.
         if self.generation.select_topk:
-            return self._likeliest(logits, table, rows, banned)
-        return self._drawn(logits, rows, banned)
+            candidates = self._likeliest(logits, table, rows, banned)
+        else:
+            candidates = self._drawn(logits, rows, banned)
+        if np.isnan(candidates.log_probabilities).any():
+            raise InputError(
+                "the model's probabilities are no numbers: its weights hold NaN or infinity, or overflow in "
+                "float16: give other weights, or --bf16 in place of --fp16"
+            )
+        return candidates
 
     def _feed(self, beams):
         """Copy the inputs of a step to the device. Returns the cache's rows of the running examples."""

@@ -114,8 +114,7 @@ def fill(model: PretrainedModel, parts: list[Arrays], saved_degree: int) -> set[
         The types that weights were cast from and to.
 
     Raises:
-        ValueError: where a weight that is trained is missing, has another shape than the model's, or holds
-            what is no number.
+        ValueError: where a weight that is trained is missing, or has another shape than the model's.
     """
     weights, convert, casts = model.state_dict(), convert_layout(model, saved_degree), set()
     names = [name for name in weights if name in parts[0]]
