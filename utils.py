@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 import paddle
 from paddle.distributed import fleet
+from paddlenlp.trainer.integrations import VisualDLCallback
 from paddlenlp.trainer.trainer_utils import SchedulerType
 from paddlenlp.utils.log import logger
 from tqdm import tqdm
@@ -17,7 +18,7 @@ from glm.modeling import replace_forward, target_losses
 from glm.outputs.results import write_predictions
 from glm.processes import gather_objects
 from glm.training.memory import memory_metrics, memory_peak
-from glm.training.sampler import GroupedBatchSampler
+from glm.training.progress import Curves
 from glm.training.trainer import ResumableTrainer
 
 
@@ -54,6 +55,9 @@ class GLMTrainer(ResumableTrainer):
     def __init__(self, *, generation, **kwargs):
         super().__init__(**kwargs)
         self.generation = generation
+        self.rows = []  # the last predictions, as the predictions file has them
+        if self.pop_callback(VisualDLCallback):  # by --report_to
+            self.add_callback(Curves(lambda: self.rows))
         replace_forward(self.model)
         self.tensor_parallel_group = None
         if self.args.tensor_parallel_degree > 1:
@@ -79,7 +83,7 @@ class GLMTrainer(ResumableTrainer):
         losses = self.target_losses(model, inputs)
         loss_weight = 1 / len(losses)
         if self.is_in_train:
-            tokens = self.in_batch(self.train_sampler.target_tokens)
+            tokens = self.of_this_batch(self.train_sampler.target_tokens)
             averaged = self.args.dataset_world_size * self.args.gradient_accumulation_steps
             loss_weight = averaged / tokens
         loss = losses.sum() * loss_weight
@@ -106,12 +110,6 @@ class GLMTrainer(ResumableTrainer):
         return self.lr_scheduler
 
     # evaluation
-
-    def evaluate(self, *args, **kwargs):
-        """The Trainer's; weights that were evaluated already keep their results."""
-        if self.cached_metrics is None:
-            self.cached_metrics = super().evaluate(*args, **kwargs)
-        return self.cached_metrics
 
     def prediction_step(self, model, inputs, prediction_loss_only=None, ignore_keys=None):
         """Put beam search and loss of a batch into ``self.outputs``, for ``evaluation_loop``."""
@@ -205,34 +203,3 @@ class GLMTrainer(ResumableTrainer):
             references = [row["reference"] for row in scored]
             metrics.update(compute_metrics(predictions, references, scores))
         return rows, metrics
-
-    # Private methods of PaddleNLP's Trainer, which its next release may rename. Its
-    # samplers shuffle otherwise on one process than on several, and don't group by
-    # length. The public way round them, get_train_dataloader and get_eval_dataloader,
-    # would be a copy of both.
-    def _get_train_sampler(self):
-        self.train_sampler = self.sampler(
-            self.train_dataset,
-            batch_size=self.args.per_device_train_batch_size,
-            global_batch_size=self.args.global_batch_size,
-            shuffle=True,
-            group_by_length=self.args.group_by_length,
-        )
-        return self.train_sampler
-
-    def _get_eval_sampler(self, eval_dataset):
-        """From long to short, so that a batch has little padding, and of no more records than are."""
-        replicas, batch_size = self.args.dataset_world_size, self.args.per_device_eval_batch_size
-        batch_size = min(batch_size, -(-len(eval_dataset) // replicas))
-        return self.sampler(
-            eval_dataset,
-            batch_size=batch_size,
-            global_batch_size=batch_size * replicas,
-            shuffle=False,
-            group_by_length=True,
-        )
-
-    def sampler(self, dataset, **kwargs):
-        args = self.args
-        layout = {"num_replicas": args.dataset_world_size, "rank": args.dataset_rank}
-        return GroupedBatchSampler(dataset, seed=args.seed, **layout, **kwargs)

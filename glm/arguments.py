@@ -371,3 +371,9 @@ def check_accumulation(args, records):
             f"--gradient_accumulation_steps {args.gradient_accumulation_steps}: the "
             f"{records} records are seen in {passes} passes: give at most as many"
         )
+    steps = -(-records // args.global_batch_size)
+    if args.max_steps <= 0 and steps * args.num_train_epochs < 1:
+        raise InputError(
+            f"--num_train_epochs {args.num_train_epochs:g} of {steps} steps each ends before the first "
+            "step: give more, or --max_steps 1"
+        )

@@ -84,6 +84,9 @@ class Checkpoint:
         global_batch_size: the records of an update, or None.
         evaluations_without_better: in a row, for early stopping.
         evaluation_is_due: whether a signal ended the run before the evaluation of this step.
+        best_of: the metric by which the best checkpoint is chosen, and whether more of it is better, list
+            of str and bool; or None.
+        steps_ahead: how many more updates are counted than its records take at this global batch size.
         best_run: the id of the run that wrote the best checkpoint up to this one, or None.
     """
 
@@ -97,6 +100,8 @@ class Checkpoint:
     global_batch_size: Optional[int] = None
     evaluations_without_better: int = 0
     evaluation_is_due: bool = False
+    best_of: Optional[list] = None
+    steps_ahead: int = 0
     best_run: Optional[str] = None
 
     def __str__(self):
@@ -186,6 +191,9 @@ def open_checkpoint(path: Path) -> Checkpoint:
     ):
         get_typed(described, name, kind)
     get_typed(described, "records", int, least=0)
+    best_of = get_typed(values, "best_of", list)
+    if best_of is not None and [type(value) for value in best_of] != [str, bool]:
+        raise ValueError("'best_of' is no metric and direction")
     return Checkpoint(
         path,
         get_typed(values, "step", int, step, least=0, most=MOST),
@@ -199,6 +207,8 @@ def open_checkpoint(path: Path) -> Checkpoint:
             values, "evaluations_without_better", int, 0, least=0, most=MOST
         ),
         evaluation_is_due=get_typed(values, "evaluation_is_due", bool, False),
+        best_of=best_of,
+        steps_ahead=get_typed(values, "steps_ahead", int, 0, least=-MOST, most=MOST),
         best_run=get_typed(values, "best_run", str),
     )
 

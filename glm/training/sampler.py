@@ -12,27 +12,50 @@ class GroupedBatchSampler(DistributedBatchSampler):
     last global batch is filled up with records of the epoch's beginning.
 
     Args:
-        dataset: features. batch_size (int): of one process in one pass.
-        global_batch_size (int): records of one step, over all processes and passes.
-        shuffle (bool): a new order each epoch; else from long to short records.
-        group_by_length (bool): put records of like length into the same global batch,
-            and order the batches at random.
+        dataset: features.
+        batch_size: records of one process in one pass.
+        num_replicas: processes that share the data.
+        rank: of this one among them.
+        global_batch_size: records of one step, over all processes and passes.
+        shuffle: a new order each epoch; else from long to short records.
+        group_by_length: put records of like length into the same global batch, and order the batches
+            at random.
+        seed: of the order.
+        steps_ahead: how far the Trainer's count of steps is ahead of the records'.
     """
 
     def __init__(
-        self, dataset, batch_size, num_replicas, rank, global_batch_size, shuffle, group_by_length, seed
+        self,
+        dataset: list[dict],
+        batch_size: int,
+        num_replicas: int,
+        rank: int,
+        global_batch_size: int,
+        shuffle: bool,
+        group_by_length: bool,
+        seed: int,
+        steps_ahead: int = 0,
     ):
         layout = {"num_replicas": num_replicas, "rank": rank}
         super().__init__(dataset, batch_size, shuffle=shuffle, **layout)
         self.global_batch_size = global_batch_size
         self.group_by_length = group_by_length
-        self.seed = seed
+        self.seed, self.steps_ahead = seed, steps_ahead
         self.lengths = np.array([len(feature["input_ids"]) for feature in dataset])
         self.target_lengths = np.array([len(feature["labels"]) for feature in dataset])
 
-    def global_batches(self):
-        """Returns the record numbers of an epoch, int64 [batches, global_batch_size]."""
-        rng = np.random.default_rng([self.seed, self.epoch])
+    def global_batches(self) -> np.ndarray:
+        """Return the record numbers of the Trainer's epoch, int64 [batches, global_batch_size]."""
+        steps = -(-len(self.lengths) // self.global_batch_size)
+        epoch, skipped = divmod(self.epoch * steps - self.steps_ahead, steps)
+        batches = self.order(max(epoch, 0))
+        if skipped:  # the Trainer's epochs begin within those of the records
+            batches = np.concatenate([batches[skipped:], self.order(epoch + 1)[:skipped]])
+        return batches
+
+    def order(self, epoch: int) -> np.ndarray:
+        """Return the record numbers of an epoch of the records, int64 [batches, global_batch_size]."""
+        rng = np.random.default_rng([self.seed, epoch])
         if self.shuffle:
             order = rng.permutation(len(self.lengths))
         else:

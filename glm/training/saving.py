@@ -4,13 +4,15 @@ import contextlib
 import json
 import shutil
 from pathlib import Path
+from typing import Callable, Optional
 
-from paddlenlp.trainer.trainer_callback import TrainerCallback
+from paddlenlp.trainer.trainer_callback import TrainerCallback, TrainerState
 from paddlenlp.trainer.trainer_utils import IntervalStrategy
 
 from glm.errors import Fault
 from glm.files import dump_json, write_atomically
 from glm.outputs.checkpoints import checkpoint_paths, compute_checksums, list_files, open_checkpoint
+from glm.outputs.folder import RunFolder
 from glm.outputs.layout import INCOMPLETE, MANIFEST, TRAINER_STATE
 from glm.processes import barrier, is_first_of_machine
 
@@ -21,21 +23,28 @@ class SaveCheckpoints(TrainerCallback):
     PaddleNLP removes old ones before the new one is complete, and on a single process none at all.
 
     Args:
-        folder (RunFolder): output_dir. limit (int): save_total_limit, or None.
-        early_stopping (EarlyStopping): the callback whose count a checkpoint keeps, or None.
-        evaluate (callable): evaluates the current weights, and returns the metrics.
+        folder: output_dir.
+        limit: save_total_limit.
+        describe: returns what a manifest says of the run's progress.
+        settle_best: takes the state that a run goes on with, and finds its best checkpoint.
+        evaluate: evaluates the current weights, and returns the metrics.
     """
 
-    def __init__(self, folder, limit=None, early_stopping=None, evaluate=None):
+    def __init__(
+        self,
+        folder: RunFolder,
+        limit: Optional[int] = None,
+        describe: Callable[[], dict] = dict,
+        settle_best: Callable[[TrainerState], None] = lambda state: None,
+        evaluate: Optional[Callable[[], dict]] = None,
+    ):
         self.folder, self.limit = folder, limit
-        self.early_stopping, self.evaluate = early_stopping, evaluate
+        self.describe, self.settle_best, self.evaluate = describe, settle_best, evaluate
         self.saving = None  # the path of the checkpoint that is being written
 
     def on_train_begin(self, args, state, control, **kwargs):
-        if state.best_model_checkpoint:
-            best = self.folder.find_best(state.best_model_checkpoint)
-            state.best_model_checkpoint = best and str(best)
         self.folder.begin_run()
+        self.settle_best(state)
 
     def on_step_begin(self, args, state, control, **kwargs):
         self.make_up_evaluation(args, state)
@@ -99,11 +108,10 @@ class SaveCheckpoints(TrainerCallback):
             "records": args.global_batch_size,
             "step": state.global_step,
             "run": {"id": run.id, "parent": run.parent, **self.folder.described},
+            **self.describe(),
         }
         if _is_evaluation_due(args, state):
             manifest["evaluation_is_due"] = True
-        if self.early_stopping:
-            manifest["evaluations_without_better"] = self.early_stopping.early_stopping_patience_counter
         best = Path(state.best_model_checkpoint or path)
         if best != path:
             with contextlib.suppress(OSError, ValueError):

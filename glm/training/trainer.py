@@ -1,19 +1,26 @@
-"""PaddleNLP's Trainer, repaired: it goes on from a checkpoint of any layout, and says what it did."""
+"""What PaddleNLP's Trainer gets wrong: resuming, the best model, the order of batches, speed metrics.
+
+It goes on from a checkpoint of any precision and layout, and its results are this process's.
+"""
 
 import contextlib
 from pathlib import Path
+from typing import NamedTuple, Optional
 
+import numpy as np
 from paddlenlp.trainer import Trainer
-from paddlenlp.trainer.integrations import VisualDLCallback
-from paddlenlp.trainer.trainer_callback import PrinterCallback, ProgressCallback
+from paddlenlp.trainer.trainer_callback import PrinterCallback, ProgressCallback, TrainerState
 from paddlenlp.trainer.trainer_utils import TrainOutput
 from paddlenlp.utils.log import logger
 
 from glm.errors import Fault, as_input_error, is_out_of_memory
+from glm.outputs.checkpoints import Checkpoint
 from glm.outputs.folder import RunFolder
+from glm.processes import gather_objects
 from glm.training.memory import MemoryEstimate, memory_metrics, memory_peak
 from glm.training.numerics import CheckFinite, Gradients, SeedEachStep
-from glm.training.progress import Curves, TrainingProgress
+from glm.training.progress import TrainingProgress
+from glm.training.sampler import GroupedBatchSampler
 from glm.training.saving import SaveCheckpoints
 from glm.training.stopping import EarlyStopping, StopBySignal
 from glm.weights.adapters import merge_lora
@@ -22,10 +29,22 @@ from glm.weights.loading import load_checkpoint
 from glm.weights.optimizer_state import read_optimizer_state
 
 
+class Resume(NamedTuple):
+    """Where training goes on.
+
+    Attributes:
+        step: the updates done, as the checkpoint numbers them.
+        steps_ahead: how many more these are than the records of before take at this run's global
+            batch size: what is left to train is counted in records.
+    """
+
+    checkpoint: Optional[Checkpoint] = None
+    step: int = 0
+    steps_ahead: int = 0
+
+
 class ResumableTrainer(Trainer):
     """PaddleNLP's Trainer with the callbacks, the checkpoints and the results of a run here.
-
-    Its samplers are GroupedBatchSamplers, which know the tokens of each batch.
 
     Args (beside the Trainer's):
         memory (MemoryEstimate): what the run is estimated to take.
@@ -33,73 +52,57 @@ class ResumableTrainer(Trainer):
     """
 
     def __init__(self, *, args, memory=None, folder=None, **kwargs):
-        # The Trainer's own way leaves main gradients unscaled on one process, and removes
-        # checkpoints too early.
+        # The Trainer's own way leaves main gradients unscaled on one process, and removes checkpoints
+        # too early.
         master_grad, args.amp_master_grad = args.amp_master_grad, False
         save_total_limit, args.save_total_limit = args.save_total_limit, None
         super().__init__(args=args, **kwargs)
         self.memory = memory or MemoryEstimate({})
-        self.cached_metrics = None  # the metrics of the weights as they are
-        self.rows = []  # the last predictions, as the predictions file has them
-        self.first_step = 0  # the step that training goes on from
-        self.weights_step = None  # of the weights at hand, if not the last one of training
+        self.folder = folder or RunFolder(args)
+        self.resume = Resume()
+        self.cached_metrics = None  # of the current weights
+        self.weights_step = None  # of the current weights, if not the last one of training
         self.train_memory_peak = 0  # bytes
         self.train_tokens = 0  # of the global batches, without padding
-        self.early_stopping = None
-        self.folder = folder or RunFolder(args)
-        self.check_finite = CheckFinite(self.folder.resume_hint)
-        self.stop_by_signal = StopBySignal(self.folder.resume_hint)
-        self.add_callbacks(master_grad, save_total_limit)
-
-    def add_callbacks(self, master_grad, save_total_limit):
-        """Replace the Trainer's own callbacks. Their order is that in which they act."""
+        # Callbacks act in this order. What is not finite is not saved; a signal ends the run when its
+        # checkpoint is complete.
         self.pop_callback(ProgressCallback)
         self.pop_callback(PrinterCallback)
-        if self.pop_callback(VisualDLCallback):  # by --report_to
-            self.add_callback(Curves(lambda: self.rows))
-        if self.args.early_stopping_patience:
-            self.early_stopping = EarlyStopping(self.args.early_stopping_patience)
+        self.early_stopping = None
+        if args.early_stopping_patience:
+            self.early_stopping = EarlyStopping(args.early_stopping_patience)
             self.add_callback(self.early_stopping)
-        self.checkpoints = SaveCheckpoints(self.folder, save_total_limit, self.early_stopping, self.evaluate)
-        self.add_callback(TrainingProgress)
-        self.add_callback(SeedEachStep)
-        self.add_callback(Gradients(master_grad))
-        # What is not finite is not saved; a signal ends the run when its checkpoint is
-        # whole.
-        self.add_callback(self.check_finite)
+        self.check_finite = CheckFinite(self.folder.resume_hint)
+        self.checkpoints = SaveCheckpoints(
+            self.folder, save_total_limit, self.describe, self.settle_best, self.evaluate
+        )
+        self.stop_by_signal = StopBySignal(self.folder.resume_hint)
+        for callback in (TrainingProgress(), SeedEachStep(), Gradients(master_grad), self.check_finite):
+            self.add_callback(callback)
         self.add_callback(self.checkpoints)
         self.add_callback(self.stop_by_signal)
 
-    def in_batch(self, numbers):
-        """The one of ``numbers``, an epoch's global batches', that is of the batch at hand, int."""
-        # With ignore_data_skip the Trainer begins an epoch anew where it goes on.
-        begun = self.first_step if self.args.ignore_data_skip else 0
-        return int(numbers[(self.state.global_step - begun) % len(numbers)])
+    # Training, and going on with it.
 
-    def training_step(self, *args, **kwargs):
-        """The Trainer's, with its loss noted and its tokens counted."""
-        self.cached_metrics, step = None, self.state.global_step
-        loss = self.check_finite.record_loss(super().training_step(*args, **kwargs), step + 1)
-        tokens = self.in_batch(self.train_sampler.tokens)
-        self.train_tokens += tokens / self.args.gradient_accumulation_steps
-        return loss
-
-    def train(self, resume_from_checkpoint=None, **kwargs):
-        """The Trainer's, repaired: each method called here says what of."""
+    def train(self, resume_from_checkpoint: Optional[Checkpoint] = None, **kwargs) -> TrainOutput:
+        """Train. Replaces PaddleNLP's resuming, best-model loading and speed metrics."""
         args, checkpoint = self.args, resume_from_checkpoint
-        self.resumed = checkpoint
+        self.resume = Resume(checkpoint)
         if checkpoint and not args.ignore_load_lr_and_optim:
             state = checkpoint.read_state()
-            self.first_step = state.global_step
+            self.resume = self.count_records(checkpoint, state.global_step)
             if self.early_stopping:
                 count = checkpoint.evaluations_without_better
                 self.early_stopping.early_stopping_patience_counter = count
-            reason = self.why_finished(state.global_step)
+            reason = self.why_finished()
             if reason:
                 logger.train(f"nothing is left to train: {checkpoint} {reason}")
-                return self.load_finished(checkpoint, state)
-        # load_best loads it, from any precision and layout.
-        best_at_end, args.load_best_model_at_end = args.load_best_model_at_end, False
+                return self.load_finished(state)
+        given = args.max_steps, args.load_best_model_at_end
+        args.load_best_model_at_end = False  # load_best does it, from any precision and layout
+        if self.resume.steps_ahead:
+            args.max_steps = self.last_step()
+            logger.train(f"counted in records, what is left to train ends at step {args.max_steps}")
         memory_peak(reset=True)
         try:
             with self.loading(checkpoint), self.checkpoints.failing_as_fault(args, self.control):
@@ -109,52 +112,119 @@ class ResumableTrainer(Trainer):
                 raise self.stop_by_signal.fault from error
             if not is_out_of_memory(error):
                 raise
-            step = self.state.global_step
-            what = self.memory.explain(f"in training after step {step}", "train")
+            what = self.memory.explain(f"in training after step {self.state.global_step}", "train")
             raise Fault(f"{what}; {self.folder.resume_hint()}") from error
-        args.load_best_model_at_end = best_at_end
-        if best_at_end:
+        args.max_steps, args.load_best_model_at_end = given
+        if args.load_best_model_at_end:
             self.load_best()
         self.train_memory_peak = max(self.train_memory_peak, memory_peak())
         peak = memory_metrics("train", self.memory.totals.get("train"), self.train_memory_peak)
         output.metrics.update(peak)
         return output
 
-    def why_finished(self, step):
-        """Why nothing is left to train after ``step``, str, or None."""
-        args = self.args
-        if args.max_steps > 0:
-            last_step, given = args.max_steps, f"--max_steps {args.max_steps} ends"
-        else:
-            passes = len(self._get_train_sampler())
-            epoch = passes // args.gradient_accumulation_steps
-            last_step = int(epoch * args.num_train_epochs)
-            records = f"over {len(self.train_dataset)} records end"
-            given = f"--num_train_epochs {args.num_train_epochs:g} {records}"
+    def count_records(self, checkpoint: Checkpoint, step: int) -> Resume:
+        """Return where training goes on from the ``step`` of ``checkpoint``, counted in records."""
+        size, now = checkpoint.global_batch_size, self.args.global_batch_size
+        if self.args.max_steps > 0:  # --max_steps counts steps
+            return Resume(checkpoint, step)
+        ahead = checkpoint.steps_ahead
+        if size and size != now:
+            ahead = step - round((step - ahead) * size / now)
+        return Resume(checkpoint, step, ahead)
+
+    def last_step(self) -> int:
+        """Return the number of the last step."""
+        if self.args.max_steps > 0:
+            return self.args.max_steps
+        epoch = len(self._get_train_sampler()) // self.args.gradient_accumulation_steps
+        return int(epoch * self.args.num_train_epochs) + self.resume.steps_ahead
+
+    def why_finished(self) -> Optional[str]:
+        """Return why nothing is left to train, or None."""
+        args, step, last_step = self.args, self.resume.step, self.last_step()
         if step >= last_step:
+            given = f"--max_steps {args.max_steps} ends"
+            if args.max_steps <= 0:
+                records = f"over {len(self.train_dataset)} records end"
+                given = f"--num_train_epochs {args.num_train_epochs:g} {records}"
             return f"is of step {step}, and {given} this run at step {last_step}"
         if self.early_stopping and self.early_stopping.is_due():
             patience = f"--early_stopping_patience {args.early_stopping_patience}"
             return f"is of step {step}, where {patience} ended this run"
         return None
 
-    def load_finished(self, checkpoint, state):
+    def load_finished(self, state: TrainerState) -> TrainOutput:
         """Load the weights of a run that had come to its end: the Trainer would go a step further."""
-        self.state, best = state, None
-        if checkpoint.evaluation_is_due:
-            with self.loading(checkpoint):
+        self.state, checkpoint = state, self.resume.checkpoint
+        with self.loading(checkpoint):
+            if checkpoint.evaluation_is_due:
                 self._load_from_checkpoint(checkpoint)
-            self.checkpoints.make_up_evaluation(self.args, state)
+            self.settle_best(state)
+            if checkpoint.evaluation_is_due:
+                self.checkpoints.make_up_evaluation(self.args, state)
+            if self.args.load_best_model_at_end:
+                self.load_best()
+            if self.weights_step is None and not checkpoint.evaluation_is_due:
+                self._load_from_checkpoint(checkpoint)
+        return TrainOutput(state.global_step, None, {})
+
+    @contextlib.contextmanager
+    def loading(self, checkpoint):
+        """Tell a damaged ``checkpoint`` from a bug: before training begins, by an InputError."""
+        try:
+            yield
+        except Exception as error:
+            begun = bool(self.stop_by_signal.handlers_before)
+            if checkpoint is None or begun or is_out_of_memory(error):
+                raise
+            with as_input_error(
+                f"{checkpoint} can't be loaded", "remove it to go on from the checkpoint before it"
+            ):
+                raise error
+
+    # The best checkpoint.
+
+    def best_of(self) -> Optional[list]:
+        """Return what decides which checkpoint is the best: the metric's name, and whether more is better."""
+        args = self.args
+        if not args.metric_for_best_model:
+            return None
+        return [args.metric_for_best_model.replace("eval_", ""), bool(args.greater_is_better)]
+
+    def describe(self) -> dict:
+        """Return what the manifest of a checkpoint says of this run's progress."""
+        values = {"steps_ahead": self.resume.steps_ahead, "best_of": self.best_of()}
+        if self.early_stopping:
+            values["evaluations_without_better"] = self.early_stopping.early_stopping_patience_counter
+        return values
+
+    def settle_best(self, state: TrainerState):
+        """Find the best checkpoint so far, where a run goes on with ``state``. All processes have to call it.
+
+        A best belongs to its metric and direction.
+        """
+        now = self.best_of()
+        if state.best_model_checkpoint and now and not self.is_best_of(state, now):
+            metric = f"{'most' if now[1] else 'least'} {now[0]}"
+            logger.train(
+                f"the best checkpoint is chosen anew, by the {metric}: before it was by another metric"
+            )
+            state.best_metric = state.best_model_checkpoint = None
+            if self.early_stopping:
+                self.early_stopping.early_stopping_patience_counter = 0
         if state.best_model_checkpoint:
             best = self.folder.find_best(state.best_model_checkpoint)
             state.best_model_checkpoint = best and str(best)
-        if best and self.args.load_best_model_at_end:
-            if best.step != checkpoint.step:
-                self.cached_metrics = None
-            checkpoint, self.weights_step = best, best.step
-        with self.loading(checkpoint):
-            self._load_from_checkpoint(checkpoint)
-        return TrainOutput(state.global_step, None, {})
+
+    def is_best_of(self, state: TrainerState, now: list) -> bool:
+        """Return whether the best of ``state`` was chosen by the metric and the direction of ``now``."""
+        if self.resume.checkpoint.best_of:
+            return self.resume.checkpoint.best_of == now
+        # An old version's manifest does not say it, but the history has the metrics of the best step.
+        name = Path(state.best_model_checkpoint).name
+        rows = [row for row in state.log_history if name == f"checkpoint-{row.get('step')}"]
+        values = [row[f"eval_{now[0]}"] for row in rows if f"eval_{now[0]}" in row]
+        return (not values or state.best_metric in values) and now[1] == (now[0] != "loss")
 
     def load_best(self):
         """Load the weights of the best checkpoint, unless they are the current ones or gone."""
@@ -168,10 +238,39 @@ class ResumableTrainer(Trainer):
         self.cached_metrics, self.weights_step = None, best.step
         logger.train(f"the weights are those of {best}, the best up to step {last_step}")
 
-    def log(self, logs, **kwargs):
-        """The Trainer's, of the numbers that there are, and with the history that PaddleNLP 3 empties.
+    # Batches.
 
-        trainer_state.json and a resumed run hold the history.
+    def of_this_batch(self, numbers: np.ndarray) -> int:
+        """Return the one of ``numbers``, of an epoch's global batches, that is of the current batch."""
+        # With ignore_data_skip the Trainer begins an epoch anew where it goes on.
+        begun = self.resume.step if self.args.ignore_data_skip else 0
+        return int(numbers[(self.state.global_step - begun) % len(numbers)])
+
+    def training_step(self, *args, **kwargs):
+        """Count the tokens of a batch, and record its loss."""
+        self.cached_metrics, step = None, self.state.global_step
+        loss = self.check_finite.record_loss(super().training_step(*args, **kwargs), step + 1)
+        tokens = self.of_this_batch(self.train_sampler.tokens)
+        self.train_tokens += tokens / self.args.gradient_accumulation_steps
+        return loss
+
+    def make_sampler(self, dataset, **kwargs) -> GroupedBatchSampler:
+        """Return a sampler of this process's batches."""
+        layout = {"num_replicas": self.args.dataset_world_size, "rank": self.args.dataset_rank}
+        return GroupedBatchSampler(dataset, seed=self.args.seed, **layout, **kwargs)
+
+    # Metrics.
+
+    def evaluate(self, *args, **kwargs) -> dict:
+        """Evaluate; weights that were evaluated already keep their results."""
+        if self.cached_metrics is None:
+            self.cached_metrics = super().evaluate(*args, **kwargs)
+        return self.cached_metrics
+
+    def log(self, logs, **kwargs):
+        """Log the numbers that there are, and keep the history, which PaddleNLP 3 empties.
+
+        trainer_state.json and a resumed run hold it.
         """
         if "train_loss" in logs:
             self.correct_speed_metrics(logs)
@@ -182,14 +281,15 @@ class ResumableTrainer(Trainer):
         history.append({**numbers, "step": self.state.global_step})
         self.state.log_history = history
 
-    def correct_speed_metrics(self, metrics):
-        """Make of the Trainer's ``metrics``, which it takes for the whole run's, this process's."""
-        step = self.state.global_step
-        steps = step - self.first_step
-        metrics["train_loss"] *= step / steps
+    def correct_speed_metrics(self, metrics: dict):
+        """Correct the Trainer's ``metrics``, which are of all steps and, in part, of one process."""
+        step, first_step = self.state.global_step, self.resume.step
+        steps = step - first_step
+        # Of the steps after the last log each process has added up its own part.
+        metrics["train_loss"] = float(np.mean(gather_objects(metrics["train_loss"]))) * step / steps
         for name in ("train_samples_per_second", "train_steps_per_second"):
             metrics[name] = round(metrics[name] * steps / self.state.max_steps, 4)
-        metrics["train_first_step"], metrics["train_last_step"] = self.first_step + 1, step
+        metrics["train_first_step"], metrics["train_last_step"] = first_step + 1, step
         metrics["train_skipped_steps"] = self.check_finite.skipped
         tokens_per_second = self.train_tokens / metrics["train_runtime"]
         metrics["train_tokens_per_second"] = round(tokens_per_second, 2)
@@ -209,22 +309,35 @@ class ResumableTrainer(Trainer):
                 max_shard_size="1024GB",
             )
 
-    @contextlib.contextmanager
-    def loading(self, checkpoint):
-        """Tell a damaged ``checkpoint`` from a bug: before training begins, by an InputError."""
-        try:
-            yield
-        except Exception as error:
-            begun = bool(self.stop_by_signal.handlers_before)
-            if checkpoint is None or begun or is_out_of_memory(error):
-                raise
-            advice = "remove it to go on from the checkpoint before it"
-            with as_input_error(f"{checkpoint} can't be loaded", advice):
-                raise error
+    # What follows overrides private methods of PaddleNLP's Trainer, which its next release may rename.
 
-    # What follows overrides private methods of PaddleNLP's Trainer, which its next
-    # release may rename. A checkpoint may be of another precision and layout than this
-    # run, and theirs know the layout at hand alone.
+    # Its samplers shuffle otherwise on one process than on several, and don't group by length. The
+    # public way round them, get_train_dataloader and get_eval_dataloader, would be a copy of both.
+    def _get_train_sampler(self):
+        self.train_sampler = self.make_sampler(
+            self.train_dataset,
+            batch_size=self.args.per_device_train_batch_size,
+            global_batch_size=self.args.global_batch_size,
+            shuffle=True,
+            group_by_length=self.args.group_by_length,
+            steps_ahead=self.resume.steps_ahead,
+        )
+        return self.train_sampler
+
+    def _get_eval_sampler(self, eval_dataset):
+        # From long to short, so that a batch has little padding, and of no more records than are.
+        replicas, batch_size = self.args.dataset_world_size, self.args.per_device_eval_batch_size
+        batch_size = min(batch_size, -(-len(eval_dataset) // replicas))
+        return self.make_sampler(
+            eval_dataset,
+            batch_size=batch_size,
+            global_batch_size=batch_size * replicas,
+            shuffle=False,
+            group_by_length=True,
+        )
+
+    # A checkpoint may be of another precision and layout than this run, and theirs know the current
+    # layout alone.
     def _load_from_checkpoint(self, checkpoint=None):
         if checkpoint is not None:
             load_checkpoint(checkpoint, self.model)
@@ -235,15 +348,21 @@ class ResumableTrainer(Trainer):
         # multi_precision: O2 trains float32 master weights of the half-precision ones.
         half = self.args.fp16 or self.args.bf16
         master_weights = self.args.fp16_opt_level == "O2" and half
-        names = self.resumed.parameters
+        names = self.resume.checkpoint.parameters
         state = read_optimizer_state(checkpoint, self.optimizer, self.model, names, master_weights)
         self.optimizer.set_state_dict(state)
         # paddle.load would run what these files hold.
         schedule = Path(checkpoint, "scheduler.pdparams")
         self.lr_scheduler.set_state_dict(read_state(schedule, self.lr_scheduler.state_dict()))
+        # Which computes the rate anew, by this run's --learning_rate.
+        self.lr_scheduler.step(self.resume.step - self.resume.steps_ahead)
         scaler = Path(checkpoint, "scaler.pdparams")
         if self.do_grad_scaling and scaler.exists():
             self.scaler.load_state_dict(read_state(scaler, self.scaler.state_dict()))
+
+    # The schedule is of this run's global batches.
+    def create_optimizer_and_scheduler(self, num_training_steps):
+        super().create_optimizer_and_scheduler(num_training_steps - self.resume.steps_ahead)
 
     # PaddleNLP 3 waits here for the loss of every step. CheckFinite does when one is logged.
     def _check_loss_valid(self, loss):
