@@ -3,9 +3,14 @@
 import json
 import os
 import shutil
+import signal
+import subprocess
+import sys
+import threading
 
 import pytest
-from helpers import TINY_GLM, TRAIN, flags, main, run
+from helpers import ROOT, TINY_GLM, TRAIN, flags, main, run
+from paddlenlp.utils.log import logger
 
 import finetune_generation
 from glm import arguments
@@ -237,6 +242,71 @@ def test_mistakes_in_an_argument_file(tmp_path, monkeypatch, capsys, content, me
     start = f"finetune_generation.py: error: {tmp_path}/arguments.json"
     assert code == 2 and lines[-1].startswith(start) and message in lines[-1]
     assert len(lines) == 1
+
+
+@pytest.mark.parametrize(
+    "name, content, message",
+    [
+        ("args.yaml", b"do_eval: true", "give a JSON file"),
+        ("args", b"\xff\xfe", "give a JSON file"),
+        ("deep.json", b"[" * 100_000, "nested too deeply"),
+        ("deep.json", b'{"run_name": ' + b"[" * 100_000, "nested too deeply"),
+        ("number.json", b'{"learning_rate": NaN}', "--learning_rate is nan"),
+        ("number.json", b'{"seed": 1e400}', "--seed"),
+        ("number.json", b'{"max_steps": ' + b"9" * 4000 + b"}", "--max_steps is 999"),
+        ("esc.json", b'{"\\u001b[2J\\nforged": 1}', "--\\x1b[2J forged: there is no such argument"),
+        ("esc.json", b'{"run_name": "\\u0000"}', "--run_name"),
+        ("large.json", b'{"run_name": "' + b"x" * (1 << 21) + b'"}', "give a JSON file"),
+        ("fifo", None, "give a JSON file"),
+    ],
+)
+def test_files_that_are_no_argument_files(tmp_path, monkeypatch, capsys, name, content, message):
+    path = tmp_path / name
+    os.mkfifo(path) if content is None else path.write_bytes(content)
+    code, lines = main(monkeypatch, capsys, path, "--do_eval")
+    assert code == 2 and len(lines) == 1 and lines[0].isprintable() and len(lines[0]) <= 1000
+    assert lines[0].startswith(f"finetune_generation.py: error: {path}") and message in lines[0]
+    for device in (tmp_path, "/dev/zero"):
+        code, lines = main(monkeypatch, capsys, device, "--do_eval")
+        assert code == 2 and len(lines) == 1 and "can't be read" in lines[0]
+
+
+def test_a_path_in_a_locale_without_utf_8(tmp_path):
+    environment = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+    (tmp_path / "a.json").write_text('{"task_name": "\\u6570\\u636e", "do_eval": true}')
+    for args in (["--task_name", "数据", "--do_eval"], [tmp_path / "a.json"]):
+        command = list(map(str, [sys.executable, "finetune_generation.py", *args]))
+        found = subprocess.run(command, cwd=ROOT, env={**os.environ, **environment}, capture_output=True)
+        last = found.stderr.splitlines()[-1]
+        assert found.returncode == 2 and b"--task_name is" in last and b"LC_ALL=C.UTF-8" in last
+
+
+def test_main_leaves_the_process_as_it_found_it(tmp_path, monkeypatch, capsys):
+    """In the main thread, and in another, where no handler of a signal can be set."""
+
+    def state():
+        numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGPIPE)
+        handlers = [signal.getsignal(number) for number in numbers]
+        return handlers, threading.excepthook, logger.logger.filters[:], os.environ.get("NO_COLOR")
+
+    monkeypatch.setattr(sys, "argv", ["finetune_generation.py", "--do_eval", "--task_name", str(tmp_path)])
+    before, codes, warnings = state(), [], []
+    monkeypatch.setattr(logger, "warning", warnings.append)
+
+    def call():
+        try:
+            finetune_generation.main()
+        except SystemExit as end:
+            codes.append(end.code)
+
+    call()
+    assert state() == before
+    thread = threading.Thread(target=call)
+    thread.start()
+    thread.join()
+    assert state() == before and codes == [2, 2]
+    assert sum("not in the main thread" in line for line in warnings) == 1
+    assert len(capsys.readouterr().err.splitlines()) == 2
 
 
 def test_a_host_that_cannot_be_reached(tmp_path, monkeypatch, capsys):
