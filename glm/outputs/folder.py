@@ -14,7 +14,6 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Optional
 
-import paddle.distributed as dist
 from paddlenlp.utils.log import logger
 
 from glm.errors import InputError, as_input_error, printable
@@ -24,7 +23,7 @@ from glm.outputs.checkpoints import Checkpoint, Run, checkpoint_paths, number_of
 from glm.outputs.layout import ALL_RESULTS, MANIFEST, MODEL, RESULTS, RUN, find
 from glm.outputs.lock import check_writable, is_own_output, take_lock
 from glm.outputs.replace import finish_interrupted_replace, replace_together
-from glm.processes import barrier, gather_objects, is_first_of_machine
+from glm.processes import barrier, gather_objects, is_first_of_machine, is_first_of_run
 
 
 class RunFolder:
@@ -172,7 +171,7 @@ class RunFolder:
     def _find_last(self, but):
         """Return the last of the folder's own checkpoints that is undamaged on every machine, or None."""
         own, others = self.list_checkpoints()
-        if dist.get_rank() == 0:
+        if is_first_of_run():
             for path, reason, _ in others:
                 advice = "if it is complete, --resume_from_checkpoint goes on from it"
                 logger.warning(f"skipping {path}, {printable(reason, 300)}: {advice}")
@@ -320,7 +319,7 @@ class RunFolder:
             patterns: of what goes in the same move. run: what the folder is of afterwards, if it
                 changes.
         """
-        first = dist.get_rank() == 0
+        first = is_first_of_run()
         with replace_together(self.path, patterns) as staging:
             if first and ALL_RESULTS not in patterns:  # results are added to it
                 with contextlib.suppress(OSError, ValueError):
@@ -374,7 +373,7 @@ def open_run_folder(args):
     folder, file, problem = RunFolder(args), None, None
     lock, made = folder.path / layout.LOCK, not folder.path.exists()
     try:
-        if dist.get_rank() == 0:
+        if is_first_of_run():
             what = "lock can't be taken"
             try:
                 folder.path.mkdir(parents=True, exist_ok=True)

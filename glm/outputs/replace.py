@@ -12,12 +12,10 @@ from collections.abc import Collection
 from fnmatch import fnmatch
 from pathlib import Path
 
-import paddle.distributed as dist
-
 from glm.errors import InputError
 from glm.files import check_plain_name, dump_json, open_regular, parse_json, write_atomically
 from glm.outputs.layout import LOCK, MODEL, REPLACED, RESULTS, UNFINISHED, find
-from glm.processes import barrier
+from glm.processes import barrier, is_first_of_run
 
 
 def remove(path: Path):
@@ -35,7 +33,7 @@ def replace_together(folder: Path, patterns: Collection[str] = ()):
     What matches the ``patterns`` in ``folder``, and is not among them, goes in the same move. An
     OSError within the block takes the staging folder away. All processes have to enter and leave.
     """
-    staging, first = Path(folder, UNFINISHED), dist.get_rank() == 0
+    staging, first = Path(folder, UNFINISHED), is_first_of_run()
     if first:
         remove(staging)
         staging.mkdir(parents=True)

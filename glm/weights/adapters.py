@@ -9,7 +9,6 @@ from typing import Optional
 
 import numpy as np
 import paddle
-import paddle.distributed as dist
 from paddlenlp.peft import LoRAConfig, LoRAModel
 from paddlenlp.transformers import GLMConfig, GLMForConditionalGeneration
 from paddlenlp.transformers.conversion_utils import split_or_merge_func
@@ -17,6 +16,7 @@ from paddlenlp.transformers.conversion_utils import split_or_merge_func
 from glm.arguments import LORA_MODULES
 from glm.errors import InputError, as_input_error
 from glm.files import get_typed, read_json, take_known, write_atomically
+from glm.processes import is_first_of_run, tensor_parallel_part
 from glm.weights.formats import find_forms, read_arrays
 from glm.weights.loading import LORA_WEIGHTS, Arrays, check_array, fill, without_weights
 from glm.weights.shapes import adapter_shapes, get_split, matches
@@ -86,7 +86,7 @@ class LoRA(LoRAModel):
     def save_pretrained(self, save_directory, *args, **kwargs):
         """Write the adapter, as PaddleNLP does, and the fingerprint of its base."""
         super().save_pretrained(save_directory, *args, **kwargs)
-        if self.base_fingerprint and kwargs.get("is_main_process", dist.get_rank() == 0):
+        if self.base_fingerprint and kwargs.get("is_main_process", is_first_of_run()):
             text = json.dumps({"weights": self.base_fingerprint})
             write_atomically(Path(save_directory, LORA_BASE), text)
 
@@ -250,7 +250,7 @@ def check_base(folder: str, base: str, fingerprint: Optional[str]):
 
 def add_lora(model: GLMForConditionalGeneration, pretrained, seed: int) -> LoRA:
     """Freeze ``model`` and put the adapter of a Pretrained beside its linears, a new one by ``seed``."""
-    adapter, degree = pretrained.adapter, max(model.config.tensor_parallel_degree, 1)
+    adapter, (_, degree) = pretrained.adapter, tensor_parallel_part(model.config)
     config = dataclasses.replace(
         adapter.config, dtype=model.config.dtype, tensor_parallel_degree=degree, merge_weights=False
     )

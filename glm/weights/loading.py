@@ -24,6 +24,7 @@ from paddlenlp.utils.log import logger
 from tqdm import tqdm
 
 from glm.device import on_cpu
+from glm.processes import tensor_parallel_part
 from glm.weights.formats import read_arrays, release_pages
 from glm.weights.shapes import get_split, shard, unshard, weight_shapes
 
@@ -168,7 +169,7 @@ def convert_layout(model: PretrainedModel, saved_degree: int) -> Callable:
         are those of all processes in their order, or this process's alone where the degrees are the same.
     """
     config = model.config
-    degree, rank = max(config.tensor_parallel_degree, 1), max(config.tensor_parallel_rank, 0)
+    rank, degree = tensor_parallel_part(config)
 
     def convert(name, parts):
         split = get_split(name)
@@ -217,8 +218,9 @@ def read_parts(checkpoint, kind: str, ending: str, model: PretrainedModel) -> tu
     degree = len(parts)
     if sorted(parts) != list(range(max(degree, 1))):
         raise ValueError(f"its {kind}*{ending} are not those of all processes")
-    if degree == max(model.config.tensor_parallel_degree, 1):
-        parts = {0: parts[max(model.config.tensor_parallel_rank, 0)]}
+    this_part, this_degree = tensor_parallel_part(model.config)
+    if degree == this_degree:
+        parts = {0: parts[this_part]}
     joined = []
     for _, paths in sorted(parts.items()):
         part, masters = {}, {}

@@ -5,10 +5,10 @@ little memory. Weights are written in the type that they were saved in.
 """
 
 import numpy as np
-import paddle.distributed as dist
 
 from glm.files import dump_json, read_json
 from glm.outputs.replace import replace_together
+from glm.processes import is_first_of_run
 from glm.weights.adapters import new_adapter_weights
 from glm.weights.formats import LINEAR, release_pages, write_safetensors
 from glm.weights.loading import convert_layout, make_model, saved_dtype, to_float32
@@ -38,7 +38,7 @@ def export_torch(output_dir: str, pretrained):
         InputError: where the model can't be read.
     """
     with replace_together(output_dir) as unfinished:
-        if dist.get_rank() == 0:
+        if is_first_of_run():
             folder = unfinished / "torch"
             folder.mkdir()
             dtype = write_weights(folder / "model.safetensors", pretrained)
