@@ -1,6 +1,8 @@
 """A step captured in CUDA graphs, and the collectives between them."""
 
+import ctypes
 import functools
+import re
 from typing import Callable
 
 import paddle
@@ -30,6 +32,7 @@ class CapturedStep:
     def __init__(self, function: Callable):
         self.function = function
         self.parts = None  # graphs' replays, and the collectives between them, as functions
+        self.graph = None  # the one that is being captured
 
     def __call__(self):
         """Return what the function returns."""
@@ -39,10 +42,9 @@ class CapturedStep:
         if self.parts is None:
             try:
                 self._capture()
-            except (OSError, RuntimeError, ValueError) as error:  # those that Paddle raises
-                _failed = True
-                reason = str(error).strip().splitlines()[-1]
-                logger.warning(f"going on without CUDA graphs, more slowly: {reason}")
+            except (MemoryError, OSError, RuntimeError, ValueError) as error:  # those that Paddle raises
+                _failed, self.parts = True, None
+                logger.warning(f"going on without CUDA graphs, more slowly: {_reason(error)}")
                 return self.function()
         for part in self.parts:
             part()
@@ -51,28 +53,52 @@ class CapturedStep:
     def _capture(self):
         global _capturing
         self.parts, _capturing = [], self
-        self._begin()
         try:
+            self._begin()
             self.outputs = self.function()
-        finally:  # or all that follows would be captured too
-            _capturing = None
             self._end()
+        finally:
+            _capturing = None
+            if self.graph is not None:  # or all that follows would be captured too
+                _abandon(self.graph)
+                self.graph = None
 
     def _begin(self):
-        # Without a place Paddle takes the first card, whichever is in use. There is no
-        # public name for the place in use.
-        self.graph = CUDAGraph(_current_expected_place())
-        self.graph.capture_begin()
+        # Without a place Paddle takes the first card, whichever is in use. There is no public name
+        # for the place in use.
+        graph = CUDAGraph(_current_expected_place())
+        graph.capture_begin()
+        self.graph = graph
 
     def _end(self):
         self.graph.capture_end()
         self.parts.append(self.graph.replay)
+        self.graph = None
 
     def between_graphs(self, function: Callable) -> None:
         """End a graph, and have ``function`` called behind it at each replay."""
         self._end()
         self.parts.append(function)
         self._begin()
+
+
+def _abandon(graph):
+    """End the capture of a graph that is of no use."""
+    try:
+        graph.capture_end()
+    except (OSError, RuntimeError, ValueError):
+        # CUDA had invalidated the capture, and has ended it. Paddle still takes itself to be
+        # capturing, and its next operator would abort: let it end a capture of nothing.
+        stream = ctypes.c_void_p(paddle.device.cuda.current_stream().cuda_stream)
+        ctypes.CDLL("libcuda.so.1").cuStreamBeginCapture_v2(stream, 1)  # of this thread
+        graph.capture_end()
+
+
+def _reason(error):
+    """Return the line of Paddle's message that says what has failed."""
+    text = str(error).rpartition("Error Message Summary:")[2]
+    lines = (line.strip() for line in text.splitlines())
+    return next((line for line in lines if re.search(r"\w", line)), type(error).__name__)
 
 
 def _collective(function, *args, **kwargs):
