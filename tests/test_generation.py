@@ -2,6 +2,7 @@
 
 import itertools
 from math import inf
+from types import SimpleNamespace
 
 import numpy as np
 import paddle
@@ -16,7 +17,7 @@ from helpers import (
     repeats_ngram,
 )
 
-from glm import device, graphs
+from glm import device, graphs, modeling
 from glm.decoding.beams import Beams
 from glm.decoding.cache import decode_one_token, prefill
 from glm.decoding.candidates import Candidates, drawn_candidates
@@ -235,27 +236,76 @@ def test_a_collective_runs_between_two_graphs(captured, monkeypatch):
     assert captured["captures"] == 2 and captured["replays"] == 6
 
 
-def test_where_a_capture_fails_the_search_goes_on_without(captured, monkeypatch):
+NO_LIBRARY = """
+
+----------------------
+Error Message Summary:
+----------------------
+PreconditionNotMetError: The third-party dynamic library (libcusolver.so) is not configured correctly.
+  Suggestions:
+  - Windows: set PATH by `set PATH=XXX; (at ../dynamic_loader.cc:304)"""
+
+
+@pytest.mark.parametrize("failure", ["invalidated", "no library", "no library behind a collective", "memory"])
+def test_where_a_capture_fails_the_search_goes_on_without(captured, monkeypatch, failure):
     _, input_ids, lengths = make_sources()
     model = random_glm(num_layers=1)
-    monkeypatch.setattr(graphs, "_failed", False)
     args = model, input_ids, lengths, generation_arguments(), START, END
     expected = best_hypotheses(*args)
     assert captured["replays"]
 
-    end = RecordedGraph.capture_end
-
-    def capture_end(graph):
-        end(graph)
-        raise OSError("(External) CUDA error(900): not permitted here")
-
     captured.update(replays=0, captures=0)
-    monkeypatch.setattr(RecordedGraph, "capture_end", capture_end)
-    warnings = []
+    monkeypatch.setattr(graphs, "_failed", False)
+    warnings, begun_by_driver, reason = [], [], "CUDA error(900): not permitted here."
     monkeypatch.setattr("glm.graphs.logger.warning", warnings.append)
+    begin, end, log_sum_exp = RecordedGraph.capture_begin, RecordedGraph.capture_end, modeling.log_sum_exp
+    if failure == "invalidated":
+        # As CUDA and Paddle do: Paddle ends its capture only if there is one on the stream.
+        def capture_end(graph):
+            if not begun_by_driver:
+                raise OSError(f"(External) {reason} \n  [Hint: search for it.] (at ../gpu_info.cc:9)")
+            end(graph)
+
+        driver = SimpleNamespace(cuStreamBeginCapture_v2=lambda stream, mode: begun_by_driver.append(stream))
+        monkeypatch.setattr(graphs.ctypes, "CDLL", {"libcuda.so.1": driver}.get)
+        stream = SimpleNamespace(cuda_stream=1234)
+        monkeypatch.setattr(paddle.device.cuda, "current_stream", lambda: stream)
+        monkeypatch.setattr(RecordedGraph, "capture_end", capture_end)
+    elif failure == "memory":
+        reason = "Out of memory error on GPU 0."
+
+        def out_of_memory(*args):
+            if RecordedGraph.capturing:
+                raise MemoryError(f"(ResourceExhausted) {reason}\nPlease check.\n")
+            return log_sum_exp(*args)
+
+        monkeypatch.setattr("glm.decoding.candidates.log_sum_exp", out_of_memory)
+    else:
+        reason, number = "(libcusolver.so)", 1 + failure.endswith("collective")
+
+        def capture_begin(graph):
+            if captured["captures"] == number:
+                raise RuntimeError(NO_LIBRARY)
+            begin(graph)
+
+        def log_sum_exp_of_two(*args):
+            graphs._collective(lambda: None)
+            return log_sum_exp(*args)
+
+        monkeypatch.setattr("glm.decoding.candidates.log_sum_exp", log_sum_exp_of_two)
+        monkeypatch.setattr(RecordedGraph, "capture_begin", capture_begin)
+
+        # Of a graph that is not being captured Paddle's is a segmentation fault.
+        def capture_end(graph):
+            assert RecordedGraph.capturing is graph
+            end(graph)
+
+        monkeypatch.setattr(RecordedGraph, "capture_end", capture_end)
     assert best_hypotheses(*args) == expected
-    assert captured["captures"] == 1 and captured["replays"] == 0
-    assert len(warnings) == 1 and "error(900)" in warnings[0]
+    assert RecordedGraph.capturing is None and captured["replays"] == 0
+    assert len(begun_by_driver) == (failure == "invalidated")
+    assert len(warnings) == 1 and reason in warnings[0] and "\n" not in warnings[0]
+    assert "Windows" not in warnings[0] and "Hint" not in warnings[0]
 
 
 @pytest.mark.parametrize("select_topk", [True, False])
