@@ -426,26 +426,32 @@ def test_the_source_is_stored_once_per_example():
             assert keys[0, 0, 0, -1, 0] == values[0, 0, 0, -1, 0] == query[0, 0, 0, 0, 0] == 5
 
 
-def exhaustive_best(model, source, vocab_size, generation):
-    """The best of all hypotheses there are, scored by DESIGN's rules from plain forwards."""
-    best = (-inf, None)
-    frontier = [((), 0.0)]
+def exhaustive_search(model, source, vocab_size, generation):
+    """All hypotheses there are, the best first, scored by DESIGN's rules from plain forwards."""
+    found, frontier = [], [((), 0.0)]
     for length in range(generation.tgt_length + 1):
         extended = []
         for tokens, total in frontier:
             if length == generation.tgt_length:
-                best = max(best, (total / length**generation.length_penalty, tokens))
+                found.append((total / length**generation.length_penalty, tokens))
                 continue
             log_p = plain_log_probabilities(model, source, tokens)
             for token in range(vocab_size):
                 if token == END:
                     if length >= generation.min_tgt_length:
                         score = (total + log_p[END]) / max(length, 1) ** generation.length_penalty
-                        best = max(best, (score, tokens))
+                        found.append((score, tokens))
                 elif not repeats_ngram((*tokens, token), generation.no_repeat_ngram_size):
                     extended.append(((*tokens, token), total + log_p[token]))
         frontier = extended
-    return best
+    return sorted(found, reverse=True)
+
+
+def assert_same_hypotheses(hypotheses, expected):
+    """The same token ids and scores, the best first, as pairs (score, tokens)."""
+    assert [tokens for tokens, _ in hypotheses] == [list(tokens) for _, tokens in expected]
+    scores = [score for _, score in hypotheses]
+    np.testing.assert_allclose(scores, [score for score, _ in expected], atol=1e-4)
 
 
 @pytest.mark.parametrize(
@@ -460,14 +466,13 @@ def test_wide_beams_find_what_exhaustive_search_finds(length_penalty, no_repeat_
         length_penalty=length_penalty,
         no_repeat_ngram_size=no_repeat_ngram_size,
         min_tgt_length=min_tgt_length,
+        num_return_sequences=30,
     )
     for seed in (0, 1):
         model = random_glm(seed, vocab_size=5, num_layers=1, hidden_size=16, heads=2, spread=0.5)
-        results = best_hypotheses(model, input_ids, lengths, generation, START, END)
-        for source, (tokens, score) in zip(sources, results):
-            best_score, best_tokens = exhaustive_best(model, source, 5, generation)
-            assert tokens == list(best_tokens)
-            assert score == pytest.approx(best_score, abs=1e-4)
+        results = beam_search(model, input_ids, lengths, generation, START, END)
+        for source, hypotheses in zip(sources, results):
+            assert_same_hypotheses(hypotheses, exhaustive_search(model, source, 5, generation)[:30])
 
 
 def loop_beam_search(model, source, generation):
@@ -497,26 +502,27 @@ def loop_beam_search(model, source, generation):
             break
     else:
         finished += [(total / generation.tgt_length**penalty, tokens) for total, tokens in running]
-    return max(finished, key=lambda f: f[0])
+    return sorted(finished, key=lambda f: -f[0])[:num_beams]
 
 
 @pytest.mark.parametrize("num_beams", [1, 2, 4])
-@pytest.mark.parametrize("no_repeat_ngram_size, min_tgt_length", [(0, 0), (2, 3), (3, 10)])
-def test_narrow_beams_equal_plain_loops(num_beams, no_repeat_ngram_size, min_tgt_length):
+@pytest.mark.parametrize("no_repeat_ngram_size, min_tgt_length", [(0, 0), (2, 3), (3, 10), (1, 9)])
+def test_narrow_beams_equal_plain_loops(monkeypatch, num_beams, no_repeat_ngram_size, min_tgt_length):
+    """And all their hypotheses; with (1, 9) a beam has more bans than candidates to spare."""
+    monkeypatch.setattr("glm.decoding.decoder.SPARE", 1)
     generation = generation_arguments(
         tgt_length=10,
         num_beams=num_beams,
+        num_return_sequences=num_beams,
         no_repeat_ngram_size=no_repeat_ngram_size,
         min_tgt_length=min_tgt_length,
     )
     sources, input_ids, lengths = make_sources((9, 5, 12, 7))
     for seed in range(3):
         model = louder_end(random_glm(seed, num_layers=1))
-        results = best_hypotheses(model, input_ids, lengths, generation, START, END)
-        for source, (tokens, score) in zip(sources, results):
-            expected_score, expected_tokens = loop_beam_search(model, source, generation)
-            assert tokens == list(expected_tokens)
-            assert score == pytest.approx(expected_score, abs=1e-4)
+        results = beam_search(model, input_ids, lengths, generation, START, END)
+        for source, hypotheses in zip(sources, results):
+            assert_same_hypotheses(hypotheses, loop_beam_search(model, source, generation))
 
 
 def test_one_beam_is_greedy_search():
@@ -569,6 +575,32 @@ def test_drawing_without_replacement_has_the_right_distribution():
     flat = p**0.9 / (p**0.9).sum()
     wrong = flat[:, None] * flat[None, :] / (1 - flat[:, None])
     assert scipy.stats.chisquare(observed[off], wrong[off] * 20000).pvalue < 1e-6
+
+
+@pytest.mark.parametrize("temperature", [0.5, 1.0, 2.0])
+def test_keys_of_several_beams_can_be_compared(temperature):
+    """Whatever the logits' level and spread, a beam's largest key has the standard Gumbel distribution."""
+    paddle.seed(9)
+    rows = np.array([[9.0, 8.0, 5.0, 4.0], [-3.0, -3.1, -3.2, -3.3]])
+    logits = paddle.to_tensor(np.tile(rows, [4000, 1, 1]).astype("float32"))
+    keys = drawn_candidates(logits, np.zeros([0, 3], "int64"), 1, temperature).sort_keys
+    for beam in (0, 1):
+        assert scipy.stats.kstest(keys[:, beam, 0], "gumbel_r").pvalue > 0.001
+
+
+def test_a_beam_s_own_sum_is_part_of_its_keys():
+    """A beam far behind gives no draw, however large its tokens' keys are."""
+    beams = Beams(1, generation_arguments(num_beams=2, select_topk=False), END)
+    beams.sums = np.array([[-1.0, -20.0]])
+    keys = np.array([[[-1.0, -2.0, -3.0, -4.0], [1.5, 1.0, 0.5, 0.0]]])
+    log_p = np.array([[[-1.0, -2.0, -3.0, -4.0], [-0.1, -3.0, -4.0, -5.0]]])
+    beams.advance(Candidates(keys, log_p, np.array([[[3, 4, 5, 6], [7, 8, 9, 10]]])))
+    assert beams.parents.tolist() == [[0, 0]] and beams.tokens[0, :, 0].tolist() == [3, 4]
+    # And the other way round: by their keys alone the first beam's would be drawn.
+    beams = Beams(1, generation_arguments(num_beams=2, select_topk=False), END)
+    beams.sums = np.array([[-20.0, -1.0]])
+    beams.advance(Candidates(keys[:, ::-1], log_p, np.array([[[3, 4, 5, 6], [7, 8, 9, 10]]])))
+    assert beams.parents.tolist() == [[1, 1]]
 
 
 def test_top_k_and_top_p_filter_the_draw():

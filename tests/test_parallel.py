@@ -36,6 +36,11 @@ LAYOUTS = {
     "TP 2 x DP 2": (4, ["--tensor_parallel_degree", 2, "--per_device_train_batch_size", 2]),
     "accumulating": (1, ["--per_device_train_batch_size", 2, "--gradient_accumulation_steps", 2]),
     "sharding stage 1": (2, ["--sharding", "stage1", "--per_device_train_batch_size", 2]),
+    "DP 2, no recompute": (2, ["--per_device_train_batch_size", 2, "--recompute", False]),
+    "TP 2, no recompute": (
+        2,
+        ["--tensor_parallel_degree", 2, "--per_device_train_batch_size", 4, "--recompute", False],
+    ),
 }
 
 
@@ -120,6 +125,27 @@ def test_a_checkpoint_without_names_of_its_weights(data, trained, tmp_path):
     train("TP 2", tmp_path, "--task_name", data)
     losses, expected = outcome(tmp_path / "out")[0], outcome(trained("TP 2"))[0]
     np.testing.assert_allclose(losses, expected, atol=1e-5)
+
+
+LORA = ["--lora", "True", "--lora_rank", 4, "--learning_rate", 1e-2]
+
+
+@pytest.mark.parametrize("name", ["DP 2", "sharding stage 1", "TP 2 x DP 2"])
+def test_lora_on_any_layout(name, data, lora_single, tmp_path):
+    """The adapter that one process trains, by losses, predictions and weights."""
+    train(name, tmp_path, "--task_name", data, *LORA)
+    losses, predictions, adapter = outcome(tmp_path / "out", "lora_model_state.pdparams")
+    expected_losses, expected_predictions, expected_adapter = lora_single
+    np.testing.assert_allclose(losses, expected_losses, atol=2e-4)
+    assert predictions == expected_predictions and adapter.keys() == expected_adapter.keys()
+    assert max(np.abs(adapter[key] - expected_adapter[key]).max() for key in adapter) < 1e-3
+
+
+@pytest.fixture(scope="module")
+def lora_single(data, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("lora")
+    train("one", folder, "--task_name", data, *LORA)
+    return outcome(folder / "out", "lora_model_state.pdparams")
 
 
 def test_lora_on_two_processes(data, tmp_path):
