@@ -6,8 +6,12 @@ import numpy as np
 import paddle
 import pytest
 from helpers import log_softmax, make_batch, make_trainer, random_glm
+from paddlenlp.trainer.trainer_callback import TrainerState
 
 from data import DataCollator
+from glm.outputs.checkpoints import Checkpoint
+from glm.training.sampler import GroupedBatchSampler
+from glm.training.trainer import Resume
 
 
 def test_trainer_loss_is_the_mean_over_target_tokens(tmp_path):
@@ -117,3 +121,82 @@ def test_only_a_logged_step_waits_for_the_device(tmp_path, monkeypatch):
     assert reads[1:7] == [0, 0, 1, 0, 0, 1]
     logged = [row["loss"] for row in trainer.state.log_history if "loss" in row]
     assert len(logged) == 2 and all(np.isfinite(logged))
+
+
+def test_the_warmup_by_steps_wins_over_the_ratio(tmp_path):
+    changes = {"learning_rate": 1.0, "warmup_ratio": 0.5, "warmup_steps": 4}
+    scheduler = make_trainer(tmp_path, random_glm(num_layers=1), **changes).create_scheduler(20)
+    rates = []
+    for _ in range(5):
+        rates.append(scheduler.get_lr())
+        scheduler.step()
+    assert rates == pytest.approx([0, 0.25, 0.5, 0.75, 1])
+
+
+def test_the_order_of_batches_is_of_the_seed(tmp_path):
+    """Of --seed, and not of the machine's generators."""
+    features, _ = make_batch()
+    orders = []
+    for seed in (1, 2, 1):
+        trainer = make_trainer(tmp_path, random_glm(num_layers=1), seed=seed, per_device_train_batch_size=1)
+        trainer.train_dataset = features * 8
+        orders.append(list(trainer._get_train_sampler()))
+    assert orders[0] == orders[2] != orders[1]
+
+
+@pytest.mark.parametrize("before, now, ahead", [(4, 12, 60), (12, 8, -15), (4, 4, 0), (None, 8, 0)])
+def test_what_is_left_to_train_is_counted_in_records(tmp_path, before, now, ahead):
+    """240 records, two epochs: of any batch before, half an epoch is left after one and a half."""
+    trainer = make_trainer(
+        tmp_path, random_glm(num_layers=1), per_device_train_batch_size=now, num_train_epochs=2.0
+    )
+    trainer.train_dataset = make_batch()[0] * 80
+    step = 360 // (before or now)
+    trainer.resume = trainer.count_records(Checkpoint(tmp_path, step, global_batch_size=before), step)
+    assert trainer.resume.steps_ahead == ahead and trainer.last_step() - step == 120 // now
+    # The records of the epoch's second half, in the order of a run that had this batch all along.
+    epoch = GroupedBatchSampler(trainer.train_dataset, now, 1, 0, now, True, True, trainer.args.seed)
+    epoch.set_epoch(1)
+    expected = list(epoch)[120 // now :]
+    sampler, found = trainer._get_train_sampler(), []
+    for number in range(step // len(sampler), (step + 120 // now) // len(sampler) + 1):
+        sampler.set_epoch(number)
+        found += [(number * len(sampler) + i, batch) for i, batch in enumerate(sampler)]
+    assert [batch for i, batch in found if step <= i < trainer.last_step()] == expected
+
+
+@pytest.mark.parametrize(
+    "metric, greater, recorded, kept",
+    [
+        ("loss", False, ["loss", False], True),
+        ("eval_loss", False, ["loss", False], True),
+        ("rougel", True, ["loss", False], False),
+        ("loss", True, ["loss", False], False),
+        ("loss", False, None, True),  # an old version's: by the history
+        ("rougel", True, None, False),
+    ],
+)
+def test_a_best_belongs_to_its_metric_and_direction(tmp_path, metric, greater, recorded, kept):
+    trainer = make_trainer(tmp_path, random_glm(num_layers=1))
+    trainer.args.metric_for_best_model, trainer.args.greater_is_better = metric, greater
+    trainer.resume = Resume(Checkpoint(tmp_path, 6, best_of=recorded), 6)
+    trainer.folder.find_best = lambda recorded: recorded
+    history = [
+        {"step": 3, "eval_loss": 6.5, "eval_rougel": 0.1},
+        {"step": 6, "eval_loss": 7, "eval_rougel": 0},
+    ]
+    state = TrainerState(log_history=history, best_metric=6.5, best_model_checkpoint="out/checkpoint-3")
+    trainer.settle_best(state)
+    assert (state.best_model_checkpoint, state.best_metric) == (
+        ("out/checkpoint-3", 6.5) if kept else (None, None)
+    )
+
+
+def test_the_loss_of_training_is_the_mean_over_the_processes(tmp_path, monkeypatch):
+    trainer = make_trainer(tmp_path, random_glm(num_layers=1))
+    monkeypatch.setattr("glm.training.trainer.gather_objects", lambda value: [value, value + 1.0])
+    trainer.state.global_step, trainer.state.max_steps, trainer.resume = 10, 10, Resume(None, 5)
+    metrics = {name: 1.0 for name in ("train_samples_per_second", "train_steps_per_second", "train_runtime")}
+    metrics["train_loss"] = 2.0
+    trainer.correct_speed_metrics(metrics)
+    assert metrics["train_loss"] == 5.0 and metrics["train_steps_per_second"] == 0.5
