@@ -78,6 +78,20 @@ def fault(action, method, call=1, rank=0):
     setattr(owner, method, replaced)
 
 
+def two_signals_in_a_backward_pass():
+    """Have the second backward pass of the loss interrupted by SIGTERM, twice."""
+    backward, calls = LabelSmoothedLoss.backward, []
+
+    def interrupted(context, *gradients):
+        calls.append(context)
+        if len(calls) == 2:
+            act("SIGTERM")
+            act("SIGTERM")
+        return backward(context, *gradients)
+
+    LabelSmoothedLoss.backward = staticmethod(interrupted)
+
+
 def fault_at_file(action, event, pattern, call=1):
     """Act when a file of that pattern is opened ("open") or moved ("os.rename") for the ``call``-th time."""
     calls = []

@@ -118,6 +118,14 @@ def test_a_signal_in_the_last_step(tmp_path, strategy):
     assert not (tmp_path / "eval_predictions.jsonl").exists()
 
 
+def test_a_second_signal_in_a_backward_pass(tmp_path):
+    """Paddle makes an OSError of what is raised there."""
+    args = [*TRAIN, *flags(output_dir=tmp_path, max_steps=4, save_strategy="no")]
+    lines = run(*args, hook=["two_signals_in_a_backward_pass"], code=143)
+    assert "stopped by SIGTERM at step 1: there is no checkpoint" in lines[-1]
+    assert "Traceback" not in "".join(lines)
+
+
 def test_a_signal_in_an_evaluation_ends_it(tmp_path):
     """One that takes a minute: a signal from outside, when the first batch has begun."""
     slow = flags(num_beams=20, per_device_eval_batch_size=1, min_tgt_length=24)

@@ -48,7 +48,7 @@ def take_lock(path: Path):
         try:
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except (BlockingIOError, PermissionError):
-            owner = printable(file.read(200), 200) or "one that has just begun"
+            owner = printable(file.read(200).strip(), 200) or "one that has just begun"
             return None, f"is in use by another run, {owner}: wait for its end, or give another folder"
         except OSError:  # a file system without locks
             return file, None
