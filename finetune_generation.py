@@ -1,6 +1,10 @@
-"""Fine-tune GLM for question generation: train, evaluate by beam search, predict.
+"""Fine-tune GLM for generation: train, evaluate by beam search, predict, or answer standard input.
 
-python finetune_generation.py --help, or with one JSON file of the same arguments: see README.md.
+    python finetune_generation.py configs/glm-large.json
+    python finetune_generation.py --model_name_or_path FOLDER --predict_file FILE --output_dir OUT
+    python finetune_generation.py --model_name_or_path FOLDER --predict_file - < lines.jsonl
+
+``fine_tune`` is the story of a run, ``answer_lines`` that of a pipe. --help names all arguments.
 """
 
 import contextlib
@@ -39,14 +43,13 @@ from glm.device import use_the_whole_cpu
 from glm.errors import Fault, InputError, error_line, printable
 from glm.files import dump_json
 from glm.outputs.folder import open_run_folder
-from glm.outputs.layout import TRAINER_STATE
 from glm.outputs.results import write_results
 from glm.processes import is_first_of_machine, tensor_parallel_part
 from glm.records import parse_each_line, read_in_batches, read_lines, read_records
 from glm.training.memory import estimate_memory
 from glm.watchdog import Peers, watch_launcher
 from glm.weights.adapters import add_lora
-from glm.weights.loading import LORA_WEIGHTS, load_model
+from glm.weights.loading import load_model
 from glm.weights.pretrained import check_lengths, find_pretrained
 from glm.weights.torch_folder import export_torch
 from utils import GLMTrainer, prediction_row
@@ -55,69 +58,85 @@ from utils import GLMTrainer, prediction_row
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
 
 
-def run(model_args, data_args, generation, args, folder=None, output=None):
-    """Check, read, load, train, evaluate, predict; or answer standard input.
+def fine_tune(model_args, data_args, generation, args, folder):
+    """Train, evaluate and predict as the arguments say, and write the model and the results.
 
     Args:
         model_args, data_args, generation, args: the groups that ``parse_arguments`` returns.
-        folder (RunFolder): output_dir; None where standard input is answered.
-        output: the text stream that the answers to standard input go to, or None.
+        folder (RunFolder): output_dir.
     """
-    # Everything that can be wrong is read and checked before the weights are.
-    part, degree = tensor_parallel_part(args)
+    # Check: what can be wrong is found before the weights are loaded.
     pretrained = find_pretrained(model_args)
-    adapter, tokenizer = pretrained.adapter, pretrained.tokenizer
+    _, degree = tensor_parallel_part(args)
     check_lengths(pretrained, data_args.src_length, generation, degree)
-    check_target_length(tokenizer, generation.tgt_length)
-    checkpoint = None
-    if folder:
-        checkpoint = folder.find_checkpoint(adapter is not None)
-        folder.check_contents(checkpoint)
-        writes_model = args.do_train or model_args.merge_lora
-        adapter_base = pretrained.base if adapter and writes_model else None
-        folder.check_other_models(None if writes_model else pretrained.name, adapter_base)
-    datasets = read_datasets(tokenizer, data_args, generation, args)
+    check_target_length(pretrained.tokenizer, generation.tgt_length)
+    checkpoint = folder.find_checkpoint(lora=pretrained.adapter is not None)
+    folder.check_contents(checkpoint)
+    folder.check_models(pretrained, writes_model=args.do_train or model_args.merge_lora)
+    datasets = read_datasets(pretrained.tokenizer, data_args, generation, args)
     train_dataset, dev_dataset, test_dataset = datasets
     if args.do_train:
         groups = (model_args, data_args, generation, args)
-        records = [feature["record"] for feature in train_dataset]
-        folder.prepare_run(groups, pretrained, records, checkpoint)
-    generated = dev_dataset + test_dataset
-    memory = estimate_memory(args, pretrained, generation, train_dataset, generated)
-
+        folder.prepare_run(groups, pretrained, [item["record"] for item in train_dataset], checkpoint)
+    memory = estimate_memory(args, pretrained, generation, train_dataset, dev_dataset + test_dataset)
     if not (args.do_train or args.do_eval or args.do_predict or model_args.merge_lora):
-        export_torch(args.output_dir, pretrained)
-        logger.eval(f"done: in {args.output_dir} is torch")
+        export_torch(folder, pretrained)  # from file to file, without a model
         return
-    with memory.running_out("while loading the model", "train" if args.do_train else "eval"):
-        model = load_model(pretrained, args.weights_dtype(), degree, part)
-        if adapter:
-            model = add_lora(model, pretrained, args.seed)
-    if output:
-        set_seed(args.seed)
-        batch_size = args.per_device_eval_batch_size
-        with memory.running_out("while answering", "eval"):
-            answer_lines(model, tokenizer, data_args, generation, batch_size, output)
-        return
+
+    # Load.
     trainer = GLMTrainer(
-        model=model,
+        model=load(pretrained, args, memory),
         args=args,
-        data_collator=DataCollator(tokenizer.pad_token_id),
+        data_collator=DataCollator(pretrained.tokenizer.pad_token_id),
         train_dataset=train_dataset or None,
         eval_dataset=dev_dataset or None,
-        tokenizer=tokenizer,
+        tokenizer=pretrained.tokenizer,
         generation=generation,
         memory=memory,
         folder=folder,
     )
-    merge = model_args.merge_lora
-    results = train_and_evaluate(trainer, checkpoint, merge, adapter and adapter.folder, test_dataset)
+    results = {}
+
+    # Train.
+    if args.do_train:
+        results.update(trainer.train(resume_from_checkpoint=checkpoint).metrics)
+        with folder.replacing_model(trainer.current_step) as staging:
+            trainer.save_trained(staging)
+            write_results(staging, "train", results)
+        trainer.stop_by_signal.stop_when_written(args)
+    if model_args.merge_lora:
+        with folder.replacing_merged(pretrained.adapter.folder) as staging:
+            trainer.save_merged(staging)
+
+    # Evaluate.
+    if args.do_eval:
+        metrics = trainer.evaluate()
+        with folder.replacing() as staging:
+            write_results(staging, "eval", metrics, trainer.rows)
+        results.update(metrics)
+
+    # Predict.
+    if args.do_predict:
+        metrics = trainer.predict(test_dataset).metrics
+        with folder.replacing() as staging:
+            write_results(staging, "test", metrics, trainer.rows)
+        results.update(metrics)
+
     if model_args.export_torch:
-        trained = pretrained.trained_in(args.output_dir) if args.do_train else pretrained
-        export_torch(args.output_dir, trained)
+        export_torch(folder, pretrained.trained_in(args.output_dir) if args.do_train else pretrained)
     show_results(results, trainer.rows)
-    names = written_files(model_args, args, adapter)
-    logger.eval(f"done: in {args.output_dir} are {', '.join(names)}")
+
+
+def load(pretrained, args, memory):
+    """Return the model with its weights, and its adapter if it has one.
+
+    Args:
+        pretrained (Pretrained): what to load. memory (MemoryEstimate): what was reported of it.
+    """
+    part, degree = tensor_parallel_part(args)
+    with memory.running_out("while loading the model", "train" if args.do_train else "eval"):
+        model = load_model(pretrained, args.weights_dtype(), degree, part)
+        return add_lora(model, pretrained, args.seed) if pretrained.adapter else model
 
 
 def read_datasets(tokenizer, data_args, generation, args):
@@ -142,37 +161,6 @@ def read_datasets(tokenizer, data_args, generation, args):
     return train_dataset, dev_dataset, test_dataset
 
 
-def train_and_evaluate(trainer, checkpoint, merge_lora, adapter, test_dataset):
-    """Do what the arguments say, in this order, and write it. Returns the metrics, a dict.
-
-    ``adapter``: the folder of the adapter that the run begins with, or None.
-    """
-    args, folder, results = trainer.args, trainer.folder, {}
-    if args.do_train:
-        metrics = trainer.train(resume_from_checkpoint=checkpoint).metrics
-        with folder.replacing_model(trainer.weights_step or trainer.state.global_step) as staging:
-            trainer.save_model(str(staging), merge_tensor_parallel=args.tensor_parallel_degree > 1)
-            write_results(staging, "train", metrics)
-            if trainer.is_world_process_zero():
-                trainer.state.save_to_json(staging / TRAINER_STATE)
-        results.update(metrics)
-        trainer.stop_by_signal.stop_when_written(args)
-    if merge_lora:
-        with folder.replacing_merged(adapter) as staging:
-            trainer.save_merged(str(staging))
-    if args.do_eval:
-        metrics = trainer.evaluate()
-        with folder.replacing() as staging:
-            write_results(staging, "eval", metrics, trainer.rows)
-        results.update(metrics)
-    if args.do_predict:
-        metrics = trainer.predict(test_dataset).metrics
-        with folder.replacing() as staging:
-            write_results(staging, "test", metrics, trainer.rows)
-        results.update(metrics)
-    return results
-
-
 def show_results(results, rows):
     """Log a table of ``results``, and three predictions beside their references."""
     kinds = ("loss", "rouge1", "rouge2", "rougel", "bleu4", "samples_per_second", "memory_peak_gb")
@@ -186,99 +174,103 @@ def show_results(results, rows):
             logger.eval(f"reference   {row['reference']}")
 
 
-def written_files(model_args, args, adapter):
-    """Returns the names of the results and the model that a run of these arguments writes."""
-    names = []
-    if args.do_eval:
-        names += ["eval_results.json", "eval_predictions.jsonl"]
-    if args.do_predict:
-        names += ["test_results.json", "test_predictions.jsonl"]
-    if args.do_train:
-        names.append(LORA_WEIGHTS if adapter else "model_state.pdparams")
-    if model_args.merge_lora:
-        names.append("model_state.pdparams")
-    if model_args.export_torch:
-        names.append("torch")
-    return names
+def answer_lines(model_args, data_args, generation, args):
+    """Answer each line of standard input by a line of standard output.
 
+    That is a row of the predictions file, or an object with ``error`` alone: what is wrong with the
+    line. Lines that are there already are answered in one batch.
 
-def answer_lines(model, tokenizer, data_args, generation, batch_size, output):
-    """Answer the lines of standard input by JSON lines in the text stream ``output``.
-
-    Lines that are there already are answered in one batch. Each gets a line: the row of a predictions
-    file, or an object with ``error`` alone, what is wrong with the line.
+    Args:
+        model_args, data_args, generation, args: the groups that ``parse_arguments`` returns.
 
     Raises:
         InputError: at the end, where a line could not be answered.
     """
+    with standard_output() as output:
+        # Check, load.
+        pretrained = find_pretrained(model_args)
+        tokenizer = pretrained.tokenizer
+        check_lengths(pretrained, data_args.src_length, generation, degree=1)
+        check_target_length(tokenizer, generation.tgt_length)
+        memory = estimate_memory(args, pretrained, generation, [], [])
+        model = load(pretrained, args, memory)
+        model.eval()
+        set_seed(args.seed)
 
-    def read_features(lines):
-        for record in parse_each_line(lines, "standard input", require_question=False):
-            try:
-                if isinstance(record, InputError):
-                    raise record
-                if record["answer"] is None:
-                    raise InputError(f"{record['where']}: the question has no answer: give one")
-                source_ids, _ = encode_source(tokenizer, record, data_args.src_length)
-            except InputError as error:
-                yield error
-                continue
+        # Answer.
+        wrong_lines = []
+        # A file of its own: a thread that waits in sys.stdin would hinder the interpreter's end.
+        lines = read_lines(os.fdopen(os.dup(0), "rb"), "standard input")
+        items = read_features(tokenizer, lines, data_args.src_length)
+        items = itertools.islice(items, data_args.max_predict_samples)
+        for batch in read_in_batches(items, args.per_device_eval_batch_size):
+            features = [item for item in batch if not isinstance(item, InputError)]
+            with memory.running_out("while answering", "eval"):
+                rows = iter(predict_rows(model, tokenizer, features, generation))
+            for item in batch:
+                row = next(rows) if not isinstance(item, InputError) else {"error": printable(str(item))}
+                print(dump_json(row, ensure_ascii=False), file=output)
+            output.flush()
+            wrong_lines += [item for item in batch if isinstance(item, InputError)]
+    if wrong_lines:
+        raise InputError(f"lines without an answer: {len(wrong_lines)}, the first: {wrong_lines[0]}")
+
+
+def read_features(tokenizer, lines, src_length):
+    """Yield the features of each of the ``lines``, or an InputError that says what is wrong with it."""
+    for record in parse_each_line(lines, "standard input", require_question=False):
+        try:
+            if isinstance(record, InputError):
+                raise record
+            if record["answer"] is None:
+                raise InputError(f"{record['where']}: the question has no answer: give one")
+            source_ids, _ = encode_source(tokenizer, record, src_length)
             features = build_features(tokenizer, source_ids, labels=[])
             yield {**features, "index": None, "record": record}
+        except InputError as error:
+            yield error
 
-    model.eval()
-    collate = DataCollator(tokenizer.pad_token_id)
-    candidates = generation.num_return_sequences > 1
+
+def predict_rows(model, tokenizer, features, generation):
+    """Return the rows of the predictions file, list[dict], of a batch of ``features``, which may be empty."""
+    if not features:
+        return []
+    batch = DataCollator(tokenizer.pad_token_id)(features)
+    source_length = batch["source_length"]
+    input_ids = paddle.to_tensor(batch["input_ids"][:, : source_length.max()])
     start, end = tokenizer.sop_token_id, tokenizer.eop_token_id
-    mistakes, first_mistake = 0, None
-    # A file of its own: a thread that waits in sys.stdin would hinder the interpreter's end.
-    lines = read_lines(os.fdopen(os.dup(0), "rb"), "standard input")
-    items = itertools.islice(read_features(lines), data_args.max_predict_samples)
-    for batch in read_in_batches(items, batch_size):
-        features = [item for item in batch if not isinstance(item, InputError)]
-        hypotheses = iter(())
-        if features:
-            arrays = collate(features)
-            source_length = arrays["source_length"]
-            input_ids = paddle.to_tensor(arrays["input_ids"][:, : source_length.max()])
-            hypotheses = iter(beam_search(model, input_ids, source_length, generation, start, end))
-        for item in batch:
-            if isinstance(item, InputError):
-                mistakes, first_mistake = mistakes + 1, first_mistake or item
-                row = {"error": printable(str(item))}
-            else:
-                row, _ = prediction_row(tokenizer, item["record"], next(hypotheses), candidates)
-            print(dump_json(row, ensure_ascii=False), file=output)
-        output.flush()
-    if mistakes:
-        raise InputError(f"lines without an answer: {mistakes}, the first: {first_mistake}")
+    hypotheses = beam_search(model, input_ids, source_length, generation, start, end)
+    candidates = generation.num_return_sequences > 1
+    pairs = zip(features, hypotheses)
+    return [prediction_row(tokenizer, item["record"], best, candidates)[0] for item, best in pairs]
 
 
 def main():
     """Run the script. Mistakes and faults are one line and an exit code."""
     with process_settings():
-        code = run_to_the_end()
-    if code:
-        sys.exit(code)
+        exit_code = run()
+    if exit_code:
+        sys.exit(exit_code)
 
 
-def run_to_the_end():
-    """Run the script in a process that is set up. Returns its exit code."""
-
-    def advice():
-        return folder.resume_hint() if folder else "the same command starts again"
-
-    peers = folder = None
+def run():
+    """Parse the arguments and do what they say, in a process that is set up. Returns the exit code."""
+    peers = None
     try:
         watch_launcher()
-        model_args, data_args, generation, args = parse_arguments()
+        groups = parse_arguments()
+        _, data_args, _, args = groups
         use_the_whole_cpu()
         if args.world_size > 1:
-            peers = Peers(advice)
-        pipe = data_args.predict_file == "-"
-        opened = contextlib.nullcontext() if pipe else open_run_folder(args)
-        with standard_output(pipe) as output, opened as folder:
-            run(model_args, data_args, generation, args, folder, output)
+            peers = Peers()
+        if data_args.predict_file == "-":
+            answer_lines(*groups)
+        else:
+            with open_run_folder(args) as folder:
+                if peers:
+                    peers.advice = folder.resume_hint
+                fine_tune(*groups, folder)
+                logger.eval(f"done: in {folder.path} are {', '.join(sorted(folder.written))}")
         if peers:
             peers.close()
         return 0

@@ -166,7 +166,7 @@ class GLMTrainer(ResumableTrainer):
         self.rows, metrics = self.score(dataloader.dataset, seconds)
         if first:
             numbers = ", ".join(f"{name} {value:.4g}" for name, value in metrics.items())
-            step = self.weights_step or self.state.global_step
+            step = self.current_step
             of_step = f" at step {step}" if step else ""
             logger.eval(f"{prefix}{of_step}: {numbers}")
         memory = memory_peak()

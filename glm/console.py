@@ -79,14 +79,8 @@ def open_closed_streams():
 
 
 @contextlib.contextmanager
-def standard_output(wanted):
-    """Yield the standard output as a text stream if ``wanted``, else None.
-
-    Whatever else is printed goes to standard error meanwhile.
-    """
-    if not wanted:
-        yield None
-        return
+def standard_output():
+    """Yield the standard output as a text stream. What else is printed goes to standard error meanwhile."""
     if sys.__stdin__ is None or sys.__stdout__ is None:
         raise InputError("--predict_file -: standard input or output is closed: open both")
     # The run ends quietly when the reader of the pipe does.

@@ -12,6 +12,7 @@ import time
 import tracemalloc
 import zipfile
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import paddle
@@ -23,6 +24,7 @@ from test_pickles import call, named, number, shape, text
 from test_weights import bfloat16_bits
 
 from glm.errors import InputError
+from glm.outputs.folder import RunFolder
 from glm.weights import adapters as lora
 from glm.weights import formats
 from glm.weights import loading as weights
@@ -327,6 +329,10 @@ def test_beside_the_model_there_is_one_weight_in_memory(tmp_path, form):
     assert size <= peak <= size + largest
 
 
+def run_folder(path):
+    return RunFolder(SimpleNamespace(output_dir=path))
+
+
 def read_export(folder):
     return formats.read_file(folder / "torch/model.safetensors")
 
@@ -337,7 +343,7 @@ def test_to_pytorch_and_back_is_bit_equal(tmp_path, form, dtype):
     expected = {name: CAST[dtype](array) for name, array in TINY.items()}
     folder = folder_of(tmp_path / "model", form, expected)
     config = AutoConfig.from_pretrained(str(folder))
-    export.export_torch(tmp_path, pretrained_in(folder))
+    export.export_torch(run_folder(tmp_path), pretrained_in(folder))
     names = {path.name for path in (tmp_path / "torch").iterdir()}
     assert names == {
         "added_tokens.json",
@@ -366,7 +372,7 @@ def test_an_adapter_is_merged_into_what_is_handed_on(tmp_path):
     model = weights.load_model(pretrained)
     config = lora_config()
     pretrained.adapter = lora.Adapter("adapter", config, random_adapter(model, config))
-    export.export_torch(tmp_path, pretrained)
+    export.export_torch(run_folder(tmp_path), pretrained)
     merged = lora.merge_lora(lora.add_lora(model, pretrained, seed=0)).state_dict()
     found = {f"glm.{name}": array for name, array in read_export(tmp_path).items()}
     for name, weight in merged.items():
@@ -375,7 +381,7 @@ def test_an_adapter_is_merged_into_what_is_handed_on(tmp_path):
 
 
 def test_an_export_that_fails_leaves_the_one_before_it(tmp_path, monkeypatch):
-    export.export_torch(tmp_path, pretrained_in(TINY_GLM))
+    export.export_torch(run_folder(tmp_path), pretrained_in(TINY_GLM))
     before = {path.name: path.stat().st_mtime_ns for path in (tmp_path / "torch").iterdir()}
 
     def fail(*_):
@@ -383,7 +389,7 @@ def test_an_export_that_fails_leaves_the_one_before_it(tmp_path, monkeypatch):
 
     monkeypatch.setattr(export, "write_tokenizer", fail)
     with pytest.raises(OSError):
-        export.export_torch(tmp_path, pretrained_in(TINY_GLM))
+        export.export_torch(run_folder(tmp_path), pretrained_in(TINY_GLM))
     after = {path.name: path.stat().st_mtime_ns for path in (tmp_path / "torch").iterdir()}
     assert after == before and [path.name for path in tmp_path.iterdir()] == ["torch"]
 

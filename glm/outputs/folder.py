@@ -39,6 +39,7 @@ class RunFolder:
         training_began: whether the folder is this command's. wrote_model: whether it wrote a model.
         new_run: the Run that this command is, and what it is of, as a Checkpoint has it.
         resumed: the Checkpoint that it goes on from, or None.
+        written: the names of the files that it has written, but for checkpoints.
     """
 
     def __init__(self, args):
@@ -47,6 +48,7 @@ class RunFolder:
         self.training_began = self.wrote_model = False
         self.aside = self.path / f"{layout.SUPERSEDED}{time.strftime('%Y%m%d-%H%M%S')}"
         self.to_move, self.arguments = [], "{}"  # what begin_run does
+        self.written = set()
 
     # What may be done here.
 
@@ -83,22 +85,23 @@ class RunFolder:
                 "give a folder of its own, or --overwrite_output_dir"
             )
 
-    def check_other_models(self, model: Optional[str], adapter_base: Optional[str] = None):
+    def check_models(self, pretrained, writes_model: bool):
         """Warn where results would lie beside a model that they are not of.
 
         Args:
-            model: the one that is evaluated, or None where the run writes one.
-            adapter_base: the model that an adapter which is trained or merged belongs to.
+            pretrained (Pretrained): the run's. writes_model: whether it trains or merges one.
 
         Raises:
             InputError: where what the run writes would replace the base of its adapter.
         """
-        if adapter_base and self.is_same(adapter_base):
+        if writes_model and pretrained.adapter and self.is_same(pretrained.base):
             raise InputError(
                 f"--output_dir {self.path} holds the model that the adapter belongs to, and what this "
                 "run writes would replace it: give another folder"
             )
-        if model and find(self.path, (*layout.WHOLE_MODEL, *layout.ADAPTER)) and not self.is_same(model):
+        other = not (writes_model or self.is_same(pretrained.name))
+        if other and find(self.path, (*layout.WHOLE_MODEL, *layout.ADAPTER)):
+            model = pretrained.name
             logger.warning(f"the results in {self.path} will be of {model}, not of the model that lies there")
 
     def is_same(self, other: str) -> bool:
@@ -290,14 +293,10 @@ class RunFolder:
         if is_first_of_machine():
             self.path.mkdir(parents=True, exist_ok=True)
             self.move_aside(self.to_move)
-            self._write_run(self.path, self.run)
+            write_atomically(self.path / RUN, dump_json(self.run._asdict()))
             write_atomically(self.path / layout.ARGUMENTS, self.arguments + "\n")
         barrier()
         self.training_began = True
-
-    @staticmethod
-    def _write_run(folder, run):
-        write_atomically(Path(folder, RUN), dump_json(run._asdict()))
 
     def move_aside(self, paths: Sequence[Path]):
         """Move checkpoints that this run did not write into one folder beside them, and say so."""
@@ -326,8 +325,9 @@ class RunFolder:
                     results = read_json(self.path / ALL_RESULTS)
                     (staging / ALL_RESULTS).write_text(dump_json(results, indent=4, sort_keys=True))
             if first and run:
-                self._write_run(staging, run)
+                write_atomically(staging / RUN, dump_json(run._asdict()))
             yield staging
+            self.written |= {path.name for path in staging.iterdir()} - {RUN}
         if run:
             self.run, self.wrote_model = run, True
 

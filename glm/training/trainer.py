@@ -16,6 +16,7 @@ from paddlenlp.utils.log import logger
 from glm.errors import Fault, as_input_error, is_out_of_memory
 from glm.outputs.checkpoints import Checkpoint
 from glm.outputs.folder import RunFolder
+from glm.outputs.layout import TRAINER_STATE
 from glm.processes import gather_objects
 from glm.training.memory import MemoryEstimate, memory_metrics, memory_peak
 from glm.training.numerics import CheckFinite, Gradients, SeedEachStep
@@ -294,10 +295,21 @@ class ResumableTrainer(Trainer):
         tokens_per_second = self.train_tokens / metrics["train_runtime"]
         metrics["train_tokens_per_second"] = round(tokens_per_second, 2)
 
+    @property
+    def current_step(self):
+        """The step that the current weights are of."""
+        return self.weights_step or self.state.global_step
+
+    def save_trained(self, folder):
+        """Write the trained model, or the adapter alone, and the Trainer's state."""
+        self.save_model(str(folder), merge_tensor_parallel=self.args.tensor_parallel_degree > 1)
+        if self.is_world_process_zero():
+            self.state.save_to_json(folder / TRAINER_STATE)
+
     def save_merged(self, folder):
-        """Write the whole model with the adapter in its weights, which stays in them."""
+        """Write the model with the adapter in its weights, which stays in them."""
         model = merge_lora(self.model)
-        self.cached_metrics = None
+        self.cached_metrics, folder = None, str(folder)
         if self.args.should_save:
             self.tokenizer.save_pretrained(folder)
         if self.args.should_save_model_state:

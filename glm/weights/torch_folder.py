@@ -7,7 +7,8 @@ little memory. Weights are written in the type that they were saved in.
 import numpy as np
 
 from glm.files import dump_json, read_json
-from glm.outputs.replace import replace_together
+from glm.outputs.folder import RunFolder
+from glm.outputs.layout import TORCH
 from glm.processes import is_first_of_run
 from glm.weights.adapters import new_adapter_weights
 from glm.weights.formats import LINEAR, release_pages, write_safetensors
@@ -25,21 +26,21 @@ TOKENIZER_MAP = {"AutoTokenizer": ["tokenization_glm.GLMChineseTokenizer", None]
 NOT_PUBLISHED = ("layernorm_epsilon", "use_scaled_init_for_output_weights")
 
 
-def export_torch(output_dir: str, pretrained):
+def export_torch(run_folder: RunFolder, pretrained):
     """Write output_dir/torch/: model.safetensors, config.json and the tokenizer's files.
 
     The folder is written completely or not at all, by the first process.
 
     Args:
-        output_dir: the folder of the run.
+        run_folder: output_dir.
         pretrained (Pretrained): the model. Its adapter is merged.
 
     Raises:
         InputError: where the model can't be read.
     """
-    with replace_together(output_dir) as unfinished:
+    with run_folder.replacing() as staging:
         if is_first_of_run():
-            folder = unfinished / "torch"
+            folder = staging / TORCH
             folder.mkdir()
             dtype = write_weights(folder / "model.safetensors", pretrained)
             write_config(folder, pretrained.config, dtype)
