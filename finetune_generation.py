@@ -123,7 +123,7 @@ def fine_tune(model_args, data_args, generation, args, folder):
         results.update(metrics)
 
     if model_args.export_torch:
-        export_torch(folder, pretrained.trained_in(args.output_dir) if args.do_train else pretrained)
+        export_torch(folder, pretrained.trained_in(folder.path) if args.do_train else pretrained)
     show_results(results, trainer.rows)
 
 

@@ -46,13 +46,14 @@ def test_a_signal_is_exchanged_without_a_wait(monkeypatch):
     sent = []
     waiting = SimpleNamespace(wait=lambda: None)
     monkeypatch.setattr(stopping.dist, "all_reduce", lambda tensor, *_, **__: sent.append(tensor) or waiting)
+    signals = StopBySignal(lambda: "there is no checkpoint")
+    signals.largest = paddle.to_tensor(0)  # as training begins
     monkeypatch.setattr(paddle, "to_tensor", None)
     monkeypatch.setattr(paddle.Tensor, "item", None)
-    signals = StopBySignal(lambda: "there is no checkpoint")
-    for number, read in ((signal.SIGTERM, None), (0, signal.SIGTERM), (0, None)):
-        signals.received = int(number)
+    for received, read in ((0, None), (signal.SIGTERM, None), (signal.SIGTERM, signal.SIGTERM)):
+        signals.received = int(received)
         signals.exchange(world_size=2)
-        assert signals.signal_number == read and sent[-1].tolist() == number
+        assert signals.signal_number == read and sent[-1].tolist() == received
 
 
 @pytest.mark.parametrize("world_size", [1, 2])

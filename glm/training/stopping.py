@@ -48,6 +48,7 @@ class StopBySignal(TrainerCallback):
 
     signal_number = None  # of the signal that training is to end by, the same on all processes
     received = 0  # the number of the signal that this process has received
+    sent = False  # whether the others have been sent it
     pending_exchange = None  # of the largest number received, begun the step before
     fault = None  # the Fault by which a signal ended the run at once
 
@@ -56,7 +57,8 @@ class StopBySignal(TrainerCallback):
         self.handlers_before = {}  # those before training began
 
     def on_train_begin(self, args, state, control, model=None, **kwargs):
-        self.received, first = 0, time.monotonic()
+        self.received, self.sent, first = 0, False, time.monotonic()
+        self.largest = paddle.to_tensor(0)  # of the numbers received: 0 until a signal is there
 
         def receive(number, _):
             nonlocal first
@@ -80,8 +82,9 @@ class StopBySignal(TrainerCallback):
         if self.pending_exchange is not None:
             self.pending_exchange.wait()
             self.signal_number = self.largest.tolist() or None
-        # Filled by the device: a copy to it would wait, with Python's lock held.
-        self.largest = paddle.full([], self.received, "int64")
+        if self.received and not self.sent:  # a copy to the device waits, with Python's lock held: once
+            self.largest.set_value(paddle.full([], self.received, "int64"))
+            self.sent = True
         self.pending_exchange = dist.all_reduce(self.largest, dist.ReduceOp.MAX, sync_op=False)
 
     def on_optimizer_end(self, args, state, control, **kwargs):

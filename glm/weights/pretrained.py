@@ -160,12 +160,12 @@ class Pretrained:
         with self.reading_weights():
             return compute_fingerprint([self.adapter.folder, self.base])
 
-    def trained_in(self, folder: str) -> "Pretrained":
+    def trained_in(self, folder) -> "Pretrained":
         """Return this model with the weights, or the adapter, that training has written into ``folder``."""
         if self.adapter is None:
-            return dataclasses.replace(self, base=folder)
-        weights = read_adapter_weights(folder, self.config, self.adapter.config)
-        adapter = dataclasses.replace(self.adapter, folder=folder, weights=weights)
+            return dataclasses.replace(self, base=str(folder))
+        weights = read_adapter_weights(str(folder), self.config, self.adapter.config)
+        adapter = dataclasses.replace(self.adapter, folder=str(folder), weights=weights)
         return dataclasses.replace(self, adapter=adapter)
 
 
