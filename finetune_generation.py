@@ -11,7 +11,13 @@ import contextlib
 import errno
 import itertools
 import os
+import signal
 import sys
+
+# Until main() runs, which takes some seconds of imports, Ctrl-C ends the process without a traceback.
+if __name__ == "__main__":
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # else it is ignored
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 import paddle
 

@@ -10,8 +10,8 @@ import threading
 from paddlenlp.utils.log import logger
 from tqdm.contrib.logging import logging_redirect_tqdm
 
-from glm.errors import Fault, InputError, printable
-from glm.processes import in_main_thread, restore_signals, set_signals
+from glm.errors import InputError, printable
+from glm.processes import in_main_thread, restore_signals, set_signals, stop_by_signal
 
 MOST_LINES = 200  # of one log message
 
@@ -56,7 +56,7 @@ def process_settings():
 
 
 def _raise_fault(number, _):
-    raise Fault(f"stopped by {signal.Signals(number).name}", exit_code=128 + number)
+    stop_by_signal(number, f"stopped by {signal.Signals(number).name}")
 
 
 def _end_process(error):

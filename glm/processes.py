@@ -3,11 +3,15 @@
 import os
 import signal
 import threading
+import time
 from signal import SIGHUP, SIGINT, SIGTERM
 
 import paddle.distributed as dist
 
+from glm.errors import Fault
+
 STOP_SIGNALS = (SIGINT, SIGTERM, SIGHUP)  # those that end a run in good order
+REPEATS = 2  # seconds in which a launcher, or a kernel and a shell, send one signal several times
 
 
 def is_first_of_run() -> bool:
@@ -78,3 +82,19 @@ def restore_signals(handlers):
     """Set the handlers, a dict by number, that ``set_signals`` has returned."""
     for number, handler in handlers.items():
         signal.signal(number, handler)
+
+
+def stop_by_signal(number: int, message: str):
+    """Raise the Fault by which the signal ``number`` ends the run.
+
+    What ends a run takes a moment, into which no other signal may break: those of the next REPEATS
+    seconds do nothing, and a later one ends the process at once.
+    """
+    began = time.monotonic()
+
+    def end(later_number, _):
+        if time.monotonic() - began > REPEATS:
+            os._exit(128 + later_number)
+
+    set_signals(end)
+    raise Fault(message, 128 + number)

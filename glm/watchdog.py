@@ -151,7 +151,10 @@ def keep_alive(connection):
 
 
 def watch_launcher():
-    """Send this process SIGTERM when the launcher that started it is gone, if one did."""
+    """Send this process SIGHUP when the launcher that started it is gone, if one did.
+
+    Or SIGTERM where SIGHUP is ignored, as by nohup.
+    """
     if "PADDLE_LOG_DIR" not in os.environ:  # which it gives to its processes
         return
     launcher = os.getppid()
@@ -160,8 +163,10 @@ def watch_launcher():
         while os.getppid() == launcher:
             time.sleep(1)
         logger.warning("the launcher of this process is gone, so this one ends too")
-        if signal.getsignal(signal.SIGTERM) is signal.SIG_IGN:
-            os._exit(128 + signal.SIGTERM)
-        os.kill(os.getpid(), signal.SIGTERM)
+        for number in (signal.SIGHUP, signal.SIGTERM):
+            if signal.getsignal(number) is not signal.SIG_IGN:
+                os.kill(os.getpid(), number)
+                return
+        os._exit(128 + signal.SIGTERM)
 
     threading.Thread(target=watch, daemon=True).start()

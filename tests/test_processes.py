@@ -15,6 +15,7 @@ from glm.processes import (
     is_first_of_run,
     restore_signals,
     set_signals,
+    stop_by_signal,
     tensor_parallel_part,
 )
 
@@ -57,6 +58,44 @@ def test_signals_are_set_and_set_back():
     thread.start()
     thread.join()
     assert found == [{}]
+
+
+def test_no_signal_breaks_into_the_end_of_a_run(monkeypatch):
+    """One that is sent again at once does nothing, a later one ends the process without more."""
+    before = {number: signal.getsignal(number) for number in processes.STOP_SIGNALS}
+    now, codes = [100.0], []
+    monkeypatch.setattr(processes.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(processes.os, "_exit", codes.append)
+    try:
+        with pytest.raises(Fault, match="stopped by SIGINT") as fault:
+            stop_by_signal(signal.SIGINT, "stopped by SIGINT")
+        assert fault.value.exit_code == 130
+        for seconds in (0.1, 1.9, 2.1):
+            now[0] = 100 + seconds
+            os.kill(os.getpid(), signal.SIGTERM)
+        assert codes == [143]
+    finally:
+        restore_signals(before)
+
+
+@pytest.mark.parametrize("ignored, sent", [((), "SIGHUP"), (("SIGHUP",), "SIGTERM")])
+def test_a_process_whose_launcher_is_gone_stops_by_a_signal(monkeypatch, ignored, sent):
+    """By one that it does not ignore: nohup ignores SIGHUP."""
+    before = {number: signal.getsignal(number) for number in processes.STOP_SIGNALS}
+    parents, received = iter([1, 1, 2]), threading.Event()
+    monkeypatch.setenv("PADDLE_LOG_DIR", "log")
+    monkeypatch.setattr(watchdog.os, "getppid", lambda: next(parents, 2))
+    monkeypatch.setattr(watchdog.time, "sleep", lambda seconds: None)
+    numbers = []
+    try:
+        for number in before:
+            signal.signal(number, lambda number, _: (numbers.append(number), received.set()))
+        for name in ignored:
+            signal.signal(signal.Signals[name], signal.SIG_IGN)
+        watchdog.watch_launcher()
+        assert received.wait(10) and numbers == [signal.Signals[sent]]
+    finally:
+        restore_signals(before)
 
 
 @pytest.fixture

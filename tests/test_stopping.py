@@ -41,6 +41,18 @@ def test_when_a_signal_ends_at_once(tmp_path, world_size, training, seconds, mon
         callback.restore_handlers()
 
 
+def test_a_terminal_that_is_closed_hangs_up_more_than_once(monkeypatch):
+    """The kernel, the shell and the watch of the launcher do: training still ends with a checkpoint."""
+    callback, args = StopBySignal(lambda: "there is no checkpoint"), SimpleNamespace(world_size=1)
+    callback.on_train_begin(args, None, None, model=SimpleNamespace(training=True))
+    try:
+        for _ in range(3):
+            os.kill(os.getpid(), signal.SIGHUP)
+        assert callback.received == signal.SIGHUP and callback.fault is None
+    finally:
+        callback.restore_handlers()
+
+
 def test_a_signal_is_exchanged_without_a_wait(monkeypatch):
     """What waits for other processes lets threads run, and item() and to_tensor() do not."""
     sent = []

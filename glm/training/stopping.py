@@ -9,7 +9,7 @@ from paddlenlp.trainer.trainer_callback import EarlyStoppingCallback, TrainerCal
 from paddlenlp.trainer.trainer_utils import IntervalStrategy
 
 from glm.errors import Fault
-from glm.processes import restore_signals, set_signals
+from glm.processes import REPEATS, restore_signals, set_signals, stop_by_signal
 
 
 class EarlyStopping(EarlyStoppingCallback):
@@ -39,8 +39,8 @@ class StopBySignal(TrainerCallback):
                     the step's checkpoint is complete: all stop.
 
     Where that step is the last one, training ends as it would have, and ``signal_number`` says that
-    the run is to stop once its model is written. A second signal ends the run at once, and so does
-    one in an evaluation, which may take long. A signal that was ignored before stays ignored.
+    the run is to stop once its model is written. A second signal, but for SIGHUP, ends the run at once,
+    and so does one in an evaluation, which may take long. A signal that was ignored stays ignored.
 
     Args:
         resume_hint (callable): returns what the last line says of going on.
@@ -62,8 +62,10 @@ class StopBySignal(TrainerCallback):
 
         def receive(number, _):
             nonlocal first
-            # Paddle's launcher sends one up to three times in 0.6 seconds.
-            if args.world_size > 1 and self.received and time.monotonic() - first < 2:
+            # Paddle's launcher sends one up to three times in 0.6 seconds. Where a terminal is closed, the
+            # kernel and the shell hang up, and each process's watch of the launcher does.
+            repeated = args.world_size > 1 and time.monotonic() - first < REPEATS
+            if self.received and (repeated or number == signal.SIGHUP):
                 return
             if self.received or not model.training:
                 self.stop(number, args, state)
@@ -125,5 +127,8 @@ class StopBySignal(TrainerCallback):
     def stop(self, number: int, args, state):
         """Raise the Fault that ends the run by the signal ``number``."""
         stopped = f"stopped by {signal.Signals(number).name} at step {state.global_step}"
-        self.fault = Fault(f"{stopped}: {self.resume_hint()}", 128 + number)
-        raise self.fault
+        try:
+            stop_by_signal(number, f"{stopped}: {self.resume_hint()}")
+        except Fault as fault:
+            self.fault = fault
+            raise
