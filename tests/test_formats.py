@@ -367,14 +367,49 @@ def test_to_pytorch_and_back_is_bit_equal(tmp_path, form, dtype):
     assert size % 8 == 0  # the values are aligned
 
 
-def test_an_adapter_is_merged_into_what_is_handed_on(tmp_path):
+@pytest.mark.parametrize("dtype", CAST)
+@pytest.mark.parametrize(
+    "name", ["transformer.position_embeddings.weight", "transformer.final_layernorm.bias"]
+)
+def test_a_weight_that_is_no_number_is_neither_loaded_nor_exported(tmp_path, name, dtype):
+    """Also where no record of a run would meet it, as the last position's."""
+    changed = {key: array.copy() for key, array in TINY.items()}
+    changed[f"glm.{name}"].reshape(-1)[-1] = np.inf if name.endswith("bias") else np.nan
+    folder = folder_of(tmp_path / "model", "pdparams", {key: CAST[dtype](x) for key, x in changed.items()})
+    pretrained = pretrained_in(folder)
+    with pytest.raises(InputError, match=f"weights can't be loaded .its glm.{name} holds NaN or infinity"):
+        weights.load_model(pretrained)
+    (tmp_path / "out").mkdir()
+    with pytest.raises(InputError, match=f"it can't be exported .its glm.{name} holds NaN or infinity"):
+        export.export_torch(run_folder(tmp_path / "out"), pretrained)
+    assert not list((tmp_path / "out").iterdir())
+
+
+def test_an_adapter_that_is_no_number_is_refused(tmp_path):
+    pretrained, config = pretrained_in(TINY_GLM), lora_config()
+    adapter = random_adapter(weights.load_model(pretrained), config)
+    adapter["glm.transformer.layers.0.mlp.dense_4h_to_h.lora_B"][0, 0] = np.nan
+    paddle.save(
+        {name: paddle.to_tensor(x) for name, x in adapter.items()}, f"{tmp_path}/lora_model_state.pdparams"
+    )
+    with pytest.raises(InputError, match="dense_4h_to_h.lora_B holds NaN or infinity"):
+        lora.read_adapter_weights(str(tmp_path), pretrained.config, config)
+
+
+@pytest.mark.parametrize("rslora", [False, True])
+def test_an_adapter_is_merged_into_what_is_handed_on(tmp_path, rslora):
     pretrained = pretrained_in(TINY_GLM)
     model = weights.load_model(pretrained)
-    config = lora_config()
+    config = lora_config(rslora=rslora)
     pretrained.adapter = lora.Adapter("adapter", config, random_adapter(model, config))
     export.export_torch(run_folder(tmp_path), pretrained)
     merged = lora.merge_lora(lora.add_lora(model, pretrained, seed=0)).state_dict()
     found = {f"glm.{name}": array for name, array in read_export(tmp_path).items()}
+    linear = "glm.transformer.layers.0.attention.dense"
+    a, b = (pretrained.adapter.weights[f"{linear}.lora_{matrix}"].astype("float64") for matrix in "AB")
+    scaling = 6 / 2**0.5 if rslora else 6 / 2
+    expected = TINY[f"{linear}.weight"] + scaling * a @ b
+    np.testing.assert_allclose(found[f"{linear}.weight"], expected, atol=1e-5)
     for name, weight in merged.items():
         np.testing.assert_allclose(found[name], weight.numpy(), atol=1e-5)
         assert (found[name] == TINY[name]).all() == (not is_linear(name)), name

@@ -15,6 +15,11 @@ MOST_SKIPPED = 10  # losses in a row that may be not finite, if gradients are sc
 ADVICE = "lower --learning_rate, or look at the data of that step"
 
 
+def are_finite(weights: list[paddle.Tensor]) -> bool:
+    """Return whether no weight holds NaN or infinity."""
+    return paddle.stack([paddle.isfinite(weight).all() for weight in weights]).all().tolist()
+
+
 class SeedEachStep(TrainerCallback):
     """Seed all generators at each step by --seed and the step's number, so that a resumed run draws alike.
 
@@ -112,7 +117,7 @@ class CheckFinite(TrainerCallback):
         """End the run if a loss was not finite, or a trained weight is not."""
         self.check_losses(args)
         trained = [weight for weight in model.parameters() if not weight.stop_gradient]
-        if not paddle.stack([paddle.isfinite(weight).all() for weight in trained]).all().tolist():
+        if not are_finite(trained):
             self.stop(f"weights are not finite after step {state.global_step}", args)
 
     def on_step_begin(self, args, state, control, lr_scheduler=None, **kwargs):

@@ -19,7 +19,7 @@ from glm.outputs.folder import RunFolder
 from glm.outputs.layout import TRAINER_STATE
 from glm.processes import gather_objects
 from glm.training.memory import MemoryEstimate, memory_metrics, memory_peak
-from glm.training.numerics import CheckFinite, Gradients, SeedEachStep
+from glm.training.numerics import CheckFinite, Gradients, SeedEachStep, are_finite
 from glm.training.progress import TrainingProgress
 from glm.training.sampler import GroupedBatchSampler
 from glm.training.saving import SaveCheckpoints
@@ -309,6 +309,8 @@ class ResumableTrainer(Trainer):
     def save_merged(self, folder):
         """Write the model with the adapter in its weights, which stays in them."""
         model = merge_lora(self.model)
+        if not are_finite(model.parameters()):
+            raise Fault("the merged weights are not finite: merge them by --bf16 True or in float32")
         self.cached_metrics, folder = None, str(folder)
         if self.args.should_save:
             self.tokenizer.save_pretrained(folder)

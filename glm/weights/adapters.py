@@ -18,7 +18,7 @@ from glm.errors import InputError, as_input_error
 from glm.files import get_typed, read_json, take_known, write_atomically
 from glm.processes import is_first_of_run, tensor_parallel_part
 from glm.weights.formats import find_forms, read_arrays
-from glm.weights.loading import LORA_WEIGHTS, Arrays, check_array, fill, without_weights
+from glm.weights.loading import LORA_WEIGHTS, Arrays, check_array, check_finite, fill, without_weights
 from glm.weights.shapes import adapter_shapes, get_split, matches
 
 LORA_CONFIG = "lora_config.json"  # as PaddleNLP calls the file
@@ -214,6 +214,7 @@ def read_adapter_weights(folder: str, config: GLMConfig, lora_config: LoRAConfig
     with as_input_error(f"{path} can't be loaded", "give the folder of a whole adapter"):
         for name, shape in shapes.items():
             check_array(name, weights[name], shape)
+            check_finite(name, weights[name])
     return weights
 
 

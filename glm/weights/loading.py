@@ -32,6 +32,7 @@ LORA_WEIGHTS = "lora_model_state.pdparams"  # as PaddleNLP calls the file
 # numpy has no bfloat16, whose bits are saved as uint16.
 DTYPES = {"float64": "float64", "float32": "float32", "float16": "float16", "uint16": "bfloat16"}
 LARGE = 2e9  # bytes that take a while to read
+PIECE = 1 << 22  # numbers that are looked at together
 
 Arrays = dict[str, np.ndarray]
 
@@ -101,6 +102,17 @@ def check_array(name: str, array: np.ndarray, shape: list[int]):
         raise ValueError(f"its {name} is {list(array.shape)}, where this run has {list(shape)}")
 
 
+def check_finite(name: str, array: np.ndarray):
+    """Raise ValueError where a weight holds NaN or infinity, piece by piece: it may be mapped to a file."""
+    rows = max(PIECE // max(array[:1].size, 1), 1)
+    for start in range(0, len(array), rows):
+        piece = array[start : start + rows]
+        bfloat16 = saved_dtype(array) == "bfloat16"  # whose largest exponent is that of no number
+        finite = (piece & 0x7F80) != 0x7F80 if bfloat16 else np.isfinite(piece)
+        if not finite.all():
+            raise ValueError(f"its {name} holds NaN or infinity, which no trained model has")
+
+
 def fill(model: PretrainedModel, parts: list[Arrays], saved_degree: int) -> set[tuple[str, str]]:
     """Set those weights of ``model`` that ``parts`` hold, one after the other.
 
@@ -115,7 +127,8 @@ def fill(model: PretrainedModel, parts: list[Arrays], saved_degree: int) -> set[
         The types that weights were cast from and to.
 
     Raises:
-        ValueError: where a weight that is trained is missing, or has another shape than the model's.
+        ValueError: where a weight that is trained is missing, has another shape than the model's, or
+            holds what is no number.
     """
     weights, convert, casts = model.state_dict(), convert_layout(model, saved_degree), set()
     names = [name for name in weights if name in parts[0]]
@@ -131,6 +144,7 @@ def fill(model: PretrainedModel, parts: list[Arrays], saved_degree: int) -> set[
             arrays, weight = [part[name] for part in parts], weights[name]
             array = convert(name, arrays)
             check_array(name, array, weight.shape)
+            check_finite(name, array)
             saved, dtype = saved_dtype(array), str(weight.dtype).split(".")[-1]
             if saved != dtype:
                 casts.add((saved, dtype))

@@ -6,13 +6,14 @@ little memory. Weights are written in the type that they were saved in.
 
 import numpy as np
 
+from glm.errors import as_input_error
 from glm.files import dump_json, read_json
 from glm.outputs.folder import RunFolder
 from glm.outputs.layout import TORCH
 from glm.processes import is_first_of_run
 from glm.weights.adapters import new_adapter_weights
 from glm.weights.formats import LINEAR, release_pages, write_safetensors
-from glm.weights.loading import convert_layout, make_model, saved_dtype, to_float32
+from glm.weights.loading import check_finite, convert_layout, make_model, saved_dtype, to_float32
 from glm.weights.pretrained import CONFIG_KEYS
 
 # The classes of the published configuration_glm.py, modeling_glm.py and tokenization_glm.py.
@@ -69,6 +70,10 @@ def write_weights(path, pretrained) -> str:
             if f"{linear}.lora_A" in changes:
                 a, b = (to_float32(changes[f"{linear}.lora_{matrix}"]) for matrix in "AB")
                 array = cast(to_float32(array) + adapter.config.scaling * (a @ b), array.dtype)
+            with as_input_error(
+                f"{pretrained.location}: it can't be exported", "give other weights", ValueError
+            ):
+                check_finite(name, array)
             yield np.ascontiguousarray(array.T if LINEAR.fullmatch(name) else array)
             release_pages(parts[0][name])
 
