@@ -35,8 +35,8 @@ class Setting:
     recompute: bool = False
     master_grad: bool = True  # as --amp_master_grad
     num_beams: int = 1
-    on_cpu: bool = dataclasses.field(default_factory=on_cpu)
-    cuda_graphs: bool = dataclasses.field(default_factory=supports_cuda_graphs)
+    on_cpu: bool = dataclasses.field(default_factory=lambda: on_cpu())
+    cuda_graphs: bool = dataclasses.field(default_factory=lambda: supports_cuda_graphs())
     paddle_2: bool = PADDLE_2
 
     @property
