@@ -11,7 +11,8 @@ import os
 import stat
 from pathlib import Path
 
-LARGEST_JSON = 1 << 28  # bytes: a manifest of 100,000 weights has a tenth of it
+LARGEST_JSON = 1 << 26  # bytes: a manifest of 100,000 weights has a third of it
+MOST_VALUES = 1 << 22  # of a JSON text: each takes up to a hundred bytes of memory
 
 
 def open_regular(path):
@@ -72,6 +73,8 @@ def read_json(path):
         data = file.read(min(os.fstat(file.fileno()).st_size, LARGEST_JSON) + 1)
     if len(data) > LARGEST_JSON:
         raise ValueError(f"it is larger than {LARGEST_JSON >> 20} MiB")
+    if sum(map(data.count, (b",", b"[", b"{"))) > MOST_VALUES:
+        raise ValueError(f"it has more than {MOST_VALUES} values")
     values = parse_json(data.decode("utf-8-sig"))
     if not isinstance(values, dict):
         raise ValueError(f"it is a {type(values).__name__}: it must be a JSON object")

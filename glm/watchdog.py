@@ -94,11 +94,14 @@ def accept(listener, secret):
     ranks, received, deadline = {}, {}, time.monotonic() + TIMEOUT
     while len(ranks) < dist.get_world_size() - 1:
         ready = wait([listener, *received], timeout=max(deadline - time.monotonic(), 0))
-        if not ready:
+        if not ready or time.monotonic() > deadline:
             raise Fault(f"only {len(ranks) + 1} of {dist.get_world_size()} processes have met in {TIMEOUT} s")
         for connection in ready:
             if connection is listener:
-                connection, _ = listener.accept()
+                try:
+                    connection, _ = listener.accept()
+                except OSError:  # it is gone already
+                    continue
                 connection.setblocking(False)
                 received[connection] = b""
                 if len(received) > MOST_STRANGERS + dist.get_world_size():

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from glm.errors import InputError
 from glm.files import check_plain_name, dump_json, open_regular, parse_json, write_atomically
-from glm.outputs.layout import LOCK, MODEL, REPLACED, RESULTS, UNFINISHED, find
+from glm.outputs.layout import LOCK, MODEL, REPLACED, RESULTS, TORCH, UNFINISHED, find
 from glm.processes import barrier, is_first_of_run
 
 
@@ -47,20 +47,20 @@ def replace_together(folder: Path, patterns: Collection[str] = ()):
     barrier()
     if first:
         written = {path.name for path in staging.iterdir()}
-        replaced = {path.name for path in find(folder, patterns)} - written
-        write_atomically(staging / REPLACED, dump_json(sorted(replaced)))
-        finish_interrupted_replace(folder)
+        replaced = sorted({path.name for path in find(folder, patterns)} - written)
+        write_atomically(staging / REPLACED, dump_json(replaced))
+        _move(staging, replaced)
         shutil.rmtree(staging)
 
 
 def finish_interrupted_replace(folder: Path):
     """Do what a run that was killed had left to move into ``folder``, if anything.
 
-    The list comes from a file: it is checked as a whole before anything is moved, and names files of
-    this folder alone.
+    The folder may come from a stranger: all is checked before anything is moved. The list names files
+    of this folder alone, and what moves is a file, in no folder's place, or torch/.
 
     Raises:
-        ValueError: where it is no list of names that a run replaces. OSError: where it can't be read.
+        ValueError: where it is nothing that a run leaves. OSError: where it can't be read.
     """
     staging = Path(folder, UNFINISHED)
     if staging.is_symlink() or not os.path.lexists(staging / REPLACED):
@@ -72,8 +72,22 @@ def finish_interrupted_replace(folder: Path):
     for name in names:
         if not any(fnmatch(check_plain_name(name), pattern) for pattern in (*MODEL, *RESULTS)):
             raise ValueError(f"{name!r} is nothing that a run replaces")
-    staged = [path for path in staging.iterdir() if path.name not in (REPLACED, LOCK, UNFINISHED)]
-    for path in staged:
+    for path in _staged(staging):
+        file = path.is_file() and not (Path(folder, path.name).is_dir() and path.name != TORCH)
+        if path.is_symlink() or not (file or path.is_dir() and path.name == TORCH):
+            raise ValueError(f"{path.name!r} is nothing that a run writes")
+    _move(staging, names)
+
+
+def _staged(staging):
+    """The paths of what moves."""
+    return [path for path in staging.iterdir() if path.name not in (REPLACED, LOCK, UNFINISHED)]
+
+
+def _move(staging, names):
+    """Move all files of the staging folder into the one that it is in, whose ``names`` go."""
+    folder = staging.parent
+    for path in _staged(staging):
         target = Path(folder, path.name)
         if path.is_dir() or target.is_dir():  # only a file can be renamed to what is there
             remove(target)

@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import os
 import shutil
 from pathlib import Path
 from typing import Callable, Optional
@@ -10,7 +11,7 @@ from paddlenlp.trainer.trainer_callback import TrainerCallback, TrainerState
 from paddlenlp.trainer.trainer_utils import IntervalStrategy
 
 from glm.errors import Fault
-from glm.files import dump_json, write_atomically
+from glm.files import dump_json, open_regular, write_atomically
 from glm.outputs.checkpoints import checkpoint_paths, compute_checksums, list_files, open_checkpoint
 from glm.outputs.folder import RunFolder
 from glm.outputs.layout import INCOMPLETE, MANIFEST, TRAINER_STATE
@@ -75,8 +76,11 @@ class SaveCheckpoints(TrainerCallback):
         """Return whether this run wrote, or began to write, the checkpoint at ``path``."""
         with contextlib.suppress(OSError, ValueError):
             if not path.is_symlink() and path.is_dir():
-                begun = (path / INCOMPLETE).is_file() and (path / INCOMPLETE).read_text()
-                return self.folder.new_run.id in (begun, open_checkpoint(path).run.id)
+                if os.path.lexists(path / INCOMPLETE):
+                    with open_regular(path / INCOMPLETE) as file:
+                        if file.read(99).decode() == self.folder.new_run.id:
+                            return True
+                return self.folder.new_run.id == open_checkpoint(path).run.id
         return False
 
     def on_step_end(self, args, state, control, **kwargs):
@@ -99,7 +103,7 @@ class SaveCheckpoints(TrainerCallback):
     def on_save(self, args, state, control, model=None, **kwargs):
         path, first = self.saving, is_first_of_machine()
         if first:
-            _make_state_readable(path / TRAINER_STATE)
+            make_state_readable(path / TRAINER_STATE)
         barrier()  # all have written theirs
         run = self.folder.new_run
         manifest = {
@@ -166,8 +170,8 @@ def _is_evaluation_due(args, state):
     return due and not any(name.startswith("eval_") for row in rows for name in row)
 
 
-def _make_state_readable(path):
-    """Take out of the Trainer's state what PaddleNLP 3 adds and PaddleNLP 2 refuses."""
+def make_state_readable(path: Path):
+    """Take out of the Trainer's state, a file, what PaddleNLP 3 adds and PaddleNLP 2 or JSON refuses."""
     state = json.loads(path.read_text(encoding="utf-8"))
     state.pop("consumed_samples", None)
     path.write_text(dump_json(state, indent=2, sort_keys=True), encoding="utf-8")

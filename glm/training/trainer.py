@@ -22,7 +22,7 @@ from glm.training.memory import MemoryEstimate, memory_metrics, memory_peak
 from glm.training.numerics import CheckFinite, Gradients, SeedEachStep, are_finite
 from glm.training.progress import TrainingProgress
 from glm.training.sampler import GroupedBatchSampler
-from glm.training.saving import SaveCheckpoints
+from glm.training.saving import SaveCheckpoints, make_state_readable
 from glm.training.stopping import EarlyStopping, StopBySignal
 from glm.weights.adapters import merge_lora
 from glm.weights.formats import read_state
@@ -305,6 +305,7 @@ class ResumableTrainer(Trainer):
         self.save_model(str(folder), merge_tensor_parallel=self.args.tensor_parallel_degree > 1)
         if self.is_world_process_zero():
             self.state.save_to_json(folder / TRAINER_STATE)
+            make_state_readable(folder / TRAINER_STATE)
 
     def save_merged(self, folder):
         """Write the model with the adapter in its weights, which stays in them."""
@@ -364,10 +365,9 @@ class ResumableTrainer(Trainer):
         master_weights = self.args.fp16_opt_level == "O2" and half
         names = self.resume.checkpoint.parameters
         state = read_optimizer_state(checkpoint, self.optimizer, self.model, names, master_weights)
-        self.optimizer.set_state_dict(state)
         # paddle.load would run what these files hold.
-        schedule = Path(checkpoint, "scheduler.pdparams")
-        self.lr_scheduler.set_state_dict(read_state(schedule, self.lr_scheduler.state_dict()))
+        schedule = read_state(Path(checkpoint, "scheduler.pdparams"), self.lr_scheduler.state_dict())
+        self.optimizer.set_state_dict({"LR_Scheduler": schedule, **state})
         # Which computes the rate anew, by this run's --learning_rate.
         self.lr_scheduler.step(self.resume.step - self.resume.steps_ahead)
         scaler = Path(checkpoint, "scaler.pdparams")

@@ -240,7 +240,10 @@ def read_parts(checkpoint, kind: str, ending: str, model: PretrainedModel) -> tu
         part, masters = {}, {}
         for path in paths:  # with sharding each file has the optimizer's state of other weights
             found = read_arrays(path)
-            masters.update(found.pop("master_weights", None) or {})
+            more = found.pop("master_weights", None) or {}
+            if not isinstance(more, dict):
+                raise ValueError("its master_weights are no arrays by name")
+            masters.update(more)
             part.update(found)
         joined.append({**part, "master_weights": masters} if masters else part)
     return joined, degree

@@ -12,20 +12,23 @@ import numpy as np
 import paddle
 from paddlenlp.utils.log import logger
 
-from glm.files import get_typed
-from glm.weights.loading import convert_layout, read_checkpoint, read_parts, to_float32
+from glm.errors import printable
+from glm.weights.loading import DTYPES, convert_layout, read_checkpoint, read_parts, to_float32
 
 
 class OptimizerState(NamedTuple):
     """This process's part of an AdamW's state in a checkpoint, by model_names."""
 
-    scheduler: dict  # the state of the learning rate's schedule
     moments: dict  # {model_name: {"moment1_0": float32 array, "beta1_pow_acc_0": array, ...}}
     masters: dict  # float32 master weights, {model_name: array}; empty where the run had none
 
 
 def sort_optimizer_state(
-    parts: list[dict], model_names: dict[str, str], convert: Callable, updated: dict[str, list[int]]
+    parts: list[dict],
+    model_names: dict[str, str],
+    convert: Callable,
+    shapes: dict[str, list[int]],
+    updated: set[str],
 ) -> OptimizerState:
     """Return what a checkpoint holds of an optimizer, sorted by weights.
 
@@ -34,32 +37,44 @@ def sort_optimizer_state(
             moment is called by the weight's saved_name or, with master weights, by the master's.
         model_names: by saved_name.
         convert: as ``convert_layout`` gives it.
-        updated: the shapes of the weights whose moments this process needs, by model_name.
+        shapes: of this process's weights, by model_name.
+        updated: the model_names of the weights whose moments this process needs.
 
     Raises:
-        ValueError: where a moment is none of its weight.
+        ValueError: where a moment or a master weight is none of its weight.
     """
     moments, masters = {}, {}
-    for key, value in parts[0].items():
+
+    def join(saved_name, key, table, power=False):
+        """The weight's model_name, and its ``key`` in ``table`` of all processes, as this one's part."""
+        model_name = model_names.get(saved_name)
+        if model_name not in shapes:
+            raise ValueError(f"its optimizer has {printable(key, 80)}, which is of no weight here")
+        values = [part.get(key) for part in map(table, parts)]
+        if not all(isinstance(value, np.ndarray) and str(value.dtype) in DTYPES for value in values):
+            raise ValueError(f"its optimizer's {printable(key, 80)} is no array of numbers")
+        value = values[0] if power else convert(model_name, values)  # all have the powers
+        if value.size != 1 if power else list(value.shape) != list(shapes[model_name]):
+            raise ValueError(f"its optimizer's {printable(key, 80)} has the shape {list(value.shape)}")
+        if power and not 0 <= value.item() <= 1:
+            raise ValueError(
+                f"its optimizer's {printable(key, 80)} is {value.item()}, and no power of a beta"
+            )
+        return model_name, value if value.dtype == np.float32 else to_float32(value)
+
+    for key in parts[0]:
         match = re.fullmatch(r"(.+?)(?:_fp32_master_0)?_((?:moment|beta)\d.*)", key)
-        if match is None or model_names[match[1]] not in updated:
+        # With sharding a process needs no other one's.
+        if match is None or (match[1] in model_names and model_names[match[1]] not in updated):
             continue
-        model_name, kind = model_names[match[1]], match[2]
-        if kind.startswith("moment"):
-            value = convert(model_name, [part[key] for part in parts])
-            fits = list(np.shape(value)) == list(updated[model_name])
-        else:  # a power of beta
-            fits = np.size(value) == 1
-        if not fits:
-            raise ValueError(f"its {kind} of {model_name} has the shape {list(np.shape(value))}")
-        moments.setdefault(model_name, {})[kind] = value
-    for saved_name in parts[0].get("master_weights") or {}:
-        model_name = model_names[saved_name]
-        masters[model_name] = convert(model_name, [part["master_weights"][saved_name] for part in parts])
-    scheduler = parts[0]["LR_Scheduler"]
-    get_typed(scheduler, "last_epoch", int, least=-1)
-    get_typed(scheduler, "last_lr", float, least=0)
-    return OptimizerState(scheduler, moments, masters)
+        model_name, value = join(match[1], key, lambda part: part, match[2].startswith("beta"))
+        moments.setdefault(model_name, {})[match[2]] = value
+    if updated and not moments:
+        raise ValueError("its optimizer has no moments of the weights that this run trains")
+    for saved_name in parts[0].get("master_weights", ()):
+        model_name, value = join(saved_name, saved_name, lambda part: part.get("master_weights", {}))
+        masters[model_name] = value
+    return OptimizerState(moments, masters)
 
 
 def name_optimizer_state(saved: OptimizerState, model, masters: dict, updated: set[str]) -> dict:
@@ -74,7 +89,7 @@ def name_optimizer_state(saved: OptimizerState, model, masters: dict, updated: s
         masters: arrays by model_name, of the weights with a master here.
         updated: the model_names of the weights that this process's optimizer updates.
     """
-    state, master_weights = {"LR_Scheduler": saved.scheduler}, {}
+    state, master_weights = {}, {}
     for model_name, weight in model.state_dict().items():
         if model_name not in updated:
             continue
@@ -106,17 +121,18 @@ def read_optimizer_state(
         master_weights: whether this run's optimizer has them.
 
     Returns:
-        What the optimizer's set_state_dict takes.
+        What the optimizer's set_state_dict takes, beside the state of its schedule.
     """
     while hasattr(optimizer, "_inner_opt"):  # fleet's wrappers; with sharding the innermost has some weights
         optimizer = optimizer._inner_opt
     parameters = {parameter.name for parameter in optimizer._parameter_list}
     weights = model.state_dict()
     model_names = model_names or {weight.name: name for name, weight in weights.items()}
-    updated = {name: weight.shape for name, weight in weights.items() if weight.name in parameters}
+    updated = {name for name, weight in weights.items() if weight.name in parameters}
+    shapes = {name: weight.shape for name, weight in weights.items()}
 
     parts, degree = read_parts(checkpoint, "optimizer", ".pdopt", model)
-    saved = sort_optimizer_state(parts, model_names, convert_layout(model, degree), updated)
+    saved = sort_optimizer_state(parts, model_names, convert_layout(model, degree), shapes, updated)
     for model_name, master in saved.masters.items():
         weight = weights[model_name]
         weight.set_value(paddle.to_tensor(master).astype(weight.dtype))
