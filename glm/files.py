@@ -12,6 +12,7 @@ import stat
 from pathlib import Path
 
 LARGEST_JSON = 1 << 26  # bytes: a manifest of 100,000 weights has a third of it
+LONGEST_TEXT = 1 << 14  # characters of a value: a path has 4096 bytes
 MOST_VALUES = 1 << 22  # of a JSON text: each takes up to a hundred bytes of memory
 
 
@@ -102,10 +103,19 @@ def get_typed(values, name, kinds, default=None, least=-(2**63), most=2**63 - 1)
     if not isinstance(value, accepted) or isinstance(value, bool) and bool not in kinds:
         expected = " or ".join(f"{'an' if kind is int else 'a'} {kind.__name__}" for kind in kinds)
         raise ValueError(f"{name!r} is a {type(value).__name__}: it must be {expected}")
+    if isinstance(value, str):
+        check_text(value, repr(name))
     number = isinstance(value, (int, float)) and not isinstance(value, bool)
     if number and not (math.isfinite(value) and least <= value <= most):
         raise ValueError(f"{name!r} is out of its range")
     return value
+
+
+def check_text(text, name):
+    """Return ``text`` if any file can hold it, else raise ValueError, which calls it ``name``."""
+    if len(text) > LONGEST_TEXT or any("\ud800" <= character <= "\udfff" for character in text):
+        raise ValueError(f"{name} is too long, or no text in UTF-8")
+    return text
 
 
 def take_known(values, kinds, owner=object):

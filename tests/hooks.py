@@ -4,13 +4,16 @@ HOOK='["fault", "SIGTERM", "training_step", 3, 0]' tests/parallel_worker.py ...:
 and its arguments, as JSON. ``helpers.Run`` and ``helpers.run_parallel`` take the same as ``hook``.
 """
 
+import contextlib
 import errno
 import fnmatch
 import hashlib
 import json
 import os
 import signal
+import socket
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -146,6 +149,31 @@ def split_loss(folder):
     arrays = {"losses": losses, "hidden": hidden.grad, "weight": weight.grad}
     np.savez(f"{folder}/out{rank}.npz", **{name: tensor.numpy() for name, tensor in arrays.items()})
     sys.exit(0)
+
+
+def strangers():
+    """Let strangers come first to the port where the processes of a run meet, and stay."""
+    create_server = socket.create_server
+
+    def watched(address, **kwargs):
+        listener = create_server(address, **kwargs)
+        said = [b"", b"GET / HTTP/1.1\r\n\r\n" * 9, b"x", bytes(36), b"\x80\x04N."] * 25
+        first = [socket.create_connection(listener.getsockname()) for _ in said[:60]]
+        for stranger, text in zip(first, said):
+            stranger.sendall(text)
+        kept.extend(first)
+
+        def come():
+            with contextlib.suppress(OSError):  # the port is closed once all have met
+                for text in said * 9:
+                    kept.append(socket.create_connection(listener.getsockname(), timeout=1))
+                    kept[-1].sendall(text)
+
+        threading.Thread(target=come, daemon=True).start()
+        print("STRANGERS", len(said), file=sys.stderr)
+        return listener
+
+    kept, socket.create_server = [], watched
 
 
 def published(server, folder):

@@ -44,6 +44,13 @@ LAYOUTS = {
 }
 
 
+def test_strangers_do_not_stop_a_run(data, tmp_path):
+    """Those that come before the other process, say something else than the secret, or nothing."""
+    args = [*COMMON, *flags(model_name_or_path=TINY_GLM, task_name=data, output_dir=tmp_path / "out")]
+    lines = run_parallel(2, *args, "--do_train", "--max_steps", 1, hook=["strangers"])
+    assert any("STRANGERS" in line for line in lines) and (tmp_path / "out/model_state.pdparams").exists()
+
+
 def train(name, folder, *args):
     """Train on a layout, with the output in ``folder``/out. Returns what was logged."""
     processes, layout = LAYOUTS[name]

@@ -65,9 +65,10 @@ class RunFolder:
                 replaced = path.is_file() or path.is_symlink() or name == layout.TORCH
                 if os.path.lexists(path) and not replaced:
                     raise InputError(f"{path} is no file: move it away, or give another --output_dir")
-        if (self.path / "runs").is_symlink():
-            advice = "remove it, or give what it leads to by --logging_dir"
-            raise InputError(f"{self.path}/runs is a link: {advice}")
+        runs = self.path / "runs"
+        for path in (runs, Path(getattr(self.args, "logging_dir", None) or runs)):
+            if path.is_symlink() and runs in (path, path.parent):
+                raise InputError(f"{path} is a link: remove it, or give what it leads to by --logging_dir")
         if not self.args.do_train or self.args.overwrite_output_dir:
             return
         names = [name for name in os.listdir(self.path) if not name.startswith(layout.LOCK)]
@@ -125,11 +126,7 @@ class RunFolder:
         if not args.do_train or (args.overwrite_output_dir and given is None):
             return None
         weights_alone = args.ignore_load_lr_and_optim
-        but = (
-            (*resuming.OPTIMIZER_FILES.values(), "scaler.pdparams", layout.TRAINER_STATE)
-            if weights_alone
-            else ()
-        )
+        but = resuming.BESIDE_WEIGHTS if weights_alone else ()
         if given is None:
             checkpoint = self._find_last(but)
         else:

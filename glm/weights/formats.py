@@ -302,6 +302,14 @@ def _read_torch(path):
 def _read_torch_zip(path, data):
     """The pickled object and the bytes of its storages by key: a zip of NAME/data.pkl and NAME/data/KEY."""
     with open_regular(path) as file:
+        read = file.read
+
+        def read_directory(size=-1):
+            if size > LARGEST_HEADER:  # an entry takes ten times as much memory as in the file
+                raise ValueError(f"its directory is larger than {LARGEST_HEADER >> 20} MiB")
+            return read(size)
+
+        file.read = read_directory
         try:
             entries = zipfile.ZipFile(file).infolist()
         except zipfile.BadZipFile as error:

@@ -144,7 +144,7 @@ def read_optimizer_state(
         logger.train("the checkpoint has no master weights: they are its weights")
         parts, degree = read_checkpoint(checkpoint, model)
         convert = convert_layout(model, degree)
-        for name in updated.keys() & parts[0].keys():
+        for name in updated & parts[0].keys():
             if weights[name].dtype != paddle.float32 and not weights[name].stop_gradient:
                 masters[name] = convert(name, [part[name] for part in parts])
     return name_optimizer_state(saved, model, masters, updated)

@@ -24,7 +24,7 @@ from paddlenlp.transformers.tokenizer_utils_base import AddedToken
 from paddlenlp.utils.log import logger
 
 from glm.errors import InputError, as_input_error, printable
-from glm.files import open_regular, read_json, take_known
+from glm.files import check_text, open_regular, read_json, take_known
 from glm.outputs.layout import ADAPTER, WHOLE_MODEL, find
 from glm.outputs.replace import check_complete
 from glm.weights.adapters import Adapter, check_base, read_adapter_weights, resolve_adapter
@@ -66,6 +66,7 @@ ENGLISH = ("GLMGPT2Tokenizer", "GLMBertTokenizer")
 SENTENCEPIECE = GLMChineseTokenizer.resource_files_names["model_file"]
 LARGEST_SENTENCEPIECE = 1 << 26  # bytes: the published one has a million
 MOST_TOKENS = 1000  # beside the pieces: the published tokenizer has ten
+LONGEST_TOKEN = 200  # characters: each takes a dict of the tokenizer's
 TOKEN_KEYS = {
     **dict.fromkeys(GLMChineseTokenizer.SPECIAL_TOKENS_ATTRIBUTES[:7], ((str, dict),)),
     "additional_special_tokens": (list,),
@@ -326,8 +327,10 @@ def make_tokenizer(folder: Path, config: GLMConfig, where: str):
         settings.update(take_known(special_tokens, TOKEN_KEYS))
         for key in settings.keys() & TOKEN_KEYS.keys():
             settings[key] = as_token(settings[key], key)
-        if not all(isinstance(index, int) and token for token, index in added_tokens.items()):
-            raise ValueError("added_tokens.json is no table of ids by token")
+        for token, index in added_tokens.items():
+            if type(index) is not int or index < 0:
+                raise ValueError("added_tokens.json is no table of ids by token")
+            as_token(token, "added_tokens.json")
         count = len(added_tokens) + len(settings.get("additional_special_tokens", ()))
         if count > min(MOST_TOKENS, config.vocab_size):
             raise ValueError(f"it has {count} tokens beside its pieces")
@@ -350,7 +353,8 @@ def as_token(value, key: str):
         return [as_token(item, key) for item in value]
     if isinstance(value, dict):
         value = AddedToken(**take_known(value, ADDED_TOKEN_KEYS))
-    if not (isinstance(value, (str, AddedToken)) and str(getattr(value, "content", value))):
+    text = getattr(value, "content", value)
+    if not (isinstance(text, str) and 0 < len(check_text(text, key)) <= LONGEST_TOKEN):
         raise ValueError(f"{key!r} is no text of a token")
     return value
 
