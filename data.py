@@ -3,16 +3,14 @@
 Nothing here needs a model or a device: features and batches are numpy arrays.
 """
 
-import unicodedata
-
 import numpy as np
 from paddlenlp.utils.log import logger
 from tqdm import tqdm
 
 from glm.errors import InputError
+from glm.templates import get_templates
 
-SOURCE_OPENING = "答案：{answer}，上下文："
-TARGET_OPENING = "在已知答案的前提下，问题："
+SPACE = "\u2581"  # as sentencepiece writes it
 PAD_MULTIPLE = 8  # matrix units want lengths that are multiples of 8
 
 
@@ -32,53 +30,111 @@ def split_text(tokenizer, text):
     return tokenizer._tokenize(text)
 
 
-def encode_source(tokenizer, record, src_length):
-    """Encode ``[CLS] 答案：{answer}，上下文：{context} [gMASK] <|endoftext|>``.
+def encode_source(tokenizer, record, src_length, truncation="end"):
+    """Encode ``[CLS]``, the source template with the record's fields, ``[gMASK] <|endoftext|>``.
 
-    Only the context is cut, at its end.
+    Args:
+        truncation (str): what stays of the template's last field where that is too long: its beginning
+            (``end``), or the part around the record's answer (``answer``).
 
     Returns:
-        at most ``src_length`` ids, list[int], and whether the context was cut, bool.
+        at most ``src_length`` ids, list[int], and what the text lost, list[str] for ``build_dataset``.
 
     Raises:
-        InputError: where even an empty context leaves too many ids.
+        InputError: where even an empty last field leaves too many ids.
     """
-    opening = SOURCE_OPENING.format(answer=record["answer"])
-    room = src_length - 3  # [CLS], [gMASK] and <|endoftext|>
-    # The answer is rarely so long. NFKC, which the tokenizer applies, makes up to 18 characters of one.
-    if room < 2 * len(unicodedata.normalize("NFKC", opening)) + 8:
-        length = len(encode_text(tokenizer, opening))
-        if length > room:
-            raise InputError(
-                f"{record['where']}: prompt and answer take {length + 3} tokens, more than "
-                f"--src_length {src_length}: raise it or shorten the answer"
-            )
-    # Opening and context are encoded as one text, as in pre-training: a piece may span the seam.
-    ids = encode_text(tokenizer, opening + record["context"])
-    source_ids = [tokenizer.cls_token_id, *ids[:room], tokenizer.gmask_token_id, tokenizer.eos_token_id]
-    return source_ids, len(ids) > room
+    room, losses = src_length - 3, []  # [CLS], [gMASK] and <|endoftext|>
+    # The template is encoded as one text, as in pre-training: a piece may span a seam.
+    text = "".join(get_templates(tokenizer).source.fill(record))
+    pieces = split_text(tokenizer, text)
+    if len(pieces) > room:
+        pieces, losses = cut_passage(tokenizer, record, pieces, src_length, truncation)
+    ids = tokenizer.convert_tokens_to_ids(pieces) if pieces else []
+    if tokenizer.unk_token_id in ids:
+        losses = [*losses, "sources have characters that the tokenizer does not know"]
+    return [tokenizer.cls_token_id, *ids, tokenizer.gmask_token_id, tokenizer.eos_token_id], losses
 
 
-def encode_target(tokenizer, question, tgt_length):
-    """Encode a question behind the fixed opening.
+def cut_passage(tokenizer, record, pieces, src_length, truncation):
+    """Cut the passage, which is the last field of the source.
+
+    Args:
+        pieces (list[str]): of the source. src_length, truncation: as ``encode_source`` has them.
 
     Returns:
-        labels, list[int], which end with ``<|endofpiece|>`` and are ``tgt_length`` at most, and
-        whether the question was cut, bool.
+        the pieces that stay, and what the passage lost, list[str].
+
+    Raises:
+        InputError: where what may not be cut is too long.
     """
-    ids = encode_text(tokenizer, TARGET_OPENING + question)
-    return ids[: tgt_length - 1] + [tokenizer.eop_token_id], len(ids) >= tgt_length
+
+    def join(text):
+        return "".join(split_text(tokenizer, text))
+
+    # Places are found in the pieces' own text: NFKC makes up to 18 characters of one. A piece at a seam is
+    # not the passage's.
+    template = get_templates(tokenizer).source
+    *before, _, after = template.fill(record)
+    text, ends = "".join(pieces), np.cumsum([len(piece) for piece in pieces])
+    start, stop = len(join("".join(before))), len(text) - len(join(after).lstrip(SPACE))
+    first = int(np.searchsorted(np.append(0, ends[:-1]), start))
+    last = max(int(np.searchsorted(ends, stop, side="right")), first)  # the first piece behind it
+    fixed = len(pieces) - (last - first)
+    room = src_length - 3 - fixed
+    if room < 0:
+        *names, _ = ("prompt", *template.fields)
+        raise InputError(
+            f"{record['where']}: {' and '.join(names)} take {fixed + 3} tokens, more than --src_length "
+            f"{src_length}: raise it{''.join(f' or shorten the {name}' for name in names[1:])}"
+        )
+    begin, losses = first, [f"passages are cut at --src_length {src_length}"]
+    if "answer" in template.fields[:-1]:
+        answer = join(record["answer"]).lstrip(SPACE)
+        place = text.find(answer, start, stop)
+        if truncation == "answer" and place >= 0:
+            answer_begin = int(np.searchsorted(ends, place, side="right"))
+            answer_end = int(np.searchsorted(ends, place + len(answer))) + 1
+            if answer_end > first + room:  # it does not fit from the beginning: the window is around it
+                margin = max(room - (answer_end - answer_begin), 0) // 2
+                begin = max(min(answer_begin - margin, last - room), first)
+        if place >= 0 and answer not in "".join(pieces[:first] + pieces[begin : begin + room])[start:]:
+            losses.append(f"passages lose their answer, cut at --src_length {src_length}")
+    return pieces[:first] + pieces[begin : begin + room] + pieces[last:], losses
+
+
+def encode_target(tokenizer, text, tgt_length):
+    """Encode a target behind its fixed opening.
+
+    Returns:
+        labels, list[int], which end with ``<|endofpiece|>`` and are ``tgt_length`` at most, and what the
+        text lost, list[str] for ``build_dataset``.
+    """
+    ids, losses = encode_text(tokenizer, get_opening(tokenizer) + text), []
+    if len(ids) >= tgt_length:
+        losses.append(f"targets are cut at --tgt_length {tgt_length}")
+    labels = ids[: tgt_length - 1] + [tokenizer.eop_token_id]
+    if tokenizer.unk_token_id in labels:
+        losses.append("targets have characters that the tokenizer does not know")
+    return labels, losses
+
+
+def get_opening(tokenizer):
+    """Returns the fixed opening of a target, str, which may be empty."""
+    return get_templates(tokenizer).target.parts[0]
 
 
 def decode_target(tokenizer, token_ids):
     """Decode generated ids. Returns str, without the fixed opening and special tokens."""
     special = set(tokenizer.all_special_ids)
-    # A checkpoint's vocabulary is padded past the tokenizer's: such ids have no text.
-    ids = [int(i) for i in token_ids if i < len(tokenizer) and int(i) not in special]
-    text = tokenizer.convert_tokens_to_string(tokenizer.convert_ids_to_tokens(ids)) if ids else ""
+
+    def decode(token_ids):
+        # A checkpoint's vocabulary is padded past the tokenizer's: such ids have no text.
+        ids = [int(i) for i in token_ids if i < len(tokenizer) and int(i) not in special]
+        return tokenizer.convert_tokens_to_string(tokenizer.convert_ids_to_tokens(ids)) if ids else ""
+
     # The opening as the tokenizer writes it.
-    opening = tokenizer.convert_tokens_to_string(split_text(tokenizer, TARGET_OPENING))
-    return text[len(opening) :].strip() if text.startswith(opening) else text.strip()
+    opening = decode(encode_text(tokenizer, get_opening(tokenizer)))
+    return decode(token_ids).removeprefix(opening).strip()
 
 
 def build_features(tokenizer, source_ids, labels):
@@ -125,42 +181,42 @@ def build_position_ids(source_length, length, padded_length):
 
 
 def check_target_length(tokenizer, tgt_length):
-    """Raise InputError unless ``tgt_length`` has room for the opening and a question."""
-    opening = len(encode_text(tokenizer, TARGET_OPENING))
+    """Raise InputError unless ``tgt_length`` has room for the opening and a text behind it."""
+    opening = len(encode_text(tokenizer, get_opening(tokenizer)))
     if tgt_length < opening + 2:
         raise InputError(
-            f"--tgt_length {tgt_length} has no room for a question: its fixed opening takes "
+            f"--tgt_length {tgt_length} has no room for a text: its fixed opening takes "
             f"{opening} tokens and the end token one, so give at least {opening + 2}"
         )
 
 
 def describe_generation(tokenizer, generation, dataset):
-    """Log what beam search makes of the fixed opening, which it counts like the question behind it.
+    """Log what beam search makes of the fixed opening, which it counts like the text behind it.
 
     Args:
         generation (GenerationArguments): how it generates.
-        dataset (list[dict]): the features of records with questions, if there are any.
+        dataset (list[dict]): the features of records with targets, if there are any.
     """
-    opening, least = len(encode_text(tokenizer, TARGET_OPENING)), generation.min_tgt_length
+    opening, least = len(encode_text(tokenizer, get_opening(tokenizer))), generation.min_tgt_length
     # Of the labels, the end token is not counted: the minimum is of tokens before it.
     longest = max((len(features["labels"]) - 1 for features in dataset), default=0)
     if 0 < longest < least:
         logger.warning(
-            f"--min_tgt_length {least} is over the longest question of the data, which has {longest} "
+            f"--min_tgt_length {least} is over the longest target of the data, which has {longest} "
             f"tokens with its opening of {opening}: all predictions will be longer"
         )
-    elif least:
+    elif least and opening:
         logger.eval(
-            f"--min_tgt_length {least} counts the {opening} tokens of the fixed opening: a question has "
-            f"at least {max(least - opening, 0)}"
+            f"--min_tgt_length {least} counts the {opening} tokens of the fixed opening: the text behind it "
+            f"has at least {max(least - opening, 0)}"
         )
-    if generation.no_repeat_ngram_size == 1:
+    if generation.no_repeat_ngram_size == 1 and opening:
         logger.warning(
-            "--no_repeat_ngram_size 1 counts the fixed opening too: its words can't stand in a question"
+            "--no_repeat_ngram_size 1 counts the fixed opening too: its words can't stand behind it"
         )
 
 
-def build_dataset(tokenizer, records, src_length, tgt_length, quiet=True):
+def build_dataset(tokenizer, records, src_length, tgt_length, truncation="end", quiet=True):
     """Build the features of every record, before training starts.
 
     So a mistake in the last record shows at once. What the features lose of the records is
@@ -171,46 +227,22 @@ def build_dataset(tokenizer, records, src_length, tgt_length, quiet=True):
         list[dict]: see ``build_features``, and ``record`` and its ``index`` in the list.
 
     Raises:
-        InputError: where a prompt and its answer take more than ``src_length`` tokens.
+        InputError: where a prompt and its fields take more than ``src_length`` tokens.
     """
-    dataset, losses = [], {}
+    dataset, losses, templates = [], {}, get_templates(tokenizer)
     bar = tqdm(records, "features", delay=2, disable=quiet, dynamic_ncols=True)
     for index, record in enumerate(bar):
-        source_ids, source_cut = encode_source(tokenizer, record, src_length)
-        labels, target_cut = [], False
-        if record["question"] is not None:
-            labels, target_cut = encode_target(tokenizer, record["question"], tgt_length)
-        found = {
-            f"passages are cut at --src_length {src_length}": source_cut,
-            f"passages lose their answer, cut at --src_length {src_length}": source_cut
-            and is_answer_cut(tokenizer, record, src_length),
-            f"questions are cut at --tgt_length {tgt_length}": target_cut,
-            "questions have characters that the tokenizer does not know": tokenizer.unk_token_id in labels,
-            "passages or answers have characters that the tokenizer does not know": tokenizer.unk_token_id
-            in source_ids,
-        }
-        for loss, is_found in found.items():
-            if is_found:
-                losses.setdefault(loss, []).append(record["where"])
+        source_ids, source_losses = encode_source(tokenizer, record, src_length, truncation)
+        reference, labels, target_losses = templates.get_reference(record), [], []
+        if reference is not None:
+            labels, target_losses = encode_target(tokenizer, reference, tgt_length)
+        for loss in source_losses + target_losses:
+            losses.setdefault(loss, []).append(record["where"])
         features = build_features(tokenizer, source_ids, labels)
         dataset.append({**features, "index": index, "record": record})
     for loss, places in losses.items():
         logger.warning(f"{len(places)} of {len(records)} {loss}, the first at {places[0]}")
     return dataset
-
-
-def is_answer_cut(tokenizer, record, src_length):
-    """Return whether the answer stands in the context, but not in what ``src_length`` leaves of it."""
-
-    def normalize(pieces):
-        return tokenizer.convert_tokens_to_string(pieces)
-
-    opening = SOURCE_OPENING.format(answer=record["answer"])
-    pieces = split_text(tokenizer, opening + record["context"])
-    start = len(normalize(split_text(tokenizer, opening)))
-    answer = normalize(split_text(tokenizer, record["answer"]))
-    complete, kept = normalize(pieces), normalize(pieces[: src_length - 3])
-    return answer in complete[start:] and answer not in kept[start:]
 
 
 def build_attention_mask(source_length, length, padded_length):

@@ -52,13 +52,14 @@ from glm.outputs.folder import open_run_folder
 from glm.outputs.results import write_results
 from glm.processes import is_first_of_machine, tensor_parallel_part
 from glm.records import parse_each_line, read_in_batches, read_lines, read_records
+from glm.templates import choose_templates, get_templates
 from glm.training.memory import estimate_memory
 from glm.watchdog import Peers, watch_launcher
 from glm.weights.adapters import add_lora
 from glm.weights.loading import load_model
 from glm.weights.pretrained import check_lengths, find_pretrained
 from glm.weights.torch_folder import export_torch
-from utils import GLMTrainer, prediction_row
+from utils import GLMTrainer, prediction_row, shown_fields
 
 # What the system says where nothing more can be written.
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
@@ -75,8 +76,9 @@ def fine_tune(model_args, data_args, generation, args, folder):
     pretrained = find_pretrained(model_args)
     _, degree = tensor_parallel_part(args)
     check_lengths(pretrained, data_args.src_length, generation, degree)
-    check_target_length(pretrained.tokenizer, generation.tgt_length)
     checkpoint = folder.find_checkpoint(lora=pretrained.adapter is not None)
+    data_args = choose_templates(pretrained.tokenizer, data_args, checkpoint and checkpoint.path)
+    check_target_length(pretrained.tokenizer, generation.tgt_length)
     folder.check_contents(checkpoint)
     folder.check_models(pretrained, writes_model=args.do_train or model_args.merge_lora)
     datasets = read_datasets(pretrained.tokenizer, data_args, generation, args)
@@ -130,7 +132,7 @@ def fine_tune(model_args, data_args, generation, args, folder):
 
     if model_args.export_torch:
         export_torch(folder, pretrained.trained_in(folder.path) if args.do_train else pretrained)
-    show_results(results, trainer.rows)
+    show_results(results, trainer.rows, shown_fields(pretrained.tokenizer))
 
 
 def load(pretrained, args, memory):
@@ -147,10 +149,11 @@ def load(pretrained, args, memory):
 
 def read_datasets(tokenizer, data_args, generation, args):
     """Returns the features of train, dev and test, lists, empty where the run needs none."""
+    templates = get_templates(tokenizer)
 
     def read(split, source, limit):
-        records = read_records(source, split, require_question=split != "test")[:limit]
-        lengths = (data_args.src_length, generation.tgt_length)
+        records = read_records(source, split, split != "test", templates)[:limit]
+        lengths = (data_args.src_length, generation.tgt_length, data_args.truncation)
         return build_dataset(tokenizer, records, *lengths, quiet=args.disable_tqdm)
 
     train_dataset, dev_dataset, test_dataset = [], [], []
@@ -167,17 +170,16 @@ def read_datasets(tokenizer, data_args, generation, args):
     return train_dataset, dev_dataset, test_dataset
 
 
-def show_results(results, rows):
-    """Log a table of ``results``, and three predictions beside their references."""
+def show_results(results, rows, fields):
+    """Log a table of ``results``, and the ``fields`` of three rows of predictions."""
     kinds = ("loss", "rouge1", "rouge2", "rougel", "bleu4", "samples_per_second", "memory_peak_gb")
     for name, value in sorted(results.items()):
         if name.endswith(kinds) and value is not None:
             logger.eval(f"{name:24}  {value:.4g}")
     for row in rows[:3]:
-        logger.eval(f"answer      {row['answer']}")
-        logger.eval(f"prediction  {row['prediction']}")
-        if row["reference"] is not None:
-            logger.eval(f"reference   {row['reference']}")
+        for name in fields:
+            if row[name] is not None:
+                logger.eval(f"{name:10}  {row[name]}")
 
 
 def answer_lines(model_args, data_args, generation, args):
@@ -197,6 +199,7 @@ def answer_lines(model_args, data_args, generation, args):
         pretrained = find_pretrained(model_args)
         tokenizer = pretrained.tokenizer
         check_lengths(pretrained, data_args.src_length, generation, degree=1)
+        data_args = choose_templates(tokenizer, data_args)
         check_target_length(tokenizer, generation.tgt_length)
         memory = estimate_memory(args, pretrained, generation, [], [])
         model = load(pretrained, args, memory)
@@ -207,7 +210,7 @@ def answer_lines(model_args, data_args, generation, args):
         wrong_lines = []
         # A file of its own: a thread that waits in sys.stdin would hinder the interpreter's end.
         lines = read_lines(os.fdopen(os.dup(0), "rb"), "standard input")
-        items = read_features(tokenizer, lines, data_args.src_length)
+        items = read_features(tokenizer, lines, data_args.src_length, data_args.truncation)
         items = itertools.islice(items, data_args.max_predict_samples)
         for batch in read_in_batches(items, args.per_device_eval_batch_size):
             features = [item for item in batch if not isinstance(item, InputError)]
@@ -222,15 +225,13 @@ def answer_lines(model_args, data_args, generation, args):
         raise InputError(f"lines without an answer: {len(wrong_lines)}, the first: {wrong_lines[0]}")
 
 
-def read_features(tokenizer, lines, src_length):
+def read_features(tokenizer, lines, src_length, truncation):
     """Yield the features of each of the ``lines``, or an InputError that says what is wrong with it."""
-    for record in parse_each_line(lines, "standard input", require_question=False):
+    for record in parse_each_line(lines, "standard input", False, get_templates(tokenizer)):
         try:
             if isinstance(record, InputError):
                 raise record
-            if record["answer"] is None:
-                raise InputError(f"{record['where']}: the question has no answer: give one")
-            source_ids, _ = encode_source(tokenizer, record, src_length)
+            source_ids, _ = encode_source(tokenizer, record, src_length, truncation)
             features = build_features(tokenizer, source_ids, labels=[])
             yield {**features, "index": None, "record": record}
         except InputError as error:

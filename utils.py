@@ -17,6 +17,7 @@ from glm.metrics import compute_metrics, rouge
 from glm.modeling import replace_forward, target_losses
 from glm.outputs.results import write_predictions
 from glm.processes import gather_objects
+from glm.templates import get_templates
 from glm.training.memory import memory_metrics, memory_peak
 from glm.training.progress import Curves
 from glm.training.trainer import ResumableTrainer
@@ -36,13 +37,20 @@ def prediction_row(tokenizer, record, hypotheses, candidates=False):
     for token_ids, score in hypotheses:
         text = decode_target(tokenizer, token_ids)
         shown.append({"prediction": text, "score": score, "token_ids": token_ids})
-    row = {key: record[key] for key in ("id", "context", "answer")}
-    row.update(reference=record["question"], **shown[0], rougel=None)
+    templates = get_templates(tokenizer)
+    fields = [name for name in templates.fields if name in templates.source.fields]
+    row = {name: record[name] for name in ("id", *fields)}
+    row.update(reference=templates.get_reference(record), **shown[0], rougel=None)
     scores = None
     if row["reference"] is not None:
         scores = rouge(row["prediction"], row["reference"])
         row["rougel"] = scores["rougel"]
     return ({**row, "candidates": shown} if candidates else row), scores
+
+
+def shown_fields(tokenizer):
+    """Returns the names of what people are shown of a row, list[str]: all but the passage."""
+    return [*get_templates(tokenizer).source.fields[:-1], "prediction", "reference"]
 
 
 class GLMTrainer(ResumableTrainer):
@@ -57,7 +65,7 @@ class GLMTrainer(ResumableTrainer):
         self.generation = generation
         self.rows = []  # the last predictions, as the predictions file has them
         if self.pop_callback(VisualDLCallback):  # by --report_to
-            self.add_callback(Curves(lambda: self.rows))
+            self.add_callback(Curves(lambda: self.rows, shown_fields(self.tokenizer)))
         replace_forward(self.model)
         self.tensor_parallel_group = None
         if self.args.tensor_parallel_degree > 1:

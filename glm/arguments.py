@@ -17,6 +17,8 @@ from glm.device import supports_dtype, supports_tensor_parallelism, use_device, 
 from glm.errors import InputError, as_input_error
 from glm.files import open_input, parse_json
 from glm.limits import ANY, COUNT, FRACTION, NOT_NEGATIVE, POSITIVE, TRAINING_LIMITS, Limits, check_argument
+from glm.records import DATASETS
+from glm.templates import DEFAULTS
 
 METRICS = ("loss", "rouge1", "rouge2", "rougel", "bleu4")
 LARGEST_FILE = 1 << 20  # bytes of an argument file
@@ -62,10 +64,19 @@ class DataArguments:
 
     task_name: str = argument(
         "dureader_qg",
-        "dureader_qg (downloaded by paddlenlp), or a folder with train.json, dev.json and test.json.",
+        f"{', '.join(DATASETS)} (downloaded), or a folder with train.json, dev.json and test.json.",
+    )
+    source_template: Optional[str] = argument(
+        None, f"What the model reads, fields in braces; by default its own, or {DEFAULTS['source_template']}"
+    )
+    target_template: Optional[str] = argument(
+        None, f"What it writes, in the same way; by default its own, or {DEFAULTS['target_template']}"
     )
     src_length: Annotated[int, COUNT] = argument(
         608, "Most token ids of a source: prompt, answer, context, special tokens."
+    )
+    truncation: str = argument(
+        "end", "Cut a passage at its end, or around the answer (answer).", choices=("end", "answer")
     )
     predict_file: str = argument(
         "", "JSON lines to predict from, in place of test.json; -: from standard input to standard output."

@@ -9,7 +9,15 @@ from paddlenlp.utils.log import logger
 
 from glm.errors import InputError, as_input_error
 from glm.files import open_input, parse_json
+from glm.templates import DEFAULT_TEMPLATES
 
+# Those that paddlenlp.datasets has on both stacks, and their splits.
+DATASETS = {
+    "dureader_qg": ("train", "dev"),
+    "cmrc2018": ("train", "dev"),
+    "drcd": ("train", "dev", "test"),
+    "dureader_robust": ("train", "dev", "test"),
+}
 # The lists that a nested file holds its questions in, from the outermost.
 LEVELS = ("data", "paragraphs", "qas")
 LONGEST_LINE = 1 << 28  # bytes
@@ -24,13 +32,22 @@ class BlankLine(InputError):
     """A line without a record. It is a mistake in a pipe alone."""
 
 
-def read_records(task_name, split, require_question=True):
+class Unanswered(InputError):
+    """A question that is said to have no answer. It is left out of a file, and a mistake in a pipe."""
+
+    def __init__(self, where):
+        super().__init__(f"{where}: the question has no answer: give one")
+        self.where = where
+
+
+def read_records(task_name, split, require_target=True, templates=DEFAULT_TEMPLATES):
     """Read one split.
 
     Args:
-        task_name (str): ``dureader_qg``, a folder that holds ``{split}.json``, or a file.
+        task_name (str): one of DATASETS, a folder that holds ``{split}.json``, or a file.
         split (str): ``train``, ``dev`` or ``test``.
-        require_question (bool): whether a record without a question is a mistake.
+        require_target (bool): whether a record without the fields of the target is a mistake.
+        templates (Templates): which fields there are.
 
     Returns:
         list of dicts: see ``parse_record``. Questions that have no answer are left out.
@@ -39,48 +56,68 @@ def read_records(task_name, split, require_question=True):
         InputError: also for a file that is missing or has no records.
     """
     source = Path(task_name)
-    if task_name == "dureader_qg" and not source.is_dir():
-        name = f"the {split} split of dureader_qg"
-        records = [
-            parse_record(row, f"{name}, record {number}", number, require_question)
-            for number, row in enumerate(load_dureader_qg(split))
-        ]
+    if task_name in DATASETS and not source.is_dir():
+        name = f"the {split} split of {task_name}"
+        rows = enumerate(load_published(task_name, split))
+        records = take_records(
+            parse_record(row, f"{name}, record {number}", number, require_target, templates)
+            for number, row in rows
+        )
     else:
         if not source.is_dir() and split != "test":
             raise InputError(
-                f"--task_name {task_name} is neither dureader_qg nor a folder: give one of the two"
+                f"--task_name {task_name} is neither a folder nor one of {', '.join(DATASETS)}: give one"
             )
         name = str(source / f"{split}.json" if source.is_dir() else source)
         try:
             with open_input(name) as file:
-                records = list(parse_lines(join_document(read_lines(file, name)), name, require_question))
+                lines = join_document(read_lines(file, name))
+                records = parse_lines(lines, name, require_target, templates)
         except InputError:
             raise
         except (OSError, ValueError) as error:
             reason = getattr(error, "strerror", None) or error
             needed = f", which {READ_BY[split]}" if source.is_dir() else ""
             raise InputError(f"{name}{needed}: {reason}: give a file that can be read") from error
-    unanswered = [record["where"] for record in records if record["answer"] is None]
-    if unanswered:
-        logger.warning(
-            f"{len(unanswered)} of {len(records)} questions have no answer and are left out, "
-            f"the first at {unanswered[0]}"
-        )
-        records = [record for record in records if record["answer"] is not None]
     if not records:
         raise InputError(f"{name} has no records: at least one is needed")
     return records
 
 
-def load_dureader_qg(split):
-    """Download a split of DuReaderQG. Returns its rows, dicts with source, title and target."""
+def load_published(name, split):
+    """Download a split of one of DATASETS. Returns its rows, dicts."""
     from paddlenlp.datasets import load_dataset  # takes a second, which folders need not wait
 
-    if split not in ("train", "dev"):
-        raise InputError(f"dureader_qg has no {split} split: give --task_name a folder with {split}.json")
+    if split not in DATASETS[name]:
+        raise InputError(f"{name} has no {split} split: give --task_name a folder with {split}.json")
     advice = "check the connection, or give --task_name a folder with train.json and dev.json"
-    with as_input_error("dureader_qg could not be downloaded", advice):
-        return load_dataset("dureader_qg", splits=split)
+    with as_input_error(f"{name} could not be downloaded", advice):
+        return load_dataset(name, splits=split)
+
+
+def take_records(results):
+    """Return the records, list, among ``results``, and count the questions without an answer in a line.
+
+    Args:
+        results: iterable of records and InputErrors, as ``parse_each_line`` gives them.
+
+    Raises:
+        InputError: the first that is a mistake in a file.
+    """
+    records, unanswered = [], []
+    for result in results:
+        if isinstance(result, Unanswered):
+            unanswered.append(result.where)
+        elif not isinstance(result, InputError):
+            records.append(result)
+        elif not isinstance(result, BlankLine):
+            raise result
+    if unanswered:
+        logger.warning(
+            f"{len(unanswered)} of {len(unanswered) + len(records)} questions have no answer and are left "
+            f"out, the first at {unanswered[0]}"
+        )
+    return records
 
 
 def read_lines(file, name):
@@ -106,34 +143,30 @@ def join_document(lines):
     return itertools.chain(head, lines)
 
 
-def parse_lines(lines, name, require_question):
-    """Parse JSON lines one at a time; blank lines are left out.
+def parse_lines(lines, name, require_target=True, templates=DEFAULT_TEMPLATES):
+    """Parse JSON lines; blank ones, and questions without an answer, are left out.
 
     Args:
         lines: iterable of bytes, such as a file.
         name (str): what messages call it.
-        require_question (bool): whether a record without a question is a mistake.
+        require_target, templates: as ``read_records`` has them.
 
-    Yields:
-        dict: see ``parse_record``.
+    Returns:
+        list of dicts: see ``parse_record``.
 
     Raises:
         InputError: with file and line, for a line that is not UTF-8 or not a JSON object, or a
             field that is missing, empty or of another type.
     """
-    for result in parse_each_line(lines, name, require_question):
-        if not isinstance(result, InputError):
-            yield result
-        elif not isinstance(result, BlankLine):
-            raise result
+    return take_records(parse_each_line(lines, name, require_target, templates))
 
 
-def parse_each_line(lines, name, require_question):
-    """Parse JSON lines as ``parse_lines`` does, and go on behind a mistake.
+def parse_each_line(lines, name, require_target=True, templates=DEFAULT_TEMPLATES):
+    """Parse JSON lines, and go on behind a mistake.
 
     Yields:
         dict or InputError: for each line its record (or those of its questions), or what is wrong with
-        it; that may be that it is blank.
+        it; that may be that it is blank, or has no answer.
     """
     count = 0
     for number, line in enumerate(lines, start=1):
@@ -141,7 +174,7 @@ def parse_each_line(lines, name, require_question):
         where = name if b"\n" in line.strip() else f"{name}:{number}"
         try:
             text = line.decode("utf-8-sig" if number == 1 else "utf-8").strip()
-            questions = flatten(parse_json(text), where) if text else ()
+            row = parse_json(text) if text else None
         except UnicodeDecodeError as error:
             yield InputError(f"{where}: byte {error.start + 1} is not UTF-8: save the file as UTF-8")
             continue
@@ -150,11 +183,9 @@ def parse_each_line(lines, name, require_question):
             continue
         if not text:
             yield BlankLine(f"{where}: the line is blank")
-        for question, place in questions:
-            try:
-                yield parse_record(question, place, count, require_question)
-            except InputError as error:
-                yield error
+            continue
+        for question, place in flatten(row, where) if templates.ask else [(row, where)]:
+            yield parse_record(question, place, count, require_target, templates)
             count += 1
 
 
@@ -186,8 +217,8 @@ def flatten(row, where, levels=LEVELS):
     yield row, where
 
 
-def parse_record(row, where, number, require_question):
-    """Bring a question of any published form into one.
+def parse_record(row, where, number, require_target=True, templates=DEFAULT_TEMPLATES):
+    """Take the fields that the templates name; question generation's in any published form.
 
     A field that is null counts as missing. But ``title`` takes the place of an answer that is null only
     beside ``source``: beside ``context`` it may be an article's.
@@ -196,39 +227,42 @@ def parse_record(row, where, number, require_question):
         row: what JSON holds.
         where (str): file and line.
         number (int): of the record, from 0.
-        require_question (bool): whether a record without a question is a mistake.
+        require_target, templates: as ``read_records`` has them.
 
     Returns:
-        dict: ``id`` (as given, else ``number``), ``context``, ``answer`` (None where the question
-        is said to have none), ``question`` (None where there is none) and ``where``.
+        dict: ``id`` (as given, else ``number``), ``where``, and the fields, of which those of the target
+        are None where they are missing and may be; or an InputError that says what is wrong.
     """
     if not isinstance(row, dict):
-        raise InputError(f"{where}: a {type(row).__name__}: each line must be one JSON object")
+        return InputError(f"{where}: a {type(row).__name__}: each line must be one JSON object")
     fields = {name: value for name, value in row.items() if value is not None}
     identifier = fields.get("id", fields.get("question_id", number))
     if not isinstance(identifier, (str, int)):
         kind = type(identifier).__name__
-        raise InputError(f"{where}: 'id' is a {kind}: it must be a string or a whole number")
+        return InputError(f"{where}: 'id' is a {kind}: it must be a string or a whole number")
+    if templates.ask:
+        fields["context"] = fields.get("context", fields.get("source"))
+        fields["answer"] = find_answer(row)
+        fields["question"] = fields.get("question", fields.get("target"))
     record = {"id": replace_surrogates(identifier), "where": where}
-    values = {
-        "context": fields.get("context", fields.get("source")),
-        "answer": find_answer(row),
-        "question": fields.get("question", fields.get("target")),
-    }
-    for name, value in values.items():
+    for name in templates.fields:
+        value, needed = fields.get(name), require_target or name in templates.source.fields
         blank = value is None or isinstance(value, str) and not value.strip()
-        if name == "question" and not require_question and blank or name == "answer" and value == []:
+        unanswered = templates.ask and name == "answer" and value == []
+        if not needed and (blank or unanswered):
             record[name] = None
+        elif unanswered:
+            return Unanswered(where)
         elif value is None:
             lack = "null" if name in row else "missing"
-            raise InputError(
-                f"{where}: the field '{name}' is {lack}: a record needs context, answer and question"
-            )
+            *names, last = templates.fields
+            listed = f"{', '.join(names)} and {last}" if names else last
+            return InputError(f"{where}: the field '{name}' is {lack}: a record needs {listed}")
         elif not isinstance(value, str):
             kind = type(value).__name__
-            raise InputError(f"{where}: the field '{name}' is a {kind}: it must be a string")
-        elif name == "question" and blank:
-            raise InputError(f"{where}: the field 'question' is empty: it is what the model learns to write")
+            return InputError(f"{where}: the field '{name}' is a {kind}: it must be a string")
+        elif blank and require_target and name in templates.target.fields:
+            return InputError(f"{where}: the field '{name}' is empty: it is what the model learns to write")
         else:
             record[name] = replace_surrogates(value)
     return record

@@ -22,7 +22,8 @@ def test_the_best_and_worst_predictions_are_shown(tmp_path):
         {"rougel": score / 100, "answer": f"a{score}", "prediction": f"p{score}", "reference": f"r{score}"}
         for score in np.random.default_rng(0).permutation(30)
     ]
-    curves = Curves(lambda: [*rows, {**rows[0], "rougel": None, "reference": None}])
+    rows_of_all = [*rows, {**rows[0], "rougel": None, "reference": None}]
+    curves = Curves(lambda: rows_of_all, ("answer", "prediction", "reference"))
     # As the Trainer has it where nothing was trained: every process is the first by its state.
     state = SimpleNamespace(is_world_process_zero=True, global_step=0)
     curves.on_evaluate(SimpleNamespace(logging_dir=str(tmp_path), process_index=1), state, None)

@@ -225,6 +225,11 @@ def evaluated_each_epoch(folder, printed):
     predictions(3)(folder, printed)
 
 
+def titled(folder, printed):
+    rows, records = predictions(2)(folder, printed), read_jsonl(ROOT / "tests/fixtures/titles/dev.json")
+    assert [(row["text"], row["reference"]) for row in rows] == [(r["text"], r["title"]) for r in records]
+
+
 def adapter(folder, printed):
     assert (folder / "out/lora_model_state.pdparams").exists()
     assert not (folder / "out/model_state.pdparams").exists()
@@ -307,6 +312,7 @@ ROWS = [
     Row(f"{SCRIPT} --help", check=prints("--num_return_sequences", "--tensor_parallel_degree"), slow=False),
     Row(DEMO, "--output_dir out --max_steps 20 --eval_steps 10 --logging_steps 5", predictions(60)),
     Row(f"{SCRIPT} configs/glm-large.json", SHORT, evaluated_each_epoch, slow=False),
+    Row(f"{SCRIPT} configs/glm-large.json --task_name tests/fixtures/titles", SHORT, titled, slow=False),
     Row(f"{SCRIPT} configs/glm-10b-lora.json", SHORT, adapter),
     Row(f"{SCRIPT} {LARGE} --num_train_epochs", check=single_card),
     Row(f"{SCRIPT} {LARGE} --output_dir ./checkpoints/glm-large-dureader_qg", SMALL, complete_model(3)),

@@ -45,8 +45,6 @@ def parse(*rows, require_question=True):
         ({"answers": {"text": "一"}, "title": "题"}, "一"),
         ({"answer": "一", "answers": ["二"]}, "一"),
         ({"answer": None, "answers": ["二"]}, "二"),
-        ({"answers": {"text": [], "answer_start": []}, "title": "题"}, None),
-        ({"answers": [], "title": "题"}, None),
         ({"source": CONTEXT, "title": "题"}, "题"),
         ({"source": CONTEXT, "answer": None, "title": "题"}, "题"),
         ({"source": "二", "answer": "一", "title": "题"}, "一"),
@@ -55,6 +53,15 @@ def parse(*rows, require_question=True):
 def test_the_answer_of_a_row(fields, answer):
     (record,) = parse({"context": CONTEXT, "question": "问？", **fields})
     assert record["answer"] == answer and record["context"] == CONTEXT
+
+
+def test_a_question_without_an_answer():
+    """It is left out of a file, and a mistake in a pipe."""
+    for answers in ([], {"text": [], "answer_start": []}):
+        row = {"context": CONTEXT, "question": "问？", "answers": answers, "title": "题"}
+        assert parse(row) == []
+        (error,) = parse_each_line([json.dumps(row).encode()], "f")
+        assert str(error) == "f:1: the question has no answer: give one"
 
 
 @pytest.mark.parametrize(

@@ -18,7 +18,8 @@ BESIDE_WEIGHTS = (*OPTIMIZER_FILES.values(), "scaler.pdparams", TRAINER_STATE)
 SETTINGS = (
     *("max_steps", "num_train_epochs", "seed", "learning_rate", "lr_scheduler_type", "warmup_steps"),
     *("warmup_ratio", "lr_decay_ratio", "label_smoothing", "weight_decay", "max_grad_norm"),
-    *("src_length", "tgt_length", "group_by_length", "metric_for_best_model", "greater_is_better"),
+    *("source_template", "target_template", "truncation", "src_length", "tgt_length", "group_by_length"),
+    *("metric_for_best_model", "greater_is_better"),
 )
 ADAPTER_FLAGS = {
     "r": "lora_rank",
@@ -114,7 +115,7 @@ def describe_training(arguments: dict, pretrained, records: list) -> dict:
     settings["num_train_epochs" if settings["max_steps"] > 0 else "max_steps"] = None
     digest = hashlib.blake2b(digest_size=16)
     for record in records:
-        texts = (record["context"], record["answer"], record["question"])
+        texts = [text for name, text in record.items() if name not in ("id", "where")]
         digest.update("\0".join([*texts, ""]).encode("utf-8", "surrogatepass"))
     return {
         "base": os.path.realpath(base) if os.path.isdir(base) else base,

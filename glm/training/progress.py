@@ -1,5 +1,6 @@
 """What a run shows while it trains: a bar or lines, and curves for VisualDL."""
 
+from collections.abc import Sequence
 from typing import Callable
 
 from paddlenlp.trainer.integrations import VisualDLCallback
@@ -45,11 +46,12 @@ class Curves(VisualDLCallback):
 
     Args:
         get_rows: returns the rows of the last evaluation, as its predictions file has them.
+        fields: the names of what is shown of a row.
     """
 
-    def __init__(self, get_rows: Callable[[], list[dict]]):
+    def __init__(self, get_rows: Callable[[], list[dict]], fields: Sequence[str]):
         super().__init__()
-        self.get_rows, self.in_training = get_rows, False
+        self.get_rows, self.fields, self.in_training = get_rows, fields, False
 
     def on_train_begin(self, args, state, control, **kwargs):
         super().on_train_begin(args, state, control, **kwargs)
@@ -77,6 +79,6 @@ class Curves(VisualDLCallback):
     def show(self, tag: str, rows: list[dict]):
         """Write a text for each row. VisualDL drops line breaks, and calls a text's rank its step."""
         for rank, row in enumerate(rows, 1):
-            fields = ("answer", "prediction", "reference")
-            text = " | ".join([f"ROUGE-L {row['rougel']:.2f}", *(f"{name}: {row[name]}" for name in fields)])
+            values = [f"{name}: {row[name]}" for name in self.fields]
+            text = " | ".join([f"ROUGE-L {row['rougel']:.2f}", *values])
             self.vdl_writer.add_text(tag, text, rank)

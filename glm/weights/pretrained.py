@@ -27,6 +27,8 @@ from glm.errors import InputError, as_input_error, printable
 from glm.files import check_text, open_regular, read_json, take_known
 from glm.outputs.layout import ADAPTER, WHOLE_MODEL, find
 from glm.outputs.replace import check_complete
+from glm.templates import DEFAULTS as TEMPLATES
+from glm.templates import get_templates
 from glm.weights.adapters import Adapter, check_base, read_adapter_weights, resolve_adapter
 from glm.weights.formats import check_pointer, find_forms, read_file
 from glm.weights.loading import check_weights
@@ -76,6 +78,7 @@ TOKENIZER_KEYS = {
     "model_max_length": ((int, float), 1, 1e300),
     "padding_side": (str,),
     "truncation_side": (str,),
+    **dict.fromkeys(TEMPLATES, (str,)),
 }
 ADDED_TOKEN_KEYS = {
     "content": (str,),
@@ -344,6 +347,7 @@ def make_tokenizer(folder: Path, config: GLMConfig, where: str):
                 raise ValueError(f"added_tokens.json gives {token!r} the id {index}, not {len(tokenizer)}")
             tokenizer.add_tokens(token, special_tokens=token in tokenizer.all_special_tokens)
         tokenizer.sanitize_special_tokens()
+        get_templates(tokenizer)  # which are checked
     return tokenizer, added_tokens
 
 
