@@ -8,11 +8,13 @@ from pathlib import Path
 from typing import Optional
 
 import paddle
-from paddle.device.cuda.graphs import is_cuda_graph_supported
+import paddle.distributed as dist
+import paddle.nn.functional as F
+from paddle.device.cuda.graphs import CUDAGraph, is_cuda_graph_supported
 from paddle.framework import _current_expected_place
 from paddlenlp.utils.log import logger
 
-from glm.errors import InputError
+from glm.errors import Fault, InputError, is_out_of_memory, paddle_reason
 
 # The compute capabilities that PyPI's wheel of 2.6.2 has code for, which it can't be
 # asked.
@@ -30,7 +32,7 @@ def use_device(name=""):
         the device in use, str.
 
     Raises:
-        InputError: where there is no card N, or Paddle has no code for it.
+        InputError: where there is no card N, Paddle has no code for it, or CUDA's libraries are missing.
     """
     # paddle.set_device("gpu") without a GPU ends the process with nothing to catch.
     cards = paddle.device.cuda.device_count() if paddle.is_compiled_with_cuda() else 0
@@ -43,6 +45,8 @@ def use_device(name=""):
     if name.startswith("gpu"):
         check_card(int(name[4:] or os.environ.get("FLAGS_selected_gpus", "0").split(",")[0]))
     paddle.set_device(name)
+    if name.startswith("gpu"):
+        check_libraries()
     # Each tensor-parallel process of a GPU would sum the position embeddings' gradients
     # in another order, and their copies would drift apart.
     with contextlib.suppress(ValueError):  # builds without GPU code have no such flag
@@ -73,6 +77,42 @@ def check_card(card):
         logger.warning(text + ", if this run fails at its first kernel")
     else:
         raise InputError(text)
+
+
+def check_libraries():
+    """Raise InputError where a library is missing that this run will need on its GPU.
+
+    Paddle 2's wheel brings none of them, and opens each at the first operator that needs it: the last
+    ones long after the weights are loaded. So an operator of each is tried.
+    """
+
+    def multiply():
+        paddle.matmul(paddle.zeros([8, 8]), paddle.zeros([8, 8]))
+
+    def capture():
+        graph = CUDAGraph(_current_expected_place())
+        graph.capture_begin()
+        graph.capture_end()
+
+    operators = {"cuDNN": lambda: F.softmax(paddle.zeros([1, 4096])), "cuBLAS": multiply}
+    if is_cuda_graph_supported():
+        operators["cuBLASLt or cuSOLVER"] = capture
+    if dist.get_world_size() > 1:
+        operators["NCCL"] = paddle.base.core.nccl_version
+    for library, operator in operators.items():
+        try:
+            operator()
+        except (MemoryError, OSError, RuntimeError, ValueError) as error:  # those that Paddle raises
+            if is_out_of_memory(error):
+                raise Fault(
+                    f"out of memory on {paddle.get_device()} before the model is loaded: other processes "
+                    "hold it, wait for them or take another card by --device gpu:N"
+                ) from error
+            raise InputError(
+                f"{library} can't be used ({paddle_reason(error)}): install the libraries of CUDA for which "
+                f"Paddle {paddle.__version__} is made, and make them found by LD_LIBRARY_PATH, as README's "
+                "section Install says, or give --device cpu"
+            ) from error
 
 
 def on_cpu():

@@ -1,6 +1,7 @@
 """How mistakes and faults are reported: in one line, by two exceptions."""
 
 import contextlib
+import re
 import traceback
 
 LONGEST_LINE = 1000  # characters
@@ -42,6 +43,16 @@ def is_out_of_memory(error):
     Paddle raises MemoryError, but within a backward pass an OSError that quotes it.
     """
     return isinstance(error, MemoryError) or "ResourceExhausted" in str(error) or "MemoryError" in str(error)
+
+
+def paddle_reason(error):
+    """Return the line of an exception of Paddle's that says what has failed, str.
+
+    Behind it stand advice for other systems and a place in Paddle's source, before it calls in C++.
+    """
+    text = str(error).rpartition("Error Message Summary:")[2]
+    lines = (line.strip() for line in text.splitlines())
+    return next((line for line in lines if re.search(r"\w", line)), type(error).__name__)
 
 
 def error_line(message):

@@ -2,7 +2,6 @@
 
 import ctypes
 import functools
-import re
 from typing import Callable
 
 import paddle
@@ -14,6 +13,7 @@ from paddle.framework import _current_expected_place
 from paddlenlp.utils.log import logger
 
 from glm.device import on_cpu, supports_cuda_graphs
+from glm.errors import paddle_reason
 
 _capturing = None  # the CapturedStep whose function is being captured
 _failed = False  # whether a capture has failed: none is tried again
@@ -44,7 +44,7 @@ class CapturedStep:
                 self._capture()
             except (MemoryError, OSError, RuntimeError, ValueError) as error:  # those that Paddle raises
                 _failed, self.parts = True, None
-                logger.warning(f"going on without CUDA graphs, more slowly: {_reason(error)}")
+                logger.warning(f"going on without CUDA graphs, more slowly: {paddle_reason(error)}")
                 return self.function()
         for part in self.parts:
             part()
@@ -92,13 +92,6 @@ def _abandon(graph):
         stream = ctypes.c_void_p(paddle.device.cuda.current_stream().cuda_stream)
         ctypes.CDLL("libcuda.so.1").cuStreamBeginCapture_v2(stream, 1)  # of this thread
         graph.capture_end()
-
-
-def _reason(error):
-    """Return the line of Paddle's message that says what has failed."""
-    text = str(error).rpartition("Error Message Summary:")[2]
-    lines = (line.strip() for line in text.splitlines())
-    return next((line for line in lines if re.search(r"\w", line)), type(error).__name__)
 
 
 def _collective(function, *args, **kwargs):

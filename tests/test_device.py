@@ -4,13 +4,14 @@ import ctypes
 import os
 import subprocess
 import sys
+import types
 
 import paddle
 import pytest
 from helpers import ROOT
 
 from glm import device
-from glm.errors import InputError
+from glm.errors import Fault, InputError
 
 
 @pytest.fixture
@@ -22,6 +23,7 @@ def cards(monkeypatch):
     monkeypatch.setattr(paddle, "set_device", lambda name: told.append(name))
     monkeypatch.setattr(paddle, "set_flags", lambda flags: told.append(flags))
     monkeypatch.setattr(paddle.device.cuda, "get_device_capability", lambda card: (8, 0))
+    monkeypatch.setattr(device, "check_libraries", lambda: told.append("libraries"))
     return told
 
 
@@ -62,7 +64,63 @@ def test_a_card_that_paddle_has_no_code_for(monkeypatch, archs, capability, outc
 @pytest.mark.parametrize("name, used", [("", "gpu"), ("gpu", "gpu"), ("gpu:1", "gpu:1"), ("cpu", "cpu")])
 def test_the_device_that_is_used(cards, name, used):
     assert device.use_device(name) == used
-    assert cards == [used, {"FLAGS_embedding_deterministic": 1}]
+    libraries = ["libraries"] if used != "cpu" else []  # a CPU has none
+    assert cards == [used, *libraries, {"FLAGS_embedding_deterministic": 1}]
+
+
+NO_LIBRARY = """
+
+--------------------------------------
+C++ Traceback (most recent call last):
+--------------------------------------
+----------------------
+Error Message Summary:
+----------------------
+PreconditionNotMetError: The third-party dynamic library (libname.so) is not configured correctly.
+  - Windows: set PATH by `set PATH=XXX; (at ../dynamic_loader.cc:304)"""
+
+
+@pytest.mark.parametrize("missing", [None, "cuDNN", "cuBLAS", "cuBLASLt or cuSOLVER", "NCCL"])
+def test_a_library_of_cuda_that_is_missing(monkeypatch, missing):
+    """Each is tried by one operator, and what does not work is said in a line."""
+    tried = []
+
+    def operator(library):
+        def call(*args):
+            tried.append(library)
+            if library == missing:
+                raise RuntimeError(NO_LIBRARY)
+
+        return call
+
+    graph = types.SimpleNamespace(capture_begin=operator("cuBLASLt or cuSOLVER"), capture_end=lambda: None)
+    monkeypatch.setattr(device, "CUDAGraph", lambda place: graph)
+    monkeypatch.setattr(device, "is_cuda_graph_supported", lambda: True)
+    monkeypatch.setattr(device.F, "softmax", operator("cuDNN"))
+    monkeypatch.setattr(paddle, "matmul", operator("cuBLAS"))
+    monkeypatch.setattr(paddle.base.core, "nccl_version", operator("NCCL"), raising=False)
+    monkeypatch.setattr(device.dist, "get_world_size", lambda: 2)
+    everything = ["cuDNN", "cuBLAS", "cuBLASLt or cuSOLVER", "NCCL"]
+    if missing is None:
+        device.check_libraries()
+        assert tried == everything
+        monkeypatch.setattr(device.dist, "get_world_size", lambda: 1)
+        device.check_libraries()
+        assert tried[4:] == everything[:3]  # one process gathers nothing
+        return
+    with pytest.raises(InputError) as error:
+        device.check_libraries()
+    assert f"{missing} can't be used" in str(error.value) and "(libname.so)" in str(error.value)
+    assert "README" in str(error.value) and "Windows" not in str(error.value) and tried[-1] == missing
+
+
+def test_a_card_whose_memory_others_hold(monkeypatch):
+    def out_of_memory(*args):
+        raise MemoryError("ResourceExhaustedError: out of memory")
+
+    monkeypatch.setattr(paddle, "matmul", out_of_memory)
+    with pytest.raises(Fault, match="out of memory on cpu before the model is loaded: other processes"):
+        device.check_libraries()
 
 
 @pytest.mark.parametrize("name", ["gpu:2", "gpu:-1", "gpu:x", "gpu:"])
