@@ -66,31 +66,43 @@ def without_banned(table: ndarray, banned: ndarray) -> Candidates:
     return Candidates(log_probabilities, log_probabilities, token_ids)
 
 
-def drawn_candidates(
-    logits: Tensor, banned: ndarray, count: int, temperature: float = 1.0, top_k: int = 0, top_p: float = 0.0
-) -> Candidates:
-    """Return ``count`` next tokens of every beam, drawn without replacement.
+def draw_tokens(
+    logits: Tensor,
+    noise: Tensor,
+    bans: Tensor,
+    count: int,
+    temperature: float = 1.0,
+    top_k: int = 0,
+    top_p: float = 0.0,
+) -> Tensor:
+    """Draw ``count`` next tokens of every beam, without replacement.
 
     A key is a log-probability plus Gumbel noise: the n largest are a draw of n without replacement
     in proportion to the probabilities (Kool et al., arXiv 1903.06059).
 
     Args:
-        logits: [A, K, V].
-        banned: int64 [N, 3], each a row, a beam and a token that is impossible there.
+        logits: [N, V].
+        noise: float32 [N, V], uniform in (0, 1).
+        bans: int64 [any number], the impossible tokens, by their numbers among the N * V; that number
+            itself bans nothing.
         count: Of each beam.
         temperature: Divides the logits that are drawn by. The log-probabilities, and so the scores,
             stay the model's.
         top_k: A filter of the tempered probabilities, see GenerationArguments. A token that it
             leaves out is impossible.
         top_p: Another one.
+
+    Returns:
+        float64 [3, N, M], keys, log-probabilities and token ids: one tensor, see ``likeliest_tokens``.
     """
     logits = logits.astype("float32")
     tempered = logits / temperature
     log_sum, tempered_log_sum = (_log_sum_exp(x, *paddle.topk(x, 1)) for x in (logits, tempered))
-    if len(banned):
-        tempered[tuple(paddle.to_tensor(column) for column in banned.T)] = -float("inf")
     minus_infinity = paddle.full([1], -float("inf"))
-    gumbel = -paddle.log(-paddle.log(paddle.uniform(logits.shape, min=1e-20, max=1.0)))
+    numbers = paddle.concat([tempered.reshape([-1]), minus_infinity])  # one more, for what bans nothing
+    numbers = paddle.scatter(numbers, bans, minus_infinity.expand(bans.shape))
+    tempered = numbers[:-1].reshape(logits.shape)
+    gumbel = -paddle.log(-paddle.log(noise))
     possible = tempered >= _lowest_logit_to_draw(tempered, top_k, top_p)
     noisy = paddle.where(possible, tempered + gumbel, minus_infinity)
     keys, token_ids = paddle.topk(noisy, min(count, logits.shape[-1]))
@@ -99,8 +111,13 @@ def drawn_candidates(
     token_ids = paddle.where(impossible, paddle.zeros_like(token_ids), token_ids)
     chosen = paddle.take_along_axis(logits, token_ids, axis=-1)
     chosen = paddle.where(impossible, minus_infinity, chosen)
-    table = _stack(keys - tempered_log_sum, chosen - log_sum, token_ids).numpy()
-    return Candidates(table[0], table[1], table[2].astype("int64"))
+    return _stack(keys - tempered_log_sum, chosen - log_sum, token_ids)
+
+
+def drawn_candidates(table: Tensor, rows: ndarray) -> Candidates:
+    """Return the Candidates of some rows of what ``draw_tokens`` gave, as [3, A, K, M]."""
+    keys, log_probabilities, token_ids = table.numpy()[:, rows]
+    return Candidates(keys, log_probabilities, token_ids.astype("int64"))
 
 
 def _log_sum_exp(logits, largest, token_ids, group=None):
@@ -114,13 +131,14 @@ def _stack(*columns):
 
 
 def _lowest_logit_to_draw(logits, top_k, top_p):
-    """Return the lowest logit of each row that top_k and top_p leave, [A, K, 1], with ties."""
+    """Return the lowest logit of each row that top_k and top_p leave, [N, 1], with ties."""
     lowest = paddle.full([*logits.shape[:-1], 1], -float("inf"))
     if 0 < top_k < logits.shape[-1]:
         lowest = paddle.topk(logits, top_k)[0][..., -1:]
     if 0 < top_p < 1:
         ordered = paddle.where(logits >= lowest, logits, paddle.full([1], -float("inf")))
-        ordered = paddle.sort(ordered, descending=True)
+        # In a CUDA graph sort would need memory of its own, where there is one row.
+        ordered = paddle.topk(ordered, ordered.shape[-1])[0]
         probabilities = F.softmax(ordered)
         likelier = paddle.cumsum(probabilities, axis=-1) - probabilities  # held by likelier tokens
         kept = paddle.where(likelier < top_p, ordered, paddle.full([1], float("inf")))

@@ -13,7 +13,13 @@ from paddlenlp.transformers import GLMForConditionalGeneration
 from glm.arguments import GenerationArguments
 from glm.decoding.beams import Beams
 from glm.decoding.cache import decode_one_token, prefill
-from glm.decoding.candidates import Candidates, drawn_candidates, likeliest_tokens, without_banned
+from glm.decoding.candidates import (
+    Candidates,
+    draw_tokens,
+    drawn_candidates,
+    likeliest_tokens,
+    without_banned,
+)
 from glm.device import supports_cuda_graphs, upload
 from glm.errors import InputError
 from glm.graphs import CapturedStep, all_gather
@@ -26,10 +32,10 @@ class Decoder:
     """Feed the beams' tokens to the model, and find the candidates for the next ones.
 
     On a device that captures CUDA graphs, a step there is one copy of token ids to the device, one
-    launch and one copy of candidates from it. The cache has slots for all steps at once, and
-    finished examples stay until a quarter is left, for each change of a tensor's size is a new
-    capture, which takes as long as a step that is launched operator by operator. On a CPU the cache
-    grows, and finished examples leave at once.
+    launch and one copy of candidates from it; before a draw, noise is made there. The cache has slots
+    for all steps at once, and finished examples stay until a quarter is left, for each change of a
+    tensor's size is a new capture, which takes as long as a step that is launched operator by
+    operator. On a CPU the cache grows, and finished examples leave at once.
     """
 
     def __init__(
@@ -47,20 +53,21 @@ class Decoder:
         self.cache = prefill(model, input_ids, source_length, generation.num_beams)
         self.examples = np.arange(len(source_length))  # those in the cache
         self.captured = supports_cuda_graphs()
+        parts = 1 if group is None else group.nranks
+        self.vocab_size = model.glm.word_embeddings.weight.shape[0] * parts
         self.capacity = 0  # steps that the cache has slots left for
 
     def next_candidates(self, beams: Beams) -> Candidates:
         """Take one step of the running ``beams``. Raises InputError where the model is no usable one."""
         # 1. Feed the last token of each beam, and which beam of the step before it goes on from.
         rows = self._feed(beams)
-        # 2. Run the model.
-        logits, table = self.step()
-        banned = beams.banned()  # while the device is at work
-        # 3. Choose the candidates of the running examples.
+        # 2. Run the model, and 3. choose the candidates of the running examples.
         if self.generation.select_topk:
+            logits, table = self.step()
+            banned = beams.banned()  # while the device is at work
             candidates = self._likeliest(logits, table, rows, banned)
         else:
-            candidates = self._drawn(logits, rows, banned)
+            candidates = drawn_candidates(self.step(), rows)
         if np.isnan(candidates.log_probabilities).any():
             raise InputError(
                 "the model's probabilities are no numbers: its weights hold NaN or infinity, or overflow in "
@@ -82,6 +89,11 @@ class Decoder:
         inputs = self.filler_inputs.copy()
         inputs[0, rows] = beams.tokens[:, :, beams.step - 1] if beams.step else self.start_token_id
         inputs[1, rows] = origins
+        if not self.generation.select_topk:
+            row, beam, token = beams.banned().T
+            bans = (rows[row] * num_beams + beam) * self.noise.shape[1] + token
+            inputs[2:].reshape(-1)[: len(bans)] = bans
+            paddle.assign(paddle.uniform(self.noise.shape, min=1e-20, max=1.0), self.noise)
         upload(inputs, self.inputs)
         return rows
 
@@ -96,10 +108,16 @@ class Decoder:
         # For an example that has finished: any token, after the beam itself.
         numbers = np.arange(origins.size).reshape(origins.shape)
         self.filler_inputs = np.stack([np.zeros_like(numbers), numbers])
+        self.noise = None
+        if not self.generation.select_topk:
+            self.noise = paddle.empty([origins.size, self.vocab_size], "float32")
+            # Room for the bans of each beam: the end token, and each of its tokens.
+            most = self.generation.tgt_length if self.generation.no_repeat_ngram_size else 1
+            no_bans = np.full([most, *origins.shape], self.noise.size)
+            self.filler_inputs = np.concatenate([self.filler_inputs, no_bans])
         self.inputs = paddle.to_tensor(self.filler_inputs)
-        count = 2 * self.generation.num_beams + SPARE if self.generation.select_topk else None
-        step = functools.partial(_step, self.model, self.cache, self.inputs, count, self.group)
-        self.step = CapturedStep(step)
+        step = _step, self.model, self.cache, self.inputs, self.noise, self.generation, self.group
+        self.step = CapturedStep(functools.partial(*step))
 
     def _likeliest(self, logits, table, rows, banned):
         count = 2 * self.generation.num_beams
@@ -115,21 +133,17 @@ class Decoder:
         table = table.numpy().reshape([2, *self.inputs.shape[1:], -1])
         return without_banned(table[:, rows], banned)
 
-    def _drawn(self, logits, rows, banned):
-        generation = self.generation
-        logits = logits.reshape([len(self.examples), generation.num_beams, -1])
-        if len(rows) < len(logits):
-            logits = logits.index_select(paddle.to_tensor(rows))
-        if self.group is not None:  # the filters need complete rows
-            logits = all_gather(logits, self.group)
-        filters = generation.temperature, generation.top_k, generation.top_p
-        return drawn_candidates(logits, banned, 2 * generation.num_beams, *filters)
 
-
-def _step(model, cache, inputs, count, group):
-    """Return the logits of the next token, and its ``count`` likeliest unless that is None."""
+def _step(model, cache, inputs, noise, generation, group):
+    """Return the logits of the next token and its likeliest ones, or what is drawn by ``noise``."""
     logits = decode_one_token(model, cache, inputs[0], inputs[1])
-    return logits, None if count is None else likeliest_tokens(logits, count, group)
+    if noise is None:
+        return logits, likeliest_tokens(logits, 2 * generation.num_beams + SPARE, group)
+    if group is not None:  # the filters need complete rows
+        logits = all_gather(logits, group)
+    filters = generation.temperature, generation.top_k, generation.top_p
+    table = draw_tokens(logits, noise, inputs[2:].reshape([-1]), 2 * generation.num_beams, *filters)
+    return table.reshape([3, *inputs.shape[1:], -1])
 
 
 @paddle.no_grad()
