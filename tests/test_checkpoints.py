@@ -25,7 +25,7 @@ from helpers import (
 from glm.errors import Fault, InputError
 from glm.outputs.checkpoints import Run, open_checkpoint, read_run
 from glm.outputs.layout import INCOMPLETE, MANIFEST, RUN, TRAINER_STATE
-from glm.outputs.resuming import compare_training, describe_training
+from glm.outputs.resuming import compare_training, describe_training, keep_global_batch_size
 from glm.training.saving import SaveCheckpoints
 
 STATE = {"global_step": 3, "log_history": [{"loss": 1.5, "step": 3}], "epoch": 1.5, "total_flos": 1e21}
@@ -386,6 +386,7 @@ MANIFESTS = {
     **{f"run {value!r}": {"run": value} for value in ({"base": 5}, {"records": -1}, {"texts": 5})},
     **{f"patience {value!r}": {"evaluations_without_better": value} for value in ("x", 10**30, -1)},
     "best_run": {"best_run": 5},
+    **{f"best_of {value!r}": {"best_of": value} for value in (5, ["loss"], ["loss", 0], [True, True])},
 }
 STATES = {
     "list": "[]",
@@ -424,6 +425,26 @@ def test_a_trainer_state_of_another_shape_is_a_line(tmp_path, content):
     put(path / TRAINER_STATE, content)
     with pytest.raises(InputError, match=f"{path} can't be loaded .its {TRAINER_STATE}: "):
         run_folder(tmp_path).find_checkpoint(lora=False)
+
+
+@pytest.mark.parametrize(
+    "batch_size, processes, passes, size, expected",
+    [
+        (4, 1, 2, 16, 4),
+        (4, 2, 2, 8, 1),
+        (2, 2, 3, 12, 3),
+        (8, 1, 4, 8, 1),
+        (4, 2, 1, 12, 1),
+        (4, 1, 2, None, 2),
+    ],
+)
+def test_updates_stay_of_as_many_records(batch_size, processes, passes, size, expected):
+    """By the passes of this run's batch, where they go into it: 12 records are not two of 8."""
+    args = SimpleNamespace(
+        gradient_accumulation_steps=passes, global_batch_size=batch_size * processes * passes
+    )
+    keep_global_batch_size(args, size)
+    assert args.gradient_accumulation_steps == expected
 
 
 KINDS = {"folder": Path.mkdir, "pipe": os.mkfifo, "device": lambda path: path.symlink_to("/dev/zero")}

@@ -4,6 +4,7 @@ import json
 import os
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import paddle
@@ -15,7 +16,7 @@ from glm.decoding.decoder import beam_search
 from glm.errors import InputError
 from glm.weights.adapters import LoRA, add_lora
 from glm.weights.loading import load_model
-from glm.weights.pretrained import PUBLISHED_TOKENS
+from glm.weights.pretrained import PUBLISHED_TOKENS, check_lengths
 from glm.weights.shapes import matches, weight_shapes
 
 PIECES = 1200  # of tiny-glm's sentencepiece model
@@ -277,6 +278,26 @@ def test_an_adapter_knows_its_base(trained_adapter, tmp_path):
     assert isinstance(pretrained_in(folder, lora_base=str(other)).adapter.weights, dict)
 
 
+def test_the_fingerprint_of_an_adapter_is_its_bases_too(trained_adapter, tmp_path):
+    base = Path(shutil.copytree(TINY_GLM, tmp_path / "base"))
+    adapter = Path(shutil.copytree(trained_adapter, tmp_path / "adapter"))
+    (adapter / "lora_base.json").unlink()
+
+    def fingerprint():
+        return pretrained_in(adapter, lora_base=str(base)).fingerprint
+
+    def change(folder, file, name):
+        state = paddle.load(str(folder / file), return_numpy=True)
+        paddle.save({**state, name: state[name] + 0.1}, str(folder / file))
+
+    found = [fingerprint(), fingerprint()]
+    change(base, "model_state.pdparams", "glm.transformer.final_layernorm.bias")
+    found.append(fingerprint())
+    change(adapter, "lora_model_state.pdparams", "glm.transformer.layers.0.attention.dense.lora_A")
+    found.append(fingerprint())
+    assert found[0] == found[1] and len({*found}) == 3
+
+
 def test_no_flag_is_changed(trained_adapter):
     from glm.arguments import ModelArguments
     from glm.weights.pretrained import find_pretrained
@@ -308,3 +329,18 @@ def test_an_adapters_settings_are_not_shared(trained_adapter):
     add_lora(load_model(pretrained), pretrained, seed=0)
     assert pretrained.adapter.config.to_dict() == before
     assert before["r"] == 8 and lora_config().r == 2
+
+
+@pytest.mark.parametrize("degree, fits", [(1, True), (2, True), (4, False), (8, False)])
+def test_what_processes_are_to_split_has_to_be_divided(degree, fits):
+    """The heads, 4 of them, and the vocabulary of 1210."""
+    config = SimpleNamespace(num_attention_heads=4, vocab_size=1210, max_sequence_length=100)
+    pretrained = SimpleNamespace(config=config, base="model")
+    try:
+        check_lengths(pretrained, 50, generation_arguments(), degree)
+    except InputError as error:
+        assert not fits and f"--tensor_parallel_degree {degree} does not divide the 4 attention heads" in str(
+            error
+        )
+    else:
+        assert fits

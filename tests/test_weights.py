@@ -8,6 +8,7 @@ import pytest
 
 from glm.weights import loading as weights
 from glm.weights import optimizer_state as optimizer
+from glm.weights.shapes import get_split, shard, unshard
 
 
 def bfloat16_bits(values):
@@ -142,3 +143,27 @@ def test_a_process_gets_the_state_of_the_weights_that_it_updates(tmp_path):
     kinds = {name.removeprefix("linear_0.b_0_fp32_master_0_") for name in found if name[0] == "l"}
     assert kinds == {"moment1_0", "moment2_0", "beta1_pow_acc_0", "beta2_pow_acc_0"}
     assert model.a.astype("float32").numpy() == pytest.approx(EXACT["dense.weight"], rel=1e-3)
+
+
+@pytest.mark.parametrize("degree", [2, 4])
+@pytest.mark.parametrize(
+    "linear, outputs_split",
+    [("query_key_value", True), ("dense", False), ("dense_h_to_4h", True), ("dense_4h_to_h", False)],
+)
+def test_an_adapter_is_split_as_the_weight_beside_it(linear, outputs_split, degree):
+    """The product of a process's matrices is its part of the complete product."""
+    heads, rng = 4, np.random.default_rng(0)
+    a, b = rng.normal(size=[16, 3]), rng.normal(size=[3, 24 if linear == "query_key_value" else 16])
+
+    def part(name, array, rank):
+        split = get_split(f"layer.{name}")
+        return shard(array, degree, rank, *split, heads) if split else array
+
+    assert (get_split(f"layer.{linear}.lora_A") is None) == outputs_split
+    assert (get_split(f"layer.{linear}.lora_B") is None) != outputs_split
+    parts = []
+    for rank in range(degree):
+        parts.append(part(f"{linear}.weight", a @ b, rank))
+        own = part(f"{linear}.lora_A", a, rank) @ part(f"{linear}.lora_B", b, rank)
+        np.testing.assert_allclose(own, parts[-1])
+    np.testing.assert_array_equal(unshard(parts, *get_split(f"layer.{linear}.weight"), heads), a @ b)
