@@ -447,6 +447,30 @@ def test_updates_stay_of_as_many_records(batch_size, processes, passes, size, ex
     assert args.gradient_accumulation_steps == expected
 
 
+def test_a_checkpoint_may_be_named_in_any_way(tmp_path, monkeypatch):
+    """By a link, by ".", by a path through its folder: it lies in the folder, and is not moved aside."""
+    for step in (3, 6):
+        write_checkpoint(tmp_path / "out", step)
+    path = tmp_path / "out/checkpoint-3"
+    (tmp_path / "link").symlink_to(path)
+    monkeypatch.chdir(path)
+    for given in (
+        path,
+        f"{path}/",
+        f"{path}/../checkpoint-3",
+        tmp_path / "link",
+        ".",
+        "../checkpoint-3",
+        f"{path}/.",
+    ):
+        made = run_folder(tmp_path / "out", resume_from_checkpoint=str(given))
+        made.run = Run("a")
+        checkpoint = made.find_checkpoint(lora=False)
+        run, moved = made._choose_run(checkpoint)
+        assert checkpoint.step == 3 and run.id == "a", given
+        assert [found.name for found in moved] == ["checkpoint-6"], given
+
+
 KINDS = {"folder": Path.mkdir, "pipe": os.mkfifo, "device": lambda path: path.symlink_to("/dev/zero")}
 
 

@@ -130,6 +130,8 @@ def test_weights_that_are_no_numbers_are_not_saved(tmp_path):
     weights.append(paddle.to_tensor([0.0, math.inf], stop_gradient=False))
     with pytest.raises(Fault, match="the weights are not finite after step"):
         run.check.on_step_end(run.args, run.state, control, model=model)
+    with pytest.raises(Fault, match="the weights are not finite after step"):  # after the last step, too
+        run.check.on_train_end(run.args, run.state, control, model=model)
 
 
 def test_a_scale_that_is_too_large_ends_nothing(tmp_path):

@@ -78,6 +78,31 @@ def test_no_signal_breaks_into_the_end_of_a_run(monkeypatch):
         restore_signals(before)
 
 
+def test_which_process_is_gone_is_said_to_all_others(monkeypatch, capsys):
+    """By the first one, to which alone they have connections."""
+    pairs = {rank: socket.socketpair() for rank in (1, 2, 3)}
+    peers = watchdog.Peers.__new__(watchdog.Peers)
+    peers.ranks = {ours: rank for rank, (ours, _) in pairs.items()}
+    peers.watching, peers.advice, codes = True, lambda: "start again", []
+    monkeypatch.setattr(watchdog.os, "_exit", codes.append)
+    monkeypatch.setattr(watchdog.dist, "get_world_size", lambda: 4)
+    pairs[2][1].close()
+    peers._watch()
+    assert (
+        codes == [1]
+        and "process 2 is gone, so this one of 4 ends too: start again" in capsys.readouterr().err
+    )
+    for rank in (1, 3):
+        theirs = pairs[rank][1]
+        theirs.settimeout(5)
+        peers.ranks = {theirs: 0}
+        peers._watch()
+        assert "process 2 is gone, so this one of 4 ends too: start again" in capsys.readouterr().err
+    for ours, theirs in pairs.values():
+        ours.close()
+        theirs.close()
+
+
 @pytest.mark.parametrize("ignored, sent", [((), "SIGHUP"), (("SIGHUP",), "SIGTERM")])
 def test_a_process_whose_launcher_is_gone_stops_by_a_signal(monkeypatch, ignored, sent):
     """By one that it does not ignore: nohup ignores SIGHUP."""

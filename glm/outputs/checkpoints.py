@@ -159,13 +159,20 @@ class Checkpoint:
         return TrainerState(**values)
 
 
-def open_checkpoint(path: Path) -> Checkpoint:
+def open_checkpoint(path: Path, named: bool = False) -> Checkpoint:
     """Return the Checkpoint at ``path``.
+
+    Args:
+        path: of a folder.
+        named: whether a user gave it: it may be a link then, or "." in the folder, and the checkpoint's
+            path becomes that by which it lies in its folder.
 
     Raises:
         ValueError: where its manifest is none. OSError: where it can't be read.
     """
     path = Path(path)
+    if named and (path.is_symlink() or not CHECKPOINT.fullmatch(path.name)):
+        path = path.resolve()
     name, manifest = CHECKPOINT.fullmatch(path.name), path / MANIFEST
     step = int(name[1]) if name else None
     if not os.path.lexists(manifest):

@@ -132,7 +132,7 @@ class RunFolder:
         else:
             where = f"--resume_from_checkpoint {given}"
             with as_input_error(f"{where}: its {MANIFEST} can't be read", "give another checkpoint"):
-                checkpoint = open_checkpoint(given)
+                checkpoint = open_checkpoint(given, named=True)
             if damage := checkpoint.find_damage(but):
                 raise InputError(f"{where} is damaged: {damage}: give another one")
         if checkpoint is None:

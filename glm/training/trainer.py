@@ -13,7 +13,7 @@ from paddlenlp.trainer.trainer_callback import PrinterCallback, ProgressCallback
 from paddlenlp.trainer.trainer_utils import TrainOutput
 from paddlenlp.utils.log import logger
 
-from glm.errors import Fault, as_input_error, is_out_of_memory
+from glm.errors import Fault, InputError, as_input_error, is_out_of_memory
 from glm.outputs.checkpoints import Checkpoint
 from glm.outputs.folder import RunFolder
 from glm.outputs.layout import TRAINER_STATE
@@ -265,7 +265,14 @@ class ResumableTrainer(Trainer):
     def evaluate(self, *args, **kwargs) -> dict:
         """Evaluate; weights that were evaluated already keep their results."""
         if self.cached_metrics is None:
-            self.cached_metrics = super().evaluate(*args, **kwargs)
+            try:
+                self.cached_metrics = super().evaluate(*args, **kwargs)
+            except InputError as error:  # the model that is evaluated is no mistake of the user's then
+                if not self.args.do_train:
+                    raise
+                self.check_finite.stop(
+                    f"model can't be evaluated at step {self.current_step} ({error})", self.args
+                )
         return self.cached_metrics
 
     def log(self, logs, **kwargs):
