@@ -19,19 +19,19 @@ if __name__ == "__main__":
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # else it is ignored
         signal.signal(signal.SIGINT, signal.SIG_DFL)
 
-import paddle
-
 try:
     from paddlenlp.trainer import set_seed
-except OSError as error:  # it makes a folder for downloads at its import
+except OSError as error:  # it and Paddle make folders for downloads at their import
     if __name__ != "__main__":
         raise
+    variable = "HOME" if "/.cache" in str(error.filename) else "PPNLP_HOME"
     print(
-        f"finetune_generation.py: error: {error.filename} can't be made ({error.strerror}), which PaddleNLP "
-        "wants: set PPNLP_HOME to a folder that can be written to",
+        f"finetune_generation.py: error: {error.filename} can't be made ({error.strerror}), which Paddle "
+        f"wants: set {variable} to a folder that can be written to",
         file=sys.stderr,
     )
     sys.exit(2)
+import paddle
 from paddlenlp.utils.log import logger
 
 from data import (

@@ -151,3 +151,14 @@ def test_a_run_may_log_into_its_own_folder(tmp_path):
     with open(tmp_path / "out/train.log", "w") as log:
         assert subprocess.run(list(map(str, command)), cwd=ROOT, stdout=log, stderr=log).returncode == 0
     assert (tmp_path / "out/model_state.pdparams").exists()
+
+
+@pytest.mark.parametrize(
+    "variables, named", [({"HOME": "/proc"}, "HOME"), ({"PPNLP_HOME": "/proc/none"}, "PPNLP_HOME")]
+)
+def test_a_home_that_cannot_be_written_is_a_line(variables, named):
+    """Paddle and PaddleNLP make folders there as they are imported."""
+    process = start("--help", stderr=subprocess.PIPE, env={**os.environ, **variables})
+    lines = process.communicate(timeout=120)[1].splitlines()
+    assert process.returncode == 2 and "Traceback" not in "".join(lines)
+    assert lines[-1].endswith(f"which Paddle wants: set {named} to a folder that can be written to")
