@@ -6,6 +6,7 @@ import os
 import shutil
 import subprocess
 import sys
+import tarfile
 import threading
 
 import pytest
@@ -35,13 +36,13 @@ class Site:
         self.server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
         threading.Thread(target=self.server.serve_forever, daemon=True).start()
 
-    def train(self, home, out):
+    def train(self, home, out, task_name="dureader_qg"):
         """The README's names, in a home of its own. Returns the exit code and the lines of standard error."""
         self.asked.clear()
         hook = ["published", f"http://127.0.0.1:{self.server.server_port}", str(self.folder)]
         env = {**os.environ, "HOME": str(home), "NO_PROXY": "*", "no_proxy": "*", "HOOK": json.dumps(hook)}
         args = flags(
-            model_name_or_path="THUDM/glm-large-chinese", task_name="dureader_qg", max_steps=1, output_dir=out
+            model_name_or_path="THUDM/glm-large-chinese", task_name=task_name, max_steps=1, output_dir=out
         )
         command = [sys.executable, "tests/hooks.py", *map(str, FAST), "--do_train", "--do_eval", *args]
         result = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=200)
@@ -98,6 +99,52 @@ def test_a_download_cut_short_is_not_taken_for_whole(site, tmp_path):
     site.cut = None
     code, lines = site.train(home, out)
     assert code == 0 and ("GET", "glm-large-chinese.pdparams") in site.asked, lines[-5:]
+
+
+def make_reading_comprehension(folder, name):
+    """Put the train and dev splits of a dataset where PaddleNLP looks for them, as SQuAD has them."""
+    places = {
+        "cmrc2018": "cmrc/cmrc2018_{}.json",
+        "drcd": "DRCD/DRCD_{}.json",
+        "dureader_robust": "dureader_robust-data/{}.json",
+    }
+    for split in ("train", "dev"):
+        records = read_jsonl(MINI / f"{split}.json")[:4]
+        paragraphs = [
+            {
+                "context": record["context"],
+                "qas": [
+                    {
+                        "id": f"{split}-{record['id']}",
+                        "question": record["question"],
+                        "answers": [{"text": record["answer"], "answer_start": 0}],
+                    },
+                    {"id": "none", "question": "问？", "answers": []},
+                ],
+            }
+            for record in records
+        ]
+        spelled = "training" if (name, split) == ("drcd", "train") else split
+        path = folder / places[name].format(spelled)
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(json.dumps({"data": [{"title": "题", "paragraphs": paragraphs}]}), encoding="utf-8")
+    if name == "dureader_robust":
+        with tarfile.open(folder / "dureader_robust-data.tar.gz", "w:gz") as archive:
+            archive.add(path.parent, "dureader_robust-data")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["cmrc2018", "drcd", "dureader_robust"])
+def test_reading_comprehension_that_paddlenlp_has(site, tmp_path, name):
+    make_reading_comprehension(tmp_path / "site/datasets", name)
+    (tmp_path / "home").mkdir()
+    code, lines = site.train(tmp_path / "home", tmp_path / "out", name)
+    assert code == 0, lines[-5:]
+    rows, records = read_jsonl(tmp_path / "out/eval_predictions.jsonl"), read_jsonl(MINI / "dev.json")[:4]
+    fields = ("context", "answer", "question")
+    found = [(row["id"], row["context"], row["answer"], row["reference"]) for row in rows]
+    assert found == [(f"dev-{record['id']}", *(record[field] for field in fields)) for record in records]
+    assert any("4 of 8 questions have no answer and are left out" in line for line in lines)
 
 
 def test_safetensors(tmp_path):
