@@ -106,7 +106,8 @@ def get_typed(values, name, kinds, default=None, least=-(2**63), most=2**63 - 1)
     if isinstance(value, str):
         check_text(value, repr(name))
     number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    if number and not (math.isfinite(value) and least <= value <= most):
+    # NaN is in no range, and an int may be too large for math.isfinite.
+    if number and not least <= value <= most:
         raise ValueError(f"{name!r} is out of its range")
     return value
 

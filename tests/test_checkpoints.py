@@ -370,7 +370,7 @@ MANIFESTS = {
     "deep": DEEP,
     "no JSON": "{",
     "bad UTF-8": b"\xff",
-    **{f"step {value!r}": {"step": value} for value in ("x", [1], 10**30, float("nan"), -1, True, 2.5)},
+    **{f"step {value!r}": {"step": value} for value in ("x", [1], 10**30, float("inf"), -1, True, 2.5)},
     **{f"files {value!r}": {"files": value} for value in (["a"], 5, {"a": 5}, {"a": [1]}, {"a": [1, 2]})},
     **{
         f"files {name!r:.20}": {"files": {name: [1, "x"]}}
@@ -395,7 +395,8 @@ STATES = {
     **{f"step {value!r}": {"global_step": value} for value in ("x", -5, 10**30, 2.5)},
     **{f"history {value!r}": {"log_history": value} for value in (5, [5], [{"loss": [1]}])},
     **{f"best {value!r:.20}": {"best_model_checkpoint": value} for value in (5, "a\0b", "x" * 5000)},
-    **{f"metric {value!r}": {"best_metric": value} for value in ("x", float("nan"))},
+    **{f"metric {value!r:.20}": {"best_metric": value} for value in ("x", float("nan"), 10**400)},
+    **{f"epoch {value!r:.20}": {"epoch": value} for value in (float("inf"), -(10**400))},
     **{f"{name} of text": {name: "x"} for name in ("epoch", "max_steps", "total_flos", "evil")},
 }
 
