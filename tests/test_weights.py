@@ -108,6 +108,7 @@ HOSTILE = [
     ({f"{W}_beta1_pow_acc_0": np.full(1, np.nan, "float32")}, "acc_0 is nan, and no power of a beta"),
     ({f"{W}_beta1_pow_acc_0": np.full(1, -1, "float32")}, "acc_0 is -1.0, and no power of a beta"),
     ({f"{W}_beta2_pow_acc_0": np.ones(2, "float32")}, r"beta2_pow_acc_0 has the shape \[2\]"),
+    ({f"{W}_beta2_pow_acc_0": np.ones((), "float32")}, r"beta2_pow_acc_0 has the shape \[\]"),
     ({"x_moment1_0": np.zeros(2, "float32")}, "has x_moment1_0, which is of no weight here"),
     ({"master_weights": 5}, "its master_weights are no arrays by name"),
     ({"master_weights": {"x": np.zeros(2, "float32")}}, "has x, which is of no weight here"),

@@ -54,7 +54,7 @@ def sort_optimizer_state(
         if not all(isinstance(value, np.ndarray) and str(value.dtype) in DTYPES for value in values):
             raise ValueError(f"its optimizer's {printable(key, 80)} is no array of numbers")
         value = values[0] if power else convert(model_name, values)  # all have the powers
-        if value.size != 1 if power else list(value.shape) != list(shapes[model_name]):
+        if list(value.shape) != ([1] if power else list(shapes[model_name])):
             raise ValueError(f"its optimizer's {printable(key, 80)} has the shape {list(value.shape)}")
         if power and not 0 <= value.item() <= 1:
             raise ValueError(
