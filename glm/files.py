@@ -5,6 +5,7 @@ are mapped in glm/weights/formats.py, by the same ``open_regular``.
 """
 
 import contextlib
+import itertools
 import json
 import math
 import os
@@ -13,6 +14,7 @@ from pathlib import Path
 
 LARGEST_JSON = 1 << 26  # bytes: a manifest of 100,000 weights has a third of it
 LONGEST_TEXT = 1 << 14  # characters of a value: a path has 4096 bytes
+MOST_LEVELS = 16  # of lists and objects in each other
 MOST_VALUES = 1 << 22  # of a JSON text: each takes up to a hundred bytes of memory
 
 
@@ -79,6 +81,12 @@ def read_json(path):
     values = parse_json(data.decode("utf-8-sig"))
     if not isinstance(values, dict):
         raise ValueError(f"it is a {type(values).__name__}: it must be a JSON object")
+    level = [values]
+    for _ in range(MOST_LEVELS):
+        parts = (value.values() if isinstance(value, dict) else value for value in level)
+        level = [part for part in itertools.chain(*parts) if isinstance(part, (dict, list))]
+    if level:  # which Python could neither copy nor write again
+        raise ValueError("it is nested too deeply")
     return values
 
 

@@ -397,6 +397,7 @@ STATES = {
     **{f"best {value!r:.20}": {"best_model_checkpoint": value} for value in (5, "a\0b", "x" * 5000)},
     **{f"metric {value!r:.20}": {"best_metric": value} for value in ("x", float("nan"), 10**400)},
     **{f"epoch {value!r:.20}": {"epoch": value} for value in (float("inf"), -(10**400))},
+    "a deep value": {"trial_params": json.loads("[" * 400 + "]" * 400)},
     **{f"{name} of text": {name: "x"} for name in ("epoch", "max_steps", "total_flos", "evil")},
 }
 
