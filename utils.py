@@ -13,12 +13,13 @@ from tqdm import tqdm
 
 from data import decode_target
 from glm.decoding.decoder import beam_search
+from glm.device import memory_peak
 from glm.metrics import compute_metrics, rouge
 from glm.modeling import replace_forward, target_losses
 from glm.outputs.results import write_predictions
 from glm.processes import gather_objects
 from glm.templates import get_templates
-from glm.training.memory import memory_metrics, memory_peak
+from glm.training.memory import memory_metrics
 from glm.training.progress import Curves
 from glm.training.trainer import ResumableTrainer
 

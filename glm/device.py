@@ -223,6 +223,18 @@ def free_memory() -> Optional[int]:
     return min(sizes, default=None)
 
 
+def memory_peak(reset: bool = False) -> int:
+    """Return the bytes of this process's live tensors at their peak, by Paddle's allocator.
+
+    The peak is that since the process began, or since the last ``reset``, which Paddle 2.6.2 can't do.
+    """
+    core, (kind, _, number) = paddle.base.core, paddle.get_device().partition(":")
+    kind, device = "host" if kind == "cpu" else "device", int(number or 0)
+    if reset and hasattr(core, f"{kind}_memory_stat_reset_peak_value"):
+        getattr(core, f"{kind}_memory_stat_reset_peak_value")("Allocated", device)
+    return getattr(core, f"{kind}_memory_stat_peak_value")("Allocated", device)
+
+
 def _read_cgroups(controller: str, name: str) -> list[str]:
     """Return the texts of the file ``name`` of this process's control groups: its own and those above.
 

@@ -194,6 +194,32 @@ def test_a_run_says_what_would_be_faster(cpu):
     assert texts(1e11, train={"recompute": False}, eval={"batch_size": 8}) == []
 
 
+def test_a_split_model_that_fits_on_one_card():
+    """Its cards had better share the data: by which flags, and what each would need."""
+    train = memory.Setting(GLM_LARGE, 2, 608, 160, degree=2, on_cpu=False, cuda_graphs=True)
+    alone = dataclasses.replace(train, degree=1)
+    whole = memory.training_memory(alone)["total"]
+    shared = memory.training_memory(dataclasses.replace(alone, sharding_degree=2))["total"]
+    assert shared < whole
+
+    def said(free, **changes):
+        changed = {kind: dataclasses.replace(train, **changes) for kind in ("train", "eval")}
+        kinds = changed if "sharding_degree" not in changes else {"train": changed["train"]}
+        return memory.MemoryEstimate(kinds).what_would_be_faster(free)
+
+    (text,) = said(1e12)
+    assert text.startswith("without --tensor_parallel_degree 2 the same cards") and "2 times the rec" in text
+    assert f"{whole / 1e9:.2f} GB, which fits" in text
+    (text,) = said(whole)  # the estimates may be wrong by a tenth
+    assert text.startswith("with --sharding stage1 in place of --tensor_parallel_degree 2 the same cards")
+    assert f"{shared / 1e9:.2f} GB, which fits" in text
+    assert said(shared) == [] and said(1e12, degree=1) == [] and said(1e12, on_cpu=True) == []
+    # With --sharding stage1 over two pairs of cards: then over four.
+    (text,) = said(1e12, sharding_degree=2)
+    four = memory.training_memory(dataclasses.replace(alone, sharding_degree=4))["total"]
+    assert text.startswith("without --tensor_parallel_degree 2") and f"{four / 1e9:.2f} GB" in text
+
+
 def test_running_out_of_memory_is_a_line(monkeypatch):
     """Whichever way Paddle says it, and nothing else is."""
     monkeypatch.setattr(memory, "free_memory", lambda: 5e9)

@@ -220,18 +220,6 @@ def evaluation_memory(setting: Setting) -> dict[str, float]:
     return _add_largest({"weights": weights}, peaks)
 
 
-def memory_peak(reset: bool = False) -> int:
-    """Return the bytes of this process's live tensors at their peak, by Paddle's allocator.
-
-    The peak is that since the process began, or since the last ``reset``, which Paddle 2.6.2 can't do.
-    """
-    core, (kind, _, number) = paddle.base.core, paddle.get_device().partition(":")
-    kind, device = "host" if kind == "cpu" else "device", int(number or 0)
-    if reset and hasattr(core, f"{kind}_memory_stat_reset_peak_value"):
-        getattr(core, f"{kind}_memory_stat_reset_peak_value")("Allocated", device)
-    return getattr(core, f"{kind}_memory_stat_peak_value")("Allocated", device)
-
-
 def memory_metrics(kind: str, estimate: Optional[float], peak: Optional[int]) -> dict:
     """Return a run's results about memory, in GB. All processes have to call it.
 
@@ -313,6 +301,7 @@ class MemoryEstimate:
         """
         texts, most = [], 0.9 * free  # the estimates may be wrong by a tenth
         train, evaluation = self.settings.get("train"), self.settings.get("eval")
+        texts += self._sharing_data(most)
         if train and train.recompute:
             size = training_memory(dataclasses.replace(train, recompute=False))["total"]
             if size < most:
@@ -328,6 +317,25 @@ class MemoryEstimate:
                 )
                 texts.append(f"with --per_device_eval_batch_size 16 {need}")
         return texts
+
+    def _sharing_data(self, most: float) -> list[str]:
+        """Return a sentence where the model is split though it fits on a card, list of one or none."""
+        first = next(iter(self.settings.values()))
+        degree, sharding = first.degree, max(old.sharding_degree for old in self.settings.values())
+        if degree == 1 or first.on_cpu:
+            return []
+        flag = f"--tensor_parallel_degree {degree}"
+        ways = {f"without {flag}": sharding if sharding == 1 else sharding * degree}
+        if "train" in self.settings and sharding == 1:
+            ways[f"with --sharding stage1 in place of {flag}"] = degree
+        for flags, shards in ways.items():
+            alone = {"degree": 1, "sharding_degree": shards}
+            settings = {kind: dataclasses.replace(old, **alone) for kind, old in self.settings.items()}
+            size = max(MemoryEstimate(settings).totals.values())
+            if size < most:
+                text = f"{flags} the same cards would share the data, {degree} times the records a step, and "
+                return [f"{text}be faster: each would need {size / 1e9:.2f} GB, which fits"]
+        return []
 
     def explain(self, doing: str, kind: str) -> str:
         """Return the line of a run that ran out of memory ``doing`` something of a ``kind``."""

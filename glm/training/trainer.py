@@ -13,12 +13,13 @@ from paddlenlp.trainer.trainer_callback import PrinterCallback, ProgressCallback
 from paddlenlp.trainer.trainer_utils import TrainOutput
 from paddlenlp.utils.log import logger
 
+from glm.device import memory_peak
 from glm.errors import Fault, InputError, as_input_error, is_out_of_memory
 from glm.outputs.checkpoints import Checkpoint
 from glm.outputs.folder import RunFolder
 from glm.outputs.layout import TRAINER_STATE
 from glm.processes import gather_objects
-from glm.training.memory import MemoryEstimate, memory_metrics, memory_peak
+from glm.training.memory import MemoryEstimate, memory_metrics
 from glm.training.numerics import CheckFinite, Gradients, SeedEachStep, are_finite
 from glm.training.progress import TrainingProgress
 from glm.training.sampler import GroupedBatchSampler

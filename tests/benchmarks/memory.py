@@ -30,6 +30,7 @@ from paddlenlp.peft import LoRAConfig
 from paddlenlp.transformers import GLMConfig
 
 from data import DataCollator, build_features
+from glm import device
 from glm.arguments import LORA_MODULES, GenerationArguments, GLMTrainingArguments
 from glm.decoding.decoder import beam_search
 from glm.training import memory
@@ -143,7 +144,7 @@ def check(args):
             recompute="recompute" in flags,
             lora_config=lora_config,
         )
-        memory.memory_peak(reset=True)  # after loading, where Paddle can
+        device.memory_peak(reset=True)  # after loading, where Paddle can
         if kind == "train":
             trainer.train()
             estimate = memory.training_memory(setting)
@@ -167,7 +168,7 @@ def check(args):
     count, trained = count_parameters(model.config, lora_config=lora_config)
     return {
         "estimate": estimate["total"],
-        "peak": memory.memory_peak(),
+        "peak": device.memory_peak(),
         "speed": speed,
         "share": trained / count,
     }
