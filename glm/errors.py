@@ -48,11 +48,13 @@ def is_out_of_memory(error):
 def paddle_reason(error):
     """Return the line of an exception of Paddle's that says what has failed, str.
 
-    Behind it stand advice for other systems and a place in Paddle's source, before it calls in C++.
+    Before it stand calls in C++ and maybe the error's kind alone, behind it advice for other systems and
+    a place in Paddle's source.
     """
     text = str(error).rpartition("Error Message Summary:")[2]
     lines = (line.strip() for line in text.splitlines())
-    return next((line for line in lines if re.search(r"\w", line)), type(error).__name__)
+    said = (line for line in lines if re.search(r"\w", line) and not line.endswith(":"))
+    return next(said, type(error).__name__)
 
 
 def error_line(message):

@@ -281,7 +281,9 @@ def test_where_a_capture_fails_the_search_goes_on_without(captured, monkeypatch,
 
         def out_of_memory(*args):
             if RecordedGraph.capturing:
-                raise MemoryError(f"(ResourceExhausted) {reason}\nPlease check.\n")
+                raise MemoryError(
+                    f"\nError Message Summary:\n---\nResourceExhaustedError: \n\n{reason} Free it.\n"
+                )
             return log_sum_exp(*args)
 
         monkeypatch.setattr("glm.decoding.candidates.log_sum_exp", out_of_memory)
