@@ -96,7 +96,7 @@ def draw_tokens(
         float64 [3, N, M], keys, log-probabilities and token ids: one tensor, see ``likeliest_tokens``.
     """
     logits = logits.astype("float32")
-    tempered = logits / temperature
+    tempered = paddle.scale(logits, 1 / temperature)  # which every device has, other than a division
     log_sum, tempered_log_sum = (_log_sum_exp(x, *paddle.topk(x, 1)) for x in (logits, tempered))
     minus_infinity = paddle.full([1], -float("inf"))
     numbers = paddle.concat([tempered.reshape([-1]), minus_infinity])  # one more, for what bans nothing
