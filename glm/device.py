@@ -2,6 +2,7 @@
 
 import contextlib
 import ctypes
+import functools
 import os
 import re
 from pathlib import Path
@@ -149,6 +150,14 @@ def supports_tensor_parallelism():
 def supports_cuda_graphs() -> bool:
     """Return whether the device in use captures CUDA graphs."""
     return paddle.get_device().startswith("gpu") and is_cuda_graph_supported()
+
+
+@functools.cache
+def supports_fused_linear() -> bool:
+    """Return whether the device in use adds a linear's bias, and sums its gradient, within the product."""
+    version = str(paddle.version.cuda()).split(".")  # "False" where Paddle is built without CUDA
+    gpu = paddle.get_device().startswith("gpu") and version[0].isdigit()
+    return gpu and [int(number) for number in version[:2]] >= [11, 6]
 
 
 def upload(array, tensor):

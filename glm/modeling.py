@@ -17,11 +17,12 @@ from paddle.distributed.fleet.meta_parallel import (
     get_rng_state_tracker,
 )
 from paddle.distributed.fleet.utils import recompute
+from paddle.incubate.nn.functional import fused_matmul_bias
 from paddlenlp.peft import LoRAModel
 from paddlenlp.transformers import GLMForConditionalGeneration
 from paddlenlp.transformers.glm.modeling import GLMAttention
 
-from glm.device import on_cpu
+from glm.device import on_cpu, supports_fused_linear
 from glm.graphs import all_reduce
 
 MASKED = -65504.0  # added to the attention scores of hidden positions: float16's lowest number
@@ -262,12 +263,17 @@ def _compute_with_gradient(layer, inputs):
     """Call ``layer``, which may have an adapter or be one of fleet's; of a plain linear its operator."""
     if type(layer) is not paddle.nn.Linear:
         return layer(inputs)
-    if not on_cpu() or layer.bias.stop_gradient:
-        return paddle._C_ops.linear(inputs, layer.weight, layer.bias)
+    weight, bias = layer.weight, layer.bias
+    if layer.training:  # where autocast is; an evaluation computes in the weights' own type
+        weight, bias = (getattr(tensor, "half_copy", tensor) for tensor in (weight, bias))
+    if supports_fused_linear() and not bias.stop_gradient:
+        return fused_matmul_bias(inputs, weight, bias)
+    if not on_cpu() or bias.stop_gradient:
+        return paddle._C_ops.linear(inputs, weight, bias)
     # With the bias as a product, its gradient is a product too. Paddle's gradient of a bias is a sum
     # over rows, which takes a CPU as long as the gradients of the inputs and the weight together.
     ones = paddle.ones([*inputs.shape[:-1], 1], inputs.dtype)
-    return paddle.matmul(inputs, layer.weight) + paddle.matmul(ones, layer.bias.unsqueeze(0))
+    return paddle.matmul(inputs, weight) + paddle.matmul(ones, bias.unsqueeze(0))
 
 
 def _recompute(layer, hidden_states):
@@ -305,10 +311,13 @@ def _forward_with_gradient(model, input_ids, position_ids, attention_mask):
         heads = model.glm.transformer.layers[0].attention.num_attention_heads
         mask = mask.tile([1, heads, 1, 1])
 
+    # Autocast's type is made once, not in each layer.
+    mask_in = functools.cache(lambda dtype: mask if mask.dtype == dtype else mask.astype(dtype))
+
     def core_attention(number, attention, projected):
         query, key, value = paddle.unbind(split_heads(attention, projected))
         drop = functools.partial(_dropout, attention.attention_dropout, "local_seed")
-        return attend(query, key, value, mask, drop)
+        return attend(query, key, value, mask_in(query.dtype), drop)
 
     functions = {"compute": _compute_with_gradient, "dropout": _dropout}
     if model.glm.transformer.enable_recompute and paddle.is_grad_enabled():

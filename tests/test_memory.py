@@ -60,13 +60,17 @@ def test_clipped_gradients_are_counted():
     clipped = paddle.nn.ClipGradByGlobalNorm(1.0)(gradients)
     copies = 1 + (allocated() - before) / (8 * 256 * 256 * 4)
     assert float(sum((gradient**2).sum() for _, gradient in clipped)) == pytest.approx(1, abs=1e-3)
-    assert copies == pytest.approx(memory._gradient_copies(memory.Setting(None, 1, 1, 1)), abs=0.01)
-    assert memory._gradient_copies(memory.Setting(None, 1, 1, 1, degree=2)) == 1
+    assert 4 * copies == pytest.approx(memory.gradients_at_update(memory.Setting(None, 1, 1, 1), 1), abs=0.04)
+    assert memory.gradients_at_update(memory.Setting(None, 1, 1, 1, degree=2), 1) == 4
 
 
-@pytest.mark.parametrize("precision, megabytes", [("float32", 179.3), ("O1", 207.6), ("O2", 89.1)])
+@pytest.mark.parametrize("precision, megabytes", [("float32", 179.3), ("O1", 169.8), ("O2", 89.1)])
 def test_what_a_layer_keeps_on_a_card(precision, megabytes):
-    """Against Paddle's allocator on a custom device, where a layer of GLM-Large's width kept so much."""
+    """Against Paddle's allocator on a custom device, where a layer of GLM-Large's width kept so much.
+
+    For O1 that was 207.6 while autocast's casts of the weights (25.2) were kept, and gelu's input was
+    float32 (12.6 more).
+    """
     config = GLMConfig(
         num_layers=4,
         hidden_size=1024,

@@ -12,6 +12,7 @@ from paddlenlp.utils.log import logger
 from glm.device import free_memory, on_cpu, supports_cuda_graphs, supports_dtype
 from glm.errors import Fault, is_out_of_memory
 from glm.processes import gather_objects
+from glm.training.flat_optimizer import gradients_at_update
 from glm.weights.adapters import new_lora_config
 from glm.weights.shapes import count_parameters
 
@@ -50,6 +51,12 @@ class Setting:
         return FLOAT if self.precision == "float32" else HALF
 
     @property
+    def half_copies(self):
+        """Whether FlatAdamW gives the linears' weights copies for autocast, whose gradients are half too."""
+        alone = self.degree * self.sharding_degree == 1
+        return self.precision == "O1" and alone and not (self.on_cpu or self.lora_config)
+
+    @property
     def length(self):
         """Tokens of the longest sequence."""
         return self.source_length + self.target_length
@@ -83,8 +90,7 @@ class Setting:
 def _layer_tensors(setting: Setting) -> tuple[dict, dict, dict]:
     """Return the bytes of what a layer keeps for its backward pass, by tensor: attention, softmax, MLP.
 
-    Under autocast (O1) norms and sums are float32, linears half. The biases that are added to them
-    are float32, and so is then what gelu gets.
+    Under autocast (O1) norms and sums are float32, linears half; biases only if they are half copies.
     """
     residual, linear = setting.weight_size, setting.linear_size
     hidden, part = setting.hidden, setting.hidden / setting.degree  # numbers: of all heads, of those here
@@ -100,8 +106,12 @@ def _layer_tensors(setting: Setting) -> tuple[dict, dict, dict]:
     if setting.config.output_dropout_prob:
         attention["dropout mask"] = mlp["dropout mask"] = hidden * BOOL
     if setting.precision == "O1":
-        weights = (3 + 1 + 4 + 4) * setting.config.hidden_size**2 / setting.degree
-        attention["the linears' weights, cast"] = weights * HALF
+        if setting.half_copies:
+            mlp["gelu's input"] = mlp["gelu's output"]
+        else:
+            attention["the linears' weights, cast"] = (
+                12 * setting.config.hidden_size**2 / setting.degree * HALF
+            )
         softmax["softmax, cast"] = setting.scores * linear
     if setting.config.attention_dropout_prob:
         softmax["dropout mask"] = setting.scores * BOOL
@@ -119,17 +129,7 @@ def _layer_memory(setting: Setting) -> tuple[float, float]:
         "softmax's dropout mask": softmax.get("dropout mask", 0),
         "gradients of queries, keys and values": 3 * setting.hidden * setting.linear_size,
     }
-    gelu_gradient = 4 * setting.hidden / setting.degree * setting.linear_size
-    return kept, max(sum(at_softmax.values()), kept + gelu_gradient)
-
-
-def _gradient_copies(setting: Setting) -> int:
-    """Return how many times the gradients of a process exist while it clips them.
-
-    Paddle 3 clips in place, and so do fleet's optimizers of several processes in every version.
-    Paddle 2 alone on one process makes all gradients anew.
-    """
-    return 2 if setting.paddle_2 and setting.degree * setting.sharding_degree == 1 else 1
+    return kept, max(sum(at_softmax.values()), kept + mlp["gelu's output"])  # and the gradient of that
 
 
 def _add_largest(bytes_needed: dict, peaks: dict) -> dict:
@@ -145,13 +145,13 @@ def training_memory(setting: Setting) -> dict[str, float]:
     largest tensors that live for a moment. What a device's library takes for itself is not counted.
 
     Returns:
-        weights, optimizer (moments and master weights), gradients, activations, and their total.
+        weights, optimizer (moments, master weights, copies), gradients, activations, and their total.
     """
     config, recompute = setting.config, setting.recompute
     count, trained = count_parameters(config, setting.degree, setting.lora_config)
     moments = 2 * FLOAT + (FLOAT if setting.precision == "O2" else 0)  # and master weights
-    gradients = trained * setting.weight_size
-    clipped = _gradient_copies(setting) * trained * (FLOAT if setting.master_grad else setting.weight_size)
+    copies = config.num_layers * 12 * config.hidden_size**2 * HALF if setting.half_copies else 0
+    gradients = trained * setting.weight_size - copies  # those of the copies are half
 
     layer, backward = _layer_memory(setting)
     layer_input = setting.hidden * setting.weight_size
@@ -162,21 +162,23 @@ def training_memory(setting: Setting) -> dict[str, float]:
     if setting.precision == "O1":  # the head's weight or its gradient, cast
         loss += embeddings * setting.linear_size
     head_gradient = 0 if setting.lora_config else embeddings * setting.weight_size
-    last_layer = backward - (0 if recompute else layer)
     peaks = {
         "loss": {"gradients": head_gradient, "activations": kept + loss},
-        "last layer": {"gradients": head_gradient, "activations": kept + last_layer},
+        "last layer": {
+            "gradients": head_gradient,
+            "activations": kept + backward - (0 if recompute else layer),
+        },
         "first layer": {"gradients": gradients, "activations": setting.mask_size + backward},
         # The table's gradient as the embedding comes to that as the head.
         "embeddings": {
             "gradients": gradients + head_gradient,
             "activations": setting.mask_size + layer_input,
         },
-        "update": {"gradients": clipped, "activations": 0},
+        "update": {"gradients": gradients_at_update(setting, trained), "activations": 0},
     }
     weights = {
         "weights": count * setting.weight_size,
-        "optimizer": trained * moments / setting.sharding_degree,
+        "optimizer": trained * moments / setting.sharding_degree + copies,
     }
     return _add_largest(weights, peaks)
 
@@ -198,8 +200,7 @@ def evaluation_memory(setting: Setting) -> dict[str, float]:
     pair = batch_size * setting.heads * size  # the scores of one query and one key
     tokens = setting.target_length / (1 if setting.cuda_graphs else 2)
     slots = setting.source_length + setting.num_beams * tokens
-    keys_and_values = 2 * width / degree * size  # of a slot
-    caches = layers * batch_size * slots * keys_and_values
+    caches = layers * batch_size * slots * 2 * width / degree * size  # keys and values
     tables = 3 if setting.on_cpu else 2  # of prefill: keys, values, and on a CPU the queries
 
     prefill = {"softmax and its input": 2 * pair * setting.source_length**2}
@@ -216,8 +217,7 @@ def evaluation_memory(setting: Setting) -> dict[str, float]:
         "last layer of the loss": {"caches": 0, "activations": setting.mask_size + sum(last_layer.values())},
         "loss": {"caches": 0, "activations": setting.mask_size + hidden * layers + target_logits},
     }
-    weights = count_parameters(config, degree, setting.lora_config)[0] * size
-    return _add_largest({"weights": weights}, peaks)
+    return _add_largest({"weights": count_parameters(config, degree, setting.lora_config)[0] * size}, peaks)
 
 
 def memory_metrics(kind: str, estimate: Optional[float], peak: Optional[int]) -> dict:
@@ -306,16 +306,14 @@ class MemoryEstimate:
             size = training_memory(dataclasses.replace(train, recompute=False))["total"]
             if size < most:
                 pace = "train faster" if train.on_cpu else "a step take about two thirds of the time"
-                need = f"it would need {size / 1e9:.2f} GB to train, which fits, and {pace}"
-                texts.append(f"without --recompute {need}")
+                need = f"{size / 1e9:.2f} GB to train, which fits, and {pace}"
+                texts.append(f"without --recompute it would need {need}")
         if evaluation and evaluation.batch_size <= 4 and self.records >= 16 and not evaluation.on_cpu:
             larger = evaluation_memory(dataclasses.replace(evaluation, batch_size=16))["total"]
             size = self.totals["eval"] + larger - evaluation_memory(evaluation)["total"]
             if size < most:
-                need = (
-                    f"it would need {size / 1e9:.2f} GB to evaluate, which fits, and be several times as fast"
-                )
-                texts.append(f"with --per_device_eval_batch_size 16 {need}")
+                need = f"it would need {size / 1e9:.2f} GB to evaluate, which fits, and be"
+                texts.append(f"with --per_device_eval_batch_size 16 {need} several times as fast")
         return texts
 
     def _sharing_data(self, most: float) -> list[str]:
@@ -359,10 +357,8 @@ class MemoryEstimate:
 
 def longest(dataset: list[dict]) -> dict[str, int]:
     """Return the token counts of the longest source and of the longest target."""
-    return {
-        "source_length": max(feature["source_length"] for feature in dataset),
-        "target_length": max(len(feature["labels"]) for feature in dataset),
-    }
+    sizes = zip(*((feature["source_length"], len(feature["labels"])) for feature in dataset))
+    return dict(zip(("source_length", "target_length"), map(max, sizes)))
 
 
 def estimate_memory(args, pretrained, generation, train_dataset, test_dataset) -> MemoryEstimate:

@@ -49,16 +49,28 @@ class Gradients(TrainerCallback):
     def __init__(self, master: bool):
         self.master = master
 
-    def on_optimizer_begin(self, args, state, control, model=None, **kwargs):
-        if self.master:
+    def on_optimizer_begin(self, args, state, control, model=None, optimizer=None, **kwargs):
+        if hasattr(optimizer, "gather_gradients"):
+            optimizer.gather_gradients(self.master)
+        elif self.master:
             # As paddle.amp.decorate(master_grad=True) does after a backward pass, of which recompute
             # has many.
             parameters = [weight for weight in model.parameters() if weight.grad is not None]
             paddle.base.core.eager.set_master_grads(parameters)
 
+    def on_step_begin(self, args, state, control, optimizer=None, **kwargs):
+        if hasattr(optimizer, "copy_weights"):
+            optimizer.copy_weights()
+
+    def on_substep_end(self, args, state, control, optimizer=None, **kwargs):
+        if hasattr(optimizer, "accumulate_gradients"):
+            optimizer.accumulate_gradients()
+
     def on_train_begin(self, args, state, control, optimizer=None, **kwargs):
         # The Trainer calls it without arguments, by which gradients are filled with zeros and kept.
         optimizer.clear_grad = functools.partial(optimizer.clear_grad, set_to_zero=False)
+        if hasattr(optimizer, "adopt_weights"):  # the model's wrappers may have moved them
+            optimizer.adopt_weights()
 
 
 class CheckFinite(TrainerCallback):

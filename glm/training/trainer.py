@@ -19,6 +19,7 @@ from glm.outputs.checkpoints import Checkpoint
 from glm.outputs.folder import RunFolder
 from glm.outputs.layout import TRAINER_STATE
 from glm.processes import gather_objects
+from glm.training.flat_optimizer import flatten
 from glm.training.memory import MemoryEstimate, memory_metrics
 from glm.training.numerics import CheckFinite, Gradients, SeedEachStep, are_finite
 from glm.training.progress import TrainingProgress
@@ -385,6 +386,7 @@ class ResumableTrainer(Trainer):
     # The schedule is of this run's global batches.
     def create_optimizer_and_scheduler(self, num_training_steps):
         super().create_optimizer_and_scheduler(num_training_steps - self.resume.steps_ahead)
+        self.optimizer = flatten(self.optimizer, self.model, self.args)
 
     # PaddleNLP 3 waits here for the loss of every step. CheckFinite does when one is logged.
     def _check_loss_valid(self, loss):
@@ -393,7 +395,6 @@ class ResumableTrainer(Trainer):
     def _get_item_from_loss(self, loss):
         return self.check_finite.loss_to_log(loss, self.args)
 
-    # The Trainer's fails where the GPU build runs on a CPU, and SeedEachStep needs no
-    # state.
+    # The Trainer's fails where the GPU build runs on a CPU, and SeedEachStep needs no state.
     def _load_rng_state(self, checkpoint):
         """Nothing to load."""

@@ -115,7 +115,7 @@ def read_optimizer_state(
 
     Args:
         checkpoint: its folder.
-        optimizer: an AdamW, maybe in fleet's wrappers.
+        optimizer: an AdamW or FlatAdamW, maybe in fleet's wrappers.
         model: a GLM, or one with an adapter.
         model_names: by the saved_names in the checkpoint, or None where both are of one layout.
         master_weights: whether this run's optimizer has them.
@@ -125,7 +125,7 @@ def read_optimizer_state(
     """
     while hasattr(optimizer, "_inner_opt"):  # fleet's wrappers; with sharding the innermost has some weights
         optimizer = optimizer._inner_opt
-    parameters = {parameter.name for parameter in optimizer._parameter_list}
+    parameters = {weight.name for weight in getattr(optimizer, "weights", optimizer._parameter_list)}
     weights = model.state_dict()
     model_names = model_names or {weight.name: name for name, weight in weights.items()}
     updated = {name for name, weight in weights.items() if weight.name in parameters}
