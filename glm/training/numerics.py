@@ -17,7 +17,7 @@ ADVICE = "lower --learning_rate, or look at the data of that step"
 
 def are_finite(weights: list[paddle.Tensor]) -> bool:
     """Return whether no weight holds NaN or infinity."""
-    return paddle.stack([paddle.isfinite(weight).all() for weight in weights]).all().tolist()
+    return not paddle.stack([(~paddle.isfinite(weight)).any() for weight in weights]).any().tolist()
 
 
 class SeedEachStep(TrainerCallback):
