@@ -319,7 +319,7 @@ def reference_loss(hidden_states, weight, labels, label_smoothing):
 
 
 def make_trainer(tmp_path, model, **changes):
-    args = GLMTrainingArguments(output_dir=str(tmp_path), device="cpu", **changes)
+    args = GLMTrainingArguments(output_dir=str(tmp_path), device="cpu", **{"report_to": ["none"], **changes})
     return GLMTrainer(model=model, args=args, generation=generation_arguments())
 
 

@@ -1,5 +1,6 @@
 """GLMTrainer: the loss of a global batch, the schedule, the evaluation."""
 
+import sys
 from types import SimpleNamespace
 
 import numpy as np
@@ -200,3 +201,24 @@ def test_the_loss_of_training_is_the_mean_over_the_processes(tmp_path, monkeypat
     metrics["train_loss"] = 2.0
     trainer.correct_speed_metrics(metrics)
     assert metrics["train_loss"] == 5.0 and metrics["train_steps_per_second"] == 0.5
+
+
+@pytest.mark.parametrize("size, steps_ahead", [(4, 3), (8, -7), (2, 8), (None, 3)])
+def test_what_was_counted_in_records_before_is_counted_on(tmp_path, size, steps_ahead):
+    """Step 13 of a run that was 3 steps ahead: 10 updates of ``size`` records, and now they are of 4."""
+    trainer = make_trainer(tmp_path, random_glm(), per_device_train_batch_size=4, num_train_epochs=9)
+    checkpoint = SimpleNamespace(global_batch_size=size, steps_ahead=3)
+    assert trainer.count_records(checkpoint, 13).steps_ahead == steps_ahead
+
+
+def test_the_first_step_after_a_resume_has_this_runs_rate(tmp_path, monkeypatch):
+    """And not the one that the checkpoint's schedule holds."""
+    module = sys.modules["glm.training.trainer"]
+    trainer = make_trainer(tmp_path, random_glm(), learning_rate=2e-3)
+    trainer.lr_scheduler = paddle.optimizer.lr.LambdaDecay(2e-3, lambda step: 1 - step / 10)
+    trainer.optimizer = SimpleNamespace(set_state_dict=lambda state: None)
+    monkeypatch.setattr(module, "read_optimizer_state", lambda *args: {})
+    monkeypatch.setattr(module, "read_state", lambda path, like: {"last_epoch": 4, "last_lr": 6e-4})
+    trainer.resume = module.Resume(SimpleNamespace(parameters=None), step=4)
+    trainer._load_optimizer_and_scheduler(str(tmp_path))
+    assert trainer.lr_scheduler.get_lr() == pytest.approx(2e-3 * 0.6)
