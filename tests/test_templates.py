@@ -76,7 +76,7 @@ def test_what_is_no_template_is_refused(text, message, tmp_path):
     path = folder / "tokenizer_config.json"
     values = json.loads(path.read_text())
     path.write_text(json.dumps({**values, SOURCE: text}))
-    with pytest.raises(InputError, match=f"^--model_name_or_path .*{re.escape(message)}"):
+    with pytest.raises(InputError, match=f"^--model_name_or_path .*({re.escape(message)}|no text in UTF-8)"):
         pretrained_in(folder)
     path.write_text(json.dumps({**values, TARGET: 7}))
     with pytest.raises(InputError, match="'target_template' is a int"):
