@@ -55,9 +55,9 @@ from glm.records import parse_each_line, read_in_batches, read_lines, read_recor
 from glm.templates import choose_templates, get_templates
 from glm.training.memory import estimate_memory
 from glm.watchdog import Peers, watch_launcher
-from glm.weights.adapters import add_lora
+from glm.weights.adapters import add_lora, save_merged
 from glm.weights.loading import load_model
-from glm.weights.pretrained import check_lengths, find_pretrained
+from glm.weights.pretrained import check_lengths, check_trainable, find_pretrained
 from glm.weights.torch_folder import export_torch
 from utils import GLMTrainer, prediction_row, shown_fields
 
@@ -76,6 +76,8 @@ def fine_tune(model_args, data_args, generation, args, folder):
     pretrained = find_pretrained(model_args)
     _, degree = tensor_parallel_part(args)
     check_lengths(pretrained, data_args.src_length, generation, degree)
+    if args.do_train:
+        check_trainable(pretrained)
     checkpoint = folder.find_checkpoint(lora=pretrained.adapter is not None)
     data_args = choose_templates(pretrained.tokenizer, data_args, checkpoint and checkpoint.path)
     check_target_length(pretrained.tokenizer, generation.tgt_length)
@@ -112,9 +114,15 @@ def fine_tune(model_args, data_args, generation, args, folder):
             trainer.save_trained(staging)
             write_results(staging, "train", results)
         trainer.stop_by_signal.stop_when_written(args)
+    trained = pretrained  # what is merged or exported from its files
+    if args.do_train and (model_args.export_torch or model_args.merge_lora and pretrained.quantized):
+        trained = pretrained.trained_in(folder.path)
     if model_args.merge_lora:
         with folder.replacing_merged(pretrained.adapter.folder) as staging:
-            trainer.save_merged(staging)
+            if pretrained.quantized:
+                save_merged(staging, trained, args.weights_dtype())
+            else:
+                trainer.save_merged(staging)
 
     # Evaluate.
     if args.do_eval:
@@ -131,7 +139,7 @@ def fine_tune(model_args, data_args, generation, args, folder):
         results.update(metrics)
 
     if model_args.export_torch:
-        export_torch(folder, pretrained.trained_in(folder.path) if args.do_train else pretrained)
+        export_torch(folder, trained)
     show_results(results, trainer.rows, shown_fields(pretrained.tokenizer))
 
 

@@ -19,8 +19,7 @@ from glm.modeling import replace_forward, target_losses
 from glm.outputs.results import write_predictions
 from glm.processes import gather_objects
 from glm.templates import get_templates
-from glm.training.memory import memory_metrics
-from glm.training.progress import Curves
+from glm.training.progress import Curves, memory_metrics
 from glm.training.trainer import ResumableTrainer
 
 

@@ -17,6 +17,7 @@ from glm.device import supports_dtype, supports_tensor_parallelism, use_device, 
 from glm.errors import InputError, as_input_error
 from glm.files import open_input, parse_json
 from glm.limits import ANY, COUNT, FRACTION, NOT_NEGATIVE, POSITIVE, TRAINING_LIMITS, Limits, check_argument
+from glm.quantization import ALGORITHMS
 from glm.records import DATASETS
 from glm.templates import DEFAULTS
 
@@ -51,6 +52,11 @@ class ModelArguments:
     rslora: bool = argument(False, "Scale by lora_alpha / sqrt(rank) (arXiv 2312.03732).")
     lora_base: Optional[str] = argument(
         None, "The model an adapter belongs to, where the adapter names another place."
+    )
+    weight_quantize_algo: Optional[str] = argument(
+        None,
+        "Load the layers' linears in 8 bits, which LoRA, evaluation and prediction can use.",
+        choices=ALGORITHMS,
     )
     merge_lora: bool = argument(False, "Write a whole model with the adapter in its weights into output_dir.")
     export_torch: bool = argument(

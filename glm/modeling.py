@@ -24,6 +24,7 @@ from paddlenlp.transformers.glm.modeling import GLMAttention
 
 from glm.device import on_cpu, supports_fused_linear
 from glm.graphs import all_reduce
+from glm.quantization import compute_quantized, is_quantized, linear
 
 MASKED = -65504.0  # added to the attention scores of hidden positions: float16's lowest number
 
@@ -261,6 +262,8 @@ def _dropout(layer, generator, inputs):
 
 def _compute_with_gradient(layer, inputs):
     """Call ``layer``, which may have an adapter or be one of fleet's; of a plain linear its operator."""
+    if is_quantized(layer):
+        return compute_quantized(layer, inputs)
     if type(layer) is not paddle.nn.Linear:
         return layer(inputs)
     weight, bias = layer.weight, layer.bias
@@ -374,10 +377,10 @@ def compute_without_gradient(layer: paddle.nn.Layer, inputs: Tensor) -> Tensor:
 
     The layers' own ways take the host longer than the operators take a card: PaddleNLP 3 puts a
     choice of precisions before F.linear, and fleet's layers put collectives without effect around
-    theirs. Paddle's operator has no public name.
+    theirs.
     """
     if type(layer) is paddle.nn.Linear:
-        return paddle._C_ops.linear(inputs, layer.weight, layer.bias)
+        return linear(inputs, layer.weight, layer.bias)
     if isinstance(layer, paddle.nn.Embedding):
         return layer(inputs)
     if isinstance(layer, VocabParallelEmbedding):
@@ -386,10 +389,7 @@ def compute_without_gradient(layer: paddle.nn.Layer, inputs: Tensor) -> Tensor:
         all_reduce(rows, layer.model_parallel_group)
         return rows
     split_inputs = isinstance(layer, RowParallelLinear)
-    if split_inputs:
-        outputs = paddle.matmul(inputs, layer.weight)
-    else:
-        outputs = paddle._C_ops.linear(inputs, layer.weight, layer.bias)
+    outputs = linear(inputs, layer.weight, None if split_inputs else layer.bias)
     adapter = getattr(layer, "lora_A", None)
     if adapter is not None:
         adapted = paddle.matmul(paddle.matmul(inputs, adapter), layer.lora_B)

@@ -142,7 +142,7 @@ def test_a_run_says_what_it_needs(tmp_path, monkeypatch):
     args = arguments.GLMTrainingArguments(output_dir=str(tmp_path), do_train=True, device="cpu")
     dataset = [{"source_length": 600, "labels": [1] * 25}, {"source_length": 20, "labels": [1] * 30}]
     generation = arguments.GenerationArguments()
-    pretrained, logged = SimpleNamespace(config=GLM_10B, adapter=None), []
+    pretrained, logged = SimpleNamespace(config=GLM_10B, adapter=None, quantized=False), []
     for level in ("train", "warning"):
         monkeypatch.setattr(memory.logger, level, logged.append)
     for free, warned in ((1e9, True), (1e12, False)):

@@ -155,9 +155,10 @@ def lora_single(data, tmp_path_factory):
     return outcome(folder / "out", "lora_model_state.pdparams")
 
 
-def test_lora_on_two_processes(data, tmp_path):
+@pytest.mark.parametrize("weights", [[], ["--weight_quantize_algo", "weight_only_int8"]])
+def test_lora_on_two_processes(data, tmp_path, weights):
     """The same adapter as on one, and the same whole model; the adapter is split again to evaluate it."""
-    name, lora = "lora_model_state.pdparams", ["--lora", "True", "--lora_rank", 4, "--learning_rate", 1e-2]
+    name, lora = "lora_model_state.pdparams", [*LORA, *weights]
     common = ["--model_name_or_path", TINY_GLM, "--task_name", data, *COMMON, *lora, "--merge_lora", "True"]
     run(*common, *flags(output_dir=tmp_path / "one", per_device_train_batch_size=4))
     losses, predictions, adapter = outcome(tmp_path / "one", name)
@@ -174,7 +175,7 @@ def test_lora_on_two_processes(data, tmp_path):
     for path in (tmp_path / "one").glob("model_state*"):
         path.unlink()  # what is left is an adapter
     args = flags(model_name_or_path=tmp_path / "one", task_name=data, output_dir=tmp_path / "reloaded")
-    run_parallel(2, *COMMON[:8], "--do_eval", *args, *split)
+    run_parallel(2, *COMMON[:8], "--do_eval", *args, *split, *weights)
     assert [
         row["token_ids"] for row in read_jsonl(tmp_path / "reloaded/eval_predictions.jsonl")
     ] == predictions

@@ -1,4 +1,4 @@
-"""The memory that a run takes: estimated before, measured after, and what to do where it runs out."""
+"""The memory that a run takes: estimated before it, and what to do where it runs out."""
 
 import contextlib
 import dataclasses
@@ -11,13 +11,12 @@ from paddlenlp.utils.log import logger
 
 from glm.device import free_memory, on_cpu, supports_cuda_graphs, supports_dtype
 from glm.errors import Fault, is_out_of_memory
-from glm.processes import gather_objects
 from glm.training.flat_optimizer import gradients_at_update
 from glm.weights.adapters import new_lora_config
 from glm.weights.shapes import count_parameters
 
 # Bytes of a number.
-HALF, FLOAT, BOOL = 2, 4, 1
+HALF, FLOAT, BOOL, INT8 = 2, 4, 1, 1
 PADDLE_2 = paddle.__version__.startswith("2.")
 
 
@@ -36,6 +35,7 @@ class Setting:
     recompute: bool = False
     master_grad: bool = True  # as --amp_master_grad
     num_beams: int = 1
+    quantized: bool = False  # linears in int8
     on_cpu: bool = dataclasses.field(default_factory=lambda: on_cpu())
     cuda_graphs: bool = dataclasses.field(default_factory=lambda: supports_cuda_graphs())
     paddle_2: bool = PADDLE_2
@@ -82,6 +82,18 @@ class Setting:
         return self.config.vocab_size / self.degree
 
     @property
+    def saved_by_int8(self):
+        """Bytes that linears in int8 and their scales take less."""
+        width, size = self.config.hidden_size, self.weight_size
+        layer = 12 * width**2 * (size - INT8) - 9 * width * size
+        return self.quantized * self.config.num_layers * layer / self.degree
+
+    @property
+    def cast_weight(self):
+        """Numbers of the largest linear in int8, which a product has cast."""
+        return 4 * self.config.hidden_size**2 / self.degree if self.quantized else 0
+
+    @property
     def mask_size(self):
         """Size of the additive mask, which a CPU holds once for each head."""
         return self.batch_size * self.length**2 * FLOAT * (self.heads if self.on_cpu else 1)
@@ -108,10 +120,9 @@ def _layer_tensors(setting: Setting) -> tuple[dict, dict, dict]:
     if setting.precision == "O1":
         if setting.half_copies:
             mlp["gelu's input"] = mlp["gelu's output"]
-        else:
-            attention["the linears' weights, cast"] = (
-                12 * setting.config.hidden_size**2 / setting.degree * HALF
-            )
+        elif not setting.quantized:
+            weights = 12 * setting.config.hidden_size**2 / setting.degree
+            attention["the linears' weights, cast"] = weights * HALF
         softmax["softmax, cast"] = setting.scores * linear
     if setting.config.attention_dropout_prob:
         softmax["dropout mask"] = setting.scores * BOOL
@@ -129,7 +140,8 @@ def _layer_memory(setting: Setting) -> tuple[float, float]:
         "softmax's dropout mask": softmax.get("dropout mask", 0),
         "gradients of queries, keys and values": 3 * setting.hidden * setting.linear_size,
     }
-    return kept, max(sum(at_softmax.values()), kept + mlp["gelu's output"])  # and the gradient of that
+    at_gelu = kept + mlp["gelu's output"] + setting.cast_weight * setting.linear_size  # and its gradient
+    return kept, max(sum(at_softmax.values()), at_gelu)
 
 
 def _add_largest(bytes_needed: dict, peaks: dict) -> dict:
@@ -177,7 +189,7 @@ def training_memory(setting: Setting) -> dict[str, float]:
         "update": {"gradients": gradients_at_update(setting, trained), "activations": 0},
     }
     weights = {
-        "weights": count * setting.weight_size,
+        "weights": count * setting.weight_size - setting.saved_by_int8,
         "optimizer": trained * moments / setting.sharding_degree + copies,
     }
     return _add_largest(weights, peaks)
@@ -205,32 +217,22 @@ def evaluation_memory(setting: Setting) -> dict[str, float]:
 
     prefill = {"softmax and its input": 2 * pair * setting.source_length**2}
     prefill["hidden states and gelu's"] = source * (3 + 8 / degree)
+    prefill["a weight, cast"] = cast_weight = setting.cast_weight * size
     logits = batch_size * setting.num_beams * setting.vocab_size * (size + 3 * FLOAT)
     target_logits = batch_size * setting.target_length * setting.vocab_size * (FLOAT + size)
     last_layer = {"softmax and its input": 2 * pair * setting.length**2}
     last_layer["inputs of the layers, and the last one's own"] = hidden * (layers + 1 + 7 / degree)
+    last_layer["a weight, cast"] = cast_weight
     peaks = {
         # What prefill keeps lives until the beams take over.
         "prefill": {"caches": layers * tables * source / degree, "activations": sum(prefill.values())},
         # One layer's cache at a time is copied when it grows.
-        "decoding": {"caches": caches, "activations": max(caches / layers, logits)},
+        "decoding": {"caches": caches, "activations": max(caches / layers, logits, cast_weight)},
         "last layer of the loss": {"caches": 0, "activations": setting.mask_size + sum(last_layer.values())},
         "loss": {"caches": 0, "activations": setting.mask_size + hidden * layers + target_logits},
     }
-    return _add_largest({"weights": count_parameters(config, degree, setting.lora_config)[0] * size}, peaks)
-
-
-def memory_metrics(kind: str, estimate: Optional[float], peak: Optional[int]) -> dict:
-    """Return a run's results about memory, in GB. All processes have to call it.
-
-    Args:
-        kind: train, eval or test.
-        estimate: bytes.
-        peak: bytes of this process. The results hold the largest process's.
-    """
-    peak = max((peak for peak in gather_objects(peak) if peak is not None), default=None)
-    sizes = {"estimated": estimate, "peak": peak}
-    return {f"{kind}_memory_{name}_gb": size and round(size / 1e9, 3) for name, size in sizes.items()}
+    weights = count_parameters(config, degree, setting.lora_config)[0] * size - setting.saved_by_int8
+    return _add_largest({"weights": weights}, peaks)
 
 
 class MemoryEstimate:
@@ -287,6 +289,8 @@ class MemoryEstimate:
                 changes["--fp16 --fp16_opt_level O2"] = {"precision": "O2"}
             if setting.lora_config is None:
                 changes["--lora True"] = {"lora_config": new_lora_config()}
+        if not setting.quantized and (kind == "eval" or setting.lora_config):
+            changes["--weight_quantize_algo weight_only_int8"] = {"quantized": True}
         now, saved = estimate(setting)["total"], {}
         for flags, change in changes.items():
             saved[flags] = now - estimate(dataclasses.replace(setting, **change))["total"]
@@ -375,6 +379,7 @@ def estimate_memory(args, pretrained, generation, train_dataset, test_dataset) -
             sharding_degree=max(args.sharding_parallel_degree, 1),
             lora_config=lora_config,
             recompute=args.recompute,
+            quantized=pretrained.quantized,
             master_grad=args.amp_master_grad,
         )
     if test_dataset:
@@ -388,6 +393,7 @@ def estimate_memory(args, pretrained, generation, train_dataset, test_dataset) -
             degree=degree,
             lora_config=lora_config,
             num_beams=generation.num_beams,
+            quantized=pretrained.quantized,
         )
     estimate = MemoryEstimate(settings, len(test_dataset))
     estimate.log()

@@ -1,12 +1,14 @@
-"""What a run shows while it trains: a bar or lines, and curves for VisualDL."""
+"""What a run shows while it trains: a bar or lines, curves for VisualDL; what it took of memory."""
 
 from collections.abc import Sequence
-from typing import Callable
+from typing import Callable, Optional
 
 from paddlenlp.trainer.integrations import VisualDLCallback
 from paddlenlp.trainer.trainer_callback import TrainerCallback
 from paddlenlp.utils.log import logger
 from tqdm import tqdm
+
+from glm.processes import gather_objects
 
 SHOWN = 10  # best and worst predictions of an evaluation
 
@@ -82,3 +84,16 @@ class Curves(VisualDLCallback):
             values = [f"{name}: {row[name]}" for name in self.fields]
             text = " | ".join([f"ROUGE-L {row['rougel']:.2f}", *values])
             self.vdl_writer.add_text(tag, text, rank)
+
+
+def memory_metrics(kind: str, estimate: Optional[float], peak: Optional[int]) -> dict:
+    """Return a run's results about memory, in GB. All processes have to call it.
+
+    Args:
+        kind: train, eval or test.
+        estimate: bytes.
+        peak: bytes of this process. The results hold the largest process's.
+    """
+    peak = max((peak for peak in gather_objects(peak) if peak is not None), default=None)
+    sizes = {"estimated": estimate, "peak": peak}
+    return {f"{kind}_memory_{name}_gb": size and round(size / 1e9, 3) for name, size in sizes.items()}

@@ -20,9 +20,9 @@ from glm.outputs.folder import RunFolder
 from glm.outputs.layout import TRAINER_STATE
 from glm.processes import gather_objects
 from glm.training.flat_optimizer import flatten
-from glm.training.memory import MemoryEstimate, memory_metrics
+from glm.training.memory import MemoryEstimate
 from glm.training.numerics import CheckFinite, Gradients, SeedEachStep, are_finite
-from glm.training.progress import TrainingProgress
+from glm.training.progress import TrainingProgress, memory_metrics
 from glm.training.sampler import GroupedBatchSampler
 from glm.training.saving import SaveCheckpoints, make_state_readable
 from glm.training.stopping import EarlyStopping, StopBySignal

@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import json
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Optional
 
@@ -17,8 +18,20 @@ from glm.arguments import LORA_MODULES
 from glm.errors import InputError, as_input_error
 from glm.files import get_typed, read_json, take_known, write_atomically
 from glm.processes import is_first_of_run, tensor_parallel_part
-from glm.weights.formats import find_forms, read_arrays
-from glm.weights.loading import LORA_WEIGHTS, Arrays, check_array, check_finite, fill, without_weights
+from glm.weights.formats import find_forms, read_arrays, release_pages
+from glm.weights.loading import (
+    LORA_WEIGHTS,
+    Arrays,
+    cast,
+    check_array,
+    check_finite,
+    convert_layout,
+    fill,
+    make_model,
+    saved_dtype,
+    to_float32,
+    without_weights,
+)
 from glm.weights.shapes import adapter_shapes, get_split, matches
 
 LORA_CONFIG = "lora_config.json"  # as PaddleNLP calls the file
@@ -261,6 +274,49 @@ def add_lora(model: GLMForConditionalGeneration, pretrained, seed: int) -> LoRA:
     lora.base_fingerprint = pretrained.base_fingerprint
     fill(lora, [weights], 1)
     return lora
+
+
+def merged_arrays(pretrained, dtype: Optional[str] = None) -> Iterator[tuple[str, np.ndarray]]:
+    """Yield the weights of a Pretrained for one process, its adapter's merged, one after the other.
+
+    They are made from the files alone. A model in int8 is merged so.
+
+    Args:
+        pretrained (Pretrained): the model.
+        dtype: of the arrays; by default that of the files.
+    """
+    parts, adapter, changes = pretrained.arrays, pretrained.adapter, {}
+    if adapter:
+        changes = adapter.weights or new_adapter_weights(pretrained.config, adapter.config, seed=0)
+    model = make_model(pretrained.config)
+    convert = convert_layout(model, len(parts))
+    for name in model.state_dict():
+        array, linear = convert(name, [part[name] for part in parts]), name.removesuffix(".weight")
+        if dtype not in (None, saved_dtype(array)):
+            array = cast(to_float32(array), dtype)
+        if f"{linear}.lora_A" in changes:
+            a, b = (to_float32(changes[f"{linear}.lora_{matrix}"]) for matrix in "AB")
+            merged = to_float32(array) + adapter.config.scaling * (a @ b)
+            array = cast(merged, saved_dtype(array))
+        yield name, array
+        for part in parts:
+            release_pages(part[name])
+
+
+def save_merged(folder: Path, pretrained, dtype: str):
+    """Write a Pretrained with its adapter in the weights of its files, as a model of the type ``dtype``."""
+    if is_first_of_run():
+        weights = {}
+        for name, array in merged_arrays(pretrained, dtype):
+            advice = "merge it by --bf16 True or in float32, or give other weights"
+            with as_input_error(f"{pretrained.location}: it can't be merged", advice, ValueError):
+                check_finite(name, array)
+            weights[name] = np.array(array)
+        paddle.save(weights, str(folder / "model_state.pdparams"))
+        model = make_model(pretrained.config, dtype)
+        model.config.architectures = [type(model).__name__]  # as PaddleNLP's save_pretrained writes it
+        for part in (model.config, model.generation_config, pretrained.tokenizer):
+            part.save_pretrained(str(folder))
 
 
 def merge_lora(lora: LoRA) -> GLMForConditionalGeneration:

@@ -8,7 +8,7 @@ import re
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Callable
+from typing import Callable, Optional
 
 import numpy as np
 import paddle
@@ -25,7 +25,8 @@ from tqdm import tqdm
 
 from glm.device import on_cpu
 from glm.processes import tensor_parallel_part
-from glm.weights.formats import read_arrays, release_pages
+from glm.quantization import LARGEST, largest_weights, quantize, set_quantized
+from glm.weights.formats import LINEAR, read_arrays, release_pages
 from glm.weights.shapes import get_split, shard, unshard, weight_shapes
 
 LORA_WEIGHTS = "lora_model_state.pdparams"  # as PaddleNLP calls the file
@@ -72,7 +73,8 @@ def load_model(pretrained, dtype: str = "float32", degree: int = 1, rank: int = 
     parts = pretrained.arrays
     model = make_model(pretrained.config, dtype, degree, rank)
     with pretrained.reading_weights():
-        fill(model, parts[rank : rank + 1] if len(parts) == degree else parts, len(parts))
+        own_parts = parts[rank : rank + 1] if len(parts) == degree else parts
+        fill(model, own_parts, len(parts), quantized_from=parts if pretrained.quantized else None)
     return model
 
 
@@ -113,7 +115,12 @@ def check_finite(name: str, array: np.ndarray):
             raise ValueError(f"its {name} holds NaN or infinity, which no trained model has")
 
 
-def fill(model: PretrainedModel, parts: list[Arrays], saved_degree: int) -> set[tuple[str, str]]:
+def fill(
+    model: PretrainedModel,
+    parts: list[Arrays],
+    saved_degree: int,
+    quantized_from: Optional[list[Arrays]] = None,
+) -> set[tuple[str, str]]:
     """Set those weights of ``model`` that ``parts`` hold, one after the other.
 
     Beside the model there is never more than one weight in memory.
@@ -122,6 +129,7 @@ def fill(model: PretrainedModel, parts: list[Arrays], saved_degree: int) -> set[
         model: a GLM, or one with an adapter.
         parts: arrays by name, as convert_layout's function takes them.
         saved_degree: of tensor parallelism, where they were saved.
+        quantized_from: the parts of all processes, where the linears are to be int8.
 
     Returns:
         The types that weights were cast from and to.
@@ -131,6 +139,7 @@ def fill(model: PretrainedModel, parts: list[Arrays], saved_degree: int) -> set[
             holds what is no number.
     """
     weights, convert, casts = model.state_dict(), convert_layout(model, saved_degree), set()
+    layers = dict(model.named_sublayers()) if quantized_from else {}
     names = [name for name in weights if name in parts[0]]
     missing = [name for name, weight in weights.items() if name not in parts[0] and not weight.stop_gradient]
     if missing:
@@ -148,7 +157,11 @@ def fill(model: PretrainedModel, parts: list[Arrays], saved_degree: int) -> set[
             saved, dtype = saved_dtype(array), str(weight.dtype).split(".")[-1]
             if saved != dtype:
                 casts.add((saved, dtype))
-            _set_weight(weight, array, dtype)
+            if quantized_from and LINEAR.fullmatch(name):
+                scale = _output_scale(name, array, quantized_from)
+                set_quantized(layers[name.removesuffix(".weight")], _quantize(array, scale), scale)
+            else:
+                _set_weight(weight, array, dtype)
             for array in arrays:
                 release_pages(array)
                 progress.update(array.nbytes)
@@ -173,6 +186,30 @@ def _set_weight(weight, array, dtype):
         weight.set_value(to_float32(array))
     else:
         weight.set_value(paddle.to_tensor(to_float32(array)).astype(dtype))  # numpy has no bfloat16
+
+
+def _output_scale(name, array, parts):
+    """Return the scales of the outputs that ``array`` has of the weight ``name``, float32.
+
+    Where processes split its inputs they are those of the complete weight, so that any layout has the same.
+    """
+    split = get_split(name)
+    arrays = [part[name] for part in parts] if split[0] == 0 else [array]
+    return np.max([to_float32(largest_weights(array)) for array in arrays], axis=0) / np.float32(LARGEST)
+
+
+def _quantize(array, scale):
+    """Return a saved array in int8."""
+    into = np.empty(array.shape, "int8")
+    rows = max((1 << 20) // array.shape[1], 1)  # so that few numbers at a time are in float32
+
+    def quantize_rows(first):
+        piece = slice(first, first + rows)
+        quantize(to_float32(array[piece]), scale, into[piece])
+
+    with ThreadPoolExecutor() as pool:  # NumPy computes without Python's lock
+        list(pool.map(quantize_rows, range(0, len(array), rows)))
+    return into
 
 
 def convert_layout(model: PretrainedModel, saved_degree: int) -> Callable:
@@ -206,6 +243,14 @@ def to_float32(array: np.ndarray) -> np.ndarray:
     into = np.empty(array.shape, "float32")
     _cast_to_float32(array, into)
     return into
+
+
+def cast(array: np.ndarray, dtype: str) -> np.ndarray:
+    """Return a float32 array in another type; bfloat16 is rounded to nearest even, as uint16."""
+    if dtype != "bfloat16":
+        return array.astype(dtype)
+    bits = array.view("uint32")
+    return ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16).astype("uint16")
 
 
 def _cast_to_float32(array, into):

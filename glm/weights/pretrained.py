@@ -102,6 +102,7 @@ class Pretrained:
         config: of the base.
         tokenizer: of the model ``name``.
         adapter: that the run begins with, or None.
+        quantized: whether its linears are loaded in int8.
     """
 
     name: str
@@ -110,6 +111,7 @@ class Pretrained:
     config: GLMConfig
     tokenizer: PretrainedTokenizer
     adapter: Optional[Adapter] = None
+    quantized: bool = False
 
     @cached_property
     def files(self) -> list[Path]:
@@ -194,13 +196,23 @@ def find_pretrained(arguments) -> Pretrained:
         location, advice = f"{location}: its base {base}", f"give by --lora_base {ADVICE}"
     with as_input_error(f"{location}: its config.json can't be loaded", advice):
         config = read_config(base, location)
-    pretrained = Pretrained(name, base, location, config, read_tokenizer(name, config), adapter)
+    quantized = arguments.weight_quantize_algo is not None
+    pretrained = Pretrained(name, base, location, config, read_tokenizer(name, config), adapter, quantized)
     if Path(base).is_dir():
         pretrained.arrays  # noqa: B018 what is wrong with them is an InputError here
     if adapter and adapter.folder:
         adapter.weights = read_adapter_weights(adapter.folder, config, adapter.config)
         check_base(adapter.folder, base, pretrained.base_fingerprint)
     return pretrained
+
+
+def check_trainable(pretrained: Pretrained):
+    """Raise InputError where the model is one that can't be trained."""
+    if pretrained.quantized and pretrained.adapter is None:
+        raise InputError(
+            "--weight_quantize_algo: weights in int8 can't be trained, but an adapter beside them can: add "
+            "--lora True, or leave --weight_quantize_algo out"
+        )
 
 
 def read_config(name: str, location: str) -> GLMConfig:

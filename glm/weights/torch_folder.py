@@ -11,9 +11,9 @@ from glm.files import dump_json, read_json
 from glm.outputs.folder import RunFolder
 from glm.outputs.layout import TORCH
 from glm.processes import is_first_of_run
-from glm.weights.adapters import new_adapter_weights
-from glm.weights.formats import LINEAR, release_pages, write_safetensors
-from glm.weights.loading import check_finite, convert_layout, make_model, saved_dtype, to_float32
+from glm.weights.adapters import merged_arrays
+from glm.weights.formats import LINEAR, write_safetensors
+from glm.weights.loading import check_finite, make_model, saved_dtype
 from glm.weights.pretrained import CONFIG_KEYS
 
 # The classes of the published configuration_glm.py, modeling_glm.py and tokenization_glm.py.
@@ -54,39 +54,21 @@ def write_weights(path, pretrained) -> str:
     Returns:
         Their type as PyTorch calls it.
     """
-    parts, adapter = pretrained.arrays, pretrained.adapter
-    changes, shapes = {}, {}
-    if adapter:
-        changes = adapter.weights or new_adapter_weights(pretrained.config, adapter.config, seed=0)
-    model = make_model(pretrained.config)
-    convert, weights = convert_layout(model, len(parts)), model.state_dict()
-    for name, weight in weights.items():
+    parts, shapes = pretrained.arrays, {}
+    for name, weight in make_model(pretrained.config).state_dict().items():
         shape = weight.shape[::-1] if LINEAR.fullmatch(name) else weight.shape
         shapes[name.removeprefix("glm.")] = (parts[0][name].dtype, shape)
 
-    def merged_arrays():
-        for name in weights:
-            array, linear = convert(name, [part[name] for part in parts]), name.removesuffix(".weight")
-            if f"{linear}.lora_A" in changes:
-                a, b = (to_float32(changes[f"{linear}.lora_{matrix}"]) for matrix in "AB")
-                array = cast(to_float32(array) + adapter.config.scaling * (a @ b), array.dtype)
+    def checked_arrays():
+        for name, array in merged_arrays(pretrained):
             with as_input_error(
                 f"{pretrained.location}: it can't be exported", "give other weights", ValueError
             ):
                 check_finite(name, array)
             yield np.ascontiguousarray(array.T if LINEAR.fullmatch(name) else array)
-            release_pages(parts[0][name])
 
-    write_safetensors(path, shapes, merged_arrays())
+    write_safetensors(path, shapes, checked_arrays())
     return saved_dtype(parts[0]["glm.word_embeddings.weight"])
-
-
-def cast(array: np.ndarray, dtype) -> np.ndarray:
-    """Return a float32 array in another type; uint16 stands for bfloat16, rounded to nearest even."""
-    if dtype != np.uint16:
-        return array.astype(dtype)
-    bits = array.view("uint32")
-    return ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16).astype("uint16")
 
 
 def write_config(folder, config, dtype: str):

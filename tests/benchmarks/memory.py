@@ -65,15 +65,11 @@ def table():
     rows = []
     lengths = {"batch_size": 2, "source_length": SRC_LENGTH, "target_length": TGT_LENGTH}
     for name in MODELS:
-        for kind, lora_config in (("full", None), ("LoRA", config_of_lora())):
+        kinds = {"full": {}, "LoRA": {"lora_config": config_of_lora()}}
+        kinds["LoRA, int8"] = {**kinds["LoRA"], "quantized": True}
+        for kind, weights in kinds.items():
             setting = memory.Setting(
-                config_of(name),
-                **lengths,
-                **card,
-                precision="O2",
-                recompute=True,
-                num_beams=5,
-                lora_config=lora_config,
+                config_of(name), **lengths, **card, precision="O2", recompute=True, num_beams=5, **weights
             )
             cells = {"train": [], "evaluate": []}
             for degree in (1, 2, 4, 8):
