@@ -92,7 +92,7 @@ def ours(args, model, dataset):
     with tempfile.TemporaryDirectory() as folder:
         trainer = GLMTrainer(
             model=model,
-            args=GLMTrainingArguments(output_dir=folder, disable_tqdm=True),
+            args=GLMTrainingArguments(output_dir=folder, disable_tqdm=True, report_to=["none"]),
             generation=GenerationArguments(),
         )
     size, collate = args.batch_size, DataCollator(SpecialTokens.pad_token_id)
