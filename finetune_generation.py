@@ -307,7 +307,7 @@ def run():
         with contextlib.suppress(OSError):  # standard error is closed, or on a full disk
             print(error_line(message), file=sys.stderr, flush=True)
     if peers:
-        peers.leave()
+        peers.leave(message)
     return code
 
 

@@ -21,13 +21,15 @@ GRACE = 3  # seconds in which the processes that end for one reason may each say
 TIMEOUT = 60  # seconds in which all processes have to connect
 MOST_STRANGERS = 64  # connections that have not said the secret yet
 NUMBER = 4  # bytes of a rank
+LONGEST_REASON = 4096  # bytes of what a process says before it ends
 
 
 class Peers:
     """Ends this process when another one of the run is gone, so that it waits for none in vain.
 
     The first process has a connection to each of the others. The system closes it when either end
-    dies, and the first process sends the others the rank of the one that was gone.
+    dies, and the first process sends the others the rank of the one that was gone. One that ends
+    early says why to the first, which tells it where it has not ended for the same reason.
 
     A thread does so, which needs Python's lock. Tensor.item() keeps it while it waits for a device:
     what may wait for another process is read by numpy() or tolist().
@@ -55,10 +57,14 @@ class Peers:
         self.watching = False
         barrier()
 
-    def leave(self):
-        """Wait, after this process has said why it ends early, until those that end so too have said it."""
+    def leave(self, reason: str):
+        """Wait, before this process ends early, until those that end for the same ``reason`` have said it."""
         self.watching = False
         time.sleep(GRACE)
+        for connection, rank in self.ranks.items():
+            if rank == 0:
+                with contextlib.suppress(OSError):
+                    connection.sendall(reason.encode(errors="replace")[:LONGEST_REASON])
 
     @staticmethod
     def wait_to_be_ended():
@@ -70,17 +76,19 @@ class Peers:
 
     def _watch(self):
         connection = wait(list(self.ranks))[0]
-        rank, message = self.ranks.pop(connection), b""
+        rank, message, reason = self.ranks.pop(connection), b"", ""
         with contextlib.suppress(OSError):
-            message = connection.recv(NUMBER)
-        if message:
+            message = connection.recv(LONGEST_REASON)
+        if message and rank == 0:  # which knows who is gone
             rank = int.from_bytes(message, "big")
+        elif message:
+            reason = f" ({message.decode(errors='replace')})"
         if not self.watching:
             return
         for other in self.ranks:
             with contextlib.suppress(OSError):
                 other.sendall(rank.to_bytes(NUMBER, "big"))
-        gone = f"process {rank} is gone, so this one of {dist.get_world_size()} ends too"
+        gone = f"process {rank} is gone{reason}, so this one of {dist.get_world_size()} ends too"
         print(error_line(f"{gone}: {self.advice()}"), file=sys.stderr, flush=True)
         os._exit(1)
 

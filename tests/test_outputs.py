@@ -13,7 +13,7 @@ from helpers import TINY_GLM, TRAIN, flags, run, run_folder, small_data
 from paddlenlp.transformers import GLMForConditionalGeneration
 
 from glm.errors import InputError
-from glm.outputs import layout
+from glm.outputs import layout, replace
 from glm.outputs.folder import open_run_folder
 from glm.outputs.layout import LOCK, MODEL, REPLACED, RESULTS, RUN, UNFINISHED, find
 from glm.outputs.replace import check_complete, finish_interrupted_replace, replace_together
@@ -61,12 +61,16 @@ def read(folder):
     return {path.name: path.read_text() for path in folder.iterdir() if path.is_file()}
 
 
-def test_what_is_replaced_goes_in_the_same_move(tmp_path):
+def test_what_is_replaced_goes_in_the_same_move(tmp_path, monkeypatch):
+    """No process goes on before all is in place."""
+    met = []
+    monkeypatch.setattr(replace, "barrier", lambda: met.append(read(tmp_path)))
     write(tmp_path, OLD)
     with replace_together(tmp_path, (*MODEL, *RESULTS)) as folder:
         write(folder, NEW)
         assert read(tmp_path) == OLD
-    assert read(tmp_path) == {**NEW, "notes.txt": "mine"} and not (tmp_path / UNFINISHED).exists()
+    assert read(tmp_path) == met[-1] == {**NEW, "notes.txt": "mine"}
+    assert not (tmp_path / UNFINISHED).exists()
 
 
 @pytest.mark.parametrize("event", ["os.rename", "os.remove", "shutil.rmtree"])

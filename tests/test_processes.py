@@ -79,19 +79,21 @@ def test_no_signal_breaks_into_the_end_of_a_run(monkeypatch):
 
 
 def test_which_process_is_gone_is_said_to_all_others(monkeypatch, capsys):
-    """By the first one, to which alone they have connections."""
+    """By the first one, to which alone they have connections, and why, where a process has said it."""
     pairs = {rank: socket.socketpair() for rank in (1, 2, 3)}
     peers = watchdog.Peers.__new__(watchdog.Peers)
     peers.ranks = {ours: rank for rank, (ours, _) in pairs.items()}
     peers.watching, peers.advice, codes = True, lambda: "start again", []
     monkeypatch.setattr(watchdog.os, "_exit", codes.append)
     monkeypatch.setattr(watchdog.dist, "get_world_size", lambda: 4)
+    monkeypatch.setattr(watchdog.time, "sleep", lambda seconds: None)
+    leaving = watchdog.Peers.__new__(watchdog.Peers)
+    leaving.ranks = {pairs[2][1]: 0}
+    leaving.leave("dev.json:3 is no JSON")
     pairs[2][1].close()
     peers._watch()
-    assert (
-        codes == [1]
-        and "process 2 is gone, so this one of 4 ends too: start again" in capsys.readouterr().err
-    )
+    said = "process 2 is gone (dev.json:3 is no JSON), so this one of 4 ends too: start again"
+    assert codes == [1] and said in capsys.readouterr().err
     for rank in (1, 3):
         theirs = pairs[rank][1]
         theirs.settimeout(5)

@@ -51,6 +51,7 @@ def replace_together(folder: Path, patterns: Collection[str] = ()):
         write_atomically(staging / REPLACED, dump_json(replaced))
         _move(staging, replaced)
         shutil.rmtree(staging)
+    barrier()  # the others may read what is in place now
 
 
 def finish_interrupted_replace(folder: Path):
