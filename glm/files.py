@@ -5,6 +5,7 @@ are mapped in glm/weights/formats.py, by the same ``open_regular``.
 """
 
 import contextlib
+import errno
 import itertools
 import json
 import math
@@ -14,6 +15,7 @@ from pathlib import Path
 
 LARGEST_JSON = 1 << 26  # bytes: a manifest of 100,000 weights has a third of it
 LONGEST_TEXT = 1 << 14  # characters of a value: a path has 4096 bytes
+MOST_HOLLOW = 1000  # times as large as what is on a disk
 MOST_LEVELS = 16  # of lists and objects in each other
 MOST_VALUES = 1 << 22  # of a JSON text: each takes up to a hundred bytes of memory
 
@@ -35,6 +37,23 @@ def open_regular(path):
     except BaseException:
         os.close(number)
         raise
+
+
+def is_hollow(file):
+    """Return whether next to nothing of an open file is on a disk: a few bytes may stand for any size.
+
+    A file of real values has few holes, however its file system compresses it.
+    """
+    size, end, data = os.fstat(file.fileno()).st_size, 0, 1 << 16
+    while end < size and data * MOST_HOLLOW < size:
+        try:
+            start = os.lseek(file.fileno(), end, os.SEEK_DATA)
+            end = os.lseek(file.fileno(), start, os.SEEK_HOLE)
+        except OSError as error:  # behind the last data; else of a file system that knows no holes
+            return error.errno == errno.ENXIO
+        data += end - start
+    file.seek(0)
+    return data * MOST_HOLLOW < size
 
 
 def open_input(path):
@@ -91,7 +110,7 @@ def read_json(path):
 
 
 def get_typed(values, name, kinds, default=None, least=-(2**63), most=2**63 - 1):
-    """Return ``values[name]``, checked; ``default`` where it is missing or null.
+    """Return ``values[name]``, checked; ``default`` where it is missing. Without one, null is missing too.
 
     Args:
         values (dict): of a JSON file. kinds: a type or a tuple of types. An int is taken for a float,
@@ -103,16 +122,17 @@ def get_typed(values, name, kinds, default=None, least=-(2**63), most=2**63 - 1)
 
     Example: ``get_typed({"step": "3"}, "step", int)`` raises "'step' is a str: it must be an int".
     """
-    value = values.get(name)
-    if value is None:
+    value = values.get(name, default)
+    if value is None and default is None or name not in values:
         return default
     kinds = kinds if isinstance(kinds, tuple) else (kinds,)
     accepted = (*kinds, int) if float in kinds else kinds
     if not isinstance(value, accepted) or isinstance(value, bool) and bool not in kinds:
         expected = " or ".join(f"{'an' if kind is int else 'a'} {kind.__name__}" for kind in kinds)
         raise ValueError(f"{name!r} is a {type(value).__name__}: it must be {expected}")
-    if isinstance(value, str):
-        check_text(value, repr(name))
+    for text in value if isinstance(value, list) else [value]:
+        if isinstance(text, str):
+            check_text(text, repr(name))
     number = isinstance(value, (int, float)) and not isinstance(value, bool)
     # NaN is in no range, and an int may be too large for math.isfinite.
     if number and not least <= value <= most:

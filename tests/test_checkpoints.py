@@ -23,7 +23,7 @@ from helpers import (
 )
 
 from glm.errors import Fault, InputError
-from glm.outputs.checkpoints import Run, open_checkpoint, read_run
+from glm.outputs.checkpoints import Run, compute_checksums, open_checkpoint, read_run
 from glm.outputs.layout import INCOMPLETE, MANIFEST, RUN, TRAINER_STATE
 from glm.outputs.resuming import compare_training, describe_training, keep_global_batch_size
 from glm.training.saving import SaveCheckpoints
@@ -370,7 +370,16 @@ MANIFESTS = {
     "deep": DEEP,
     "no JSON": "{",
     "bad UTF-8": b"\xff",
-    **{f"step {value!r}": {"step": value} for value in ("x", [1], 10**30, float("inf"), -1, True, 2.5)},
+    **{
+        f"step {value!r}": {"step": value}
+        for value in ("x", [1], 10**30, float("inf"), -1, True, 2.5, 2**31, None)
+    },
+    **{f"null {name}": {name: None} for name in ("files", "run", "evaluation_is_due", "steps_ahead")},
+    **{
+        f"{part} {value!r:.20}": {"run": {"settings": {}, part: {"r": value}}}
+        for part in ("settings", "adapter")
+        for value in ({}, [5], [[]], ["\ud800"], "x" * 20_000, float("nan"), 10**400)
+    },
     **{f"files {value!r}": {"files": value} for value in (["a"], 5, {"a": 5}, {"a": [1]}, {"a": [1, 2]})},
     **{
         f"files {name!r:.20}": {"files": {name: [1, "x"]}}
@@ -381,7 +390,7 @@ MANIFESTS = {
     **{f"run {value!r}": {"run": value} for value in ([], 5, {"id": 5}, {"parent": 5}, {"parent": ["a"]})},
     **{
         f"run {value!r}": {"run": value}
-        for value in ({"parent": ["a", "z"]}, {"settings": 5}, {"adapter": 5})
+        for value in ({"parent": ["a", "z"]}, {"parent": ["a", -1]}, {"settings": 5}, {"adapter": 5})
     },
     **{f"run {value!r}": {"run": value} for value in ({"base": 5}, {"records": -1}, {"texts": 5})},
     **{f"patience {value!r}": {"evaluations_without_better": value} for value in ("x", 10**30, -1)},
@@ -393,7 +402,7 @@ STATES = {
     "deep": DEEP,
     "no step": {"global_step": None},
     **{f"step {value!r}": {"global_step": value} for value in ("x", -5, 10**30, 2.5)},
-    **{f"history {value!r}": {"log_history": value} for value in (5, [5], [{"loss": [1]}])},
+    **{f"history {value!r}": {"log_history": value} for value in (5, None, [5], [{"loss": [1]}])},
     **{f"best {value!r:.20}": {"best_model_checkpoint": value} for value in (5, "a\0b", "x" * 5000)},
     **{f"metric {value!r:.20}": {"best_metric": value} for value in ("x", float("nan"), 10**400)},
     **{f"epoch {value!r:.20}": {"epoch": value} for value in (float("inf"), -(10**400))},
@@ -427,6 +436,40 @@ def test_a_trainer_state_of_another_shape_is_a_line(tmp_path, content):
     put(path / TRAINER_STATE, content)
     with pytest.raises(InputError, match=f"{path} can't be loaded .its {TRAINER_STATE}: "):
         run_folder(tmp_path).find_checkpoint(lora=False)
+
+
+def test_steps_that_no_run_has_done_are_a_line(tmp_path):
+    """Steps ahead of the records, more than the steps: 2 billion would be left to train."""
+    path = write_checkpoint(tmp_path, 3, steps_ahead=3)
+    assert run_folder(tmp_path).find_checkpoint(lora=False).steps_ahead == 3
+    put(path / MANIFEST, {"steps_ahead": 2**31 - 1})
+    with pytest.raises(InputError, match="its 'global_step' is under the 'steps_ahead'"):
+        run_folder(tmp_path).find_checkpoint(lora=False)
+
+
+def test_a_file_of_holes_is_not_read_to_its_end(tmp_path):
+    """A terabyte of nothing; and one that has another size than it should have."""
+    path = write_checkpoint(tmp_path, 3, files={"optimizer.pdopt": [1 << 40, "x"]})
+    for size in (1 << 40, 1 << 41):
+        os.truncate(path / "optimizer.pdopt", size)
+        assert (
+            open_checkpoint(path).find_damage()
+            == f"its optimizer.pdopt is not what was written ({size} bytes)"
+        )
+        assert compute_checksums(path, ["optimizer.pdopt"])["optimizer.pdopt"] == [size, None]
+
+
+@pytest.mark.parametrize("size", [0, 1, 1 << 16, 50 << 20])
+def test_an_honest_file_may_have_holes(tmp_path, size):
+    """As a copy of moments that are zero in large part."""
+    path = tmp_path / "optimizer.pdopt"
+    with open(path, "wb") as file:
+        file.truncate(size)
+        file.seek(size // 2)
+        file.write(b"x" * (size // 100))
+    data = path.read_bytes()
+    expected = [len(data), hashlib.blake2b(data, digest_size=16).hexdigest()]
+    assert compute_checksums(tmp_path, [path.name]) == {path.name: expected}
 
 
 @pytest.mark.parametrize(

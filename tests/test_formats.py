@@ -752,8 +752,9 @@ def test_the_state_of_a_loss_scaler_and_of_a_schedule(tmp_path):
         ({"last_epoch": "3", "last_lr": 0.1}, "its last_epoch is of type str: it must be of type int"),
         ({"last_epoch": True, "last_lr": 0.1}, "of type bool"),
         ({"last_epoch": 3.5, "last_lr": 0.1}, "of type float"),
-        ({"last_epoch": 3, "last_lr": float("nan")}, "its last_lr is not finite"),
-        ({"last_epoch": 3, "last_lr": float("inf")}, "its last_lr is not finite"),
+        ({"last_epoch": -1, "last_lr": 0.1}, "its last_epoch is out of its range"),
+        ({"last_epoch": 3, "last_lr": float("nan")}, "its last_lr is out of its range"),
+        ({"last_epoch": 3, "last_lr": float("inf")}, "its last_lr is out of its range"),
         ({"last_epoch": 3, "last_lr": [0.1]}, "of type list"),
         ({"last_epoch": 3, "last_lr": None}, "of type NoneType"),
         ({"last_epoch": 3, "last_lr": np.zeros(2)}, "of type ndarray"),
@@ -766,6 +767,26 @@ def test_hostile_states(tmp_path, state, message):
     path.write_bytes(pickle.dumps(state, 4))
     with pytest.raises(ValueError, match=f"scheduler.pdparams: .*{message}"):
         formats.read_state(path, {"last_epoch": 0, "last_lr": 1e-5})
+
+
+@pytest.mark.parametrize(
+    "name, value, message",
+    [
+        *(("scale", np.array([value], "float32"), "range") for value in (0, -1, np.nan, np.inf)),
+        ("scale", np.ones(2, "float32"), "another shape"),
+        ("scale", np.ones(1, "float64"), "another shape or type"),
+        *(("incr_count", value, "range") for value in (-1, 1000)),
+        *(("decr_count", value, "range") for value in (-1, 2)),
+    ],
+)
+def test_hostile_states_of_a_loss_scaler(tmp_path, name, value, message):
+    """A scale of 0 would make each gradient NaN, and a count that is past its end would never lower it."""
+    path, own = tmp_path / "scaler.pdparams", grad_scaler(1.0, 0).state_dict()
+    paddle.save({**own, "scale": np.full(1, 8, "float32"), "incr_ratio": 0.0, name: value}, str(path))
+    with pytest.raises(ValueError, match=f"its {name} is .*{message}"):
+        formats.read_state(path, own)
+    paddle.save({**own, "incr_ratio": 0.0}, str(path))
+    assert formats.read_state(path, own) == own  # settings are this run's
 
 
 def test_a_state_that_would_run(tmp_path):

@@ -89,6 +89,11 @@ REFUSED = [
     (MAP, {"cls_token": 5}, "'cls_token' is a int"),
     (MAP, {"cls_token": {"content": 5}}, "'content' is a int"),
     (MAP, {"cls_token": {}}, "is no text of a token"),
+    (MAP, {"cls_token": "x" * 200}, "copy added_tokens.json"),  # it is a token, but another one
+    *((MAP, {"cls_token": value}, "is no text of a token") for value in ("x" * 201, "", {"content": ""})),
+    (MAP, {"additional_special_tokens": ["x" * 201]}, "is no text of a token"),
+    (TOKENIZER, {"mask_token": {"content": "x" * 201}}, "is no text of a token"),
+    (ADDED, {"x" * 201: PIECES}, "is no text of a token"),
     (MAP, {"eos_token": "<|other|>"}, "copy added_tokens.json"),
     (MAP, {"additional_special_tokens": [5]}, "is no text of a token"),
     (MAP, {"additional_special_tokens": [f"t{n}" for n in range(5000)]}, "tokens beside its pieces"),
@@ -123,7 +128,7 @@ def test_what_a_file_may_not_say(folder, name, values, expected):
 @pytest.mark.parametrize(
     "name", [CONFIG, TOKENIZER, MAP, ADDED, "cog-pretrain.model", "model_state.pdparams"]
 )
-@pytest.mark.parametrize("kind", ["fifo", "folder", "device", "loop", "empty"])
+@pytest.mark.parametrize("kind", ["fifo", "folder", "device", "loop", "empty", "proc"])
 def test_what_is_no_file_is_refused_at_once(folder, name, kind):
     path = folder / name
     path.unlink(missing_ok=True)
@@ -134,9 +139,11 @@ def test_what_is_no_file_is_refused_at_once(folder, name, kind):
     elif kind == "empty":
         path.touch()
     else:
-        path.symlink_to({"device": "/dev/zero", "loop": path}[kind])
-    with pytest.raises(InputError):
+        path.symlink_to({"device": "/dev/zero", "loop": path, "proc": "/proc/self/mounts"}[kind])
+    with pytest.raises(InputError) as caught:
         pretrained_in(folder)
+    # A regular file of no size: others of its kind, which a library would read, never end.
+    assert "it is empty" in str(caught.value) or kind != "proc" or name.endswith(".json")
 
 
 def test_keys_that_cost_or_name_paths_are_left_out(folder, tmp_path):

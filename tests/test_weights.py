@@ -105,8 +105,16 @@ HOSTILE = [
     ({f"{W}_moment2_0": np.zeros(2, "int64")}, "moment2_0 is no array of numbers"),
     ({f"{W}_moment2_0": "x"}, "moment2_0 is no array of numbers"),
     ({f"{W}_moment2_0": None}, "moment2_0 is no array of numbers"),
-    ({f"{W}_beta1_pow_acc_0": np.full(1, np.nan, "float32")}, "acc_0 is nan, and no power of a beta"),
-    ({f"{W}_beta1_pow_acc_0": np.full(1, -1, "float32")}, "acc_0 is -1.0, and no power of a beta"),
+    *(
+        ({f"{W}_{name}_0": np.full(1 if "pow" in name else 2, value, dtype)}, f"{name}_0 has values that no")
+        for name, value, dtype in [
+            *(("moment1", value, "float32") for value in (np.nan, np.inf, -np.inf)),
+            *(("moment2", value, "float32") for value in (np.nan, np.inf, -1e-30)),
+            *(("moment1", np.nan, "float16"), ("moment1", 1e300, "float64"), ("moment2", 0x7F80, "uint16")),
+            *(("beta1_pow_acc", value, "float32") for value in (np.nan, -1, 1, 2)),
+            *(("beta2_pow_acc", value, "float64") for value in (1 - 1e-12, np.inf)),
+        ]
+    ),
     ({f"{W}_beta2_pow_acc_0": np.ones(2, "float32")}, r"beta2_pow_acc_0 has the shape \[2\]"),
     ({f"{W}_beta2_pow_acc_0": np.ones((), "float32")}, r"beta2_pow_acc_0 has the shape \[\]"),
     ({"x_moment1_0": np.zeros(2, "float32")}, "has x_moment1_0, which is of no weight here"),
@@ -114,6 +122,7 @@ HOSTILE = [
     ({"master_weights": {"x": np.zeros(2, "float32")}}, "has x, which is of no weight here"),
     ({"master_weights": {W: np.zeros(3, "float32")}}, r"linear_0.w_0 has the shape \[3\]"),
     ({"master_weights": {W: 1}}, "linear_0.w_0 is no array of numbers"),
+    ({"master_weights": {W: np.array([np.inf, 1], "float32")}}, "linear_0.w_0 has values that no"),
     (None, "has no moments of the weights that this run trains"),
 ]
 

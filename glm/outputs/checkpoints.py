@@ -15,7 +15,7 @@ import paddle.distributed as dist
 from paddlenlp.trainer.trainer_callback import TrainerState
 
 from glm.errors import InputError
-from glm.files import check_plain_name, get_typed, open_regular, read_json
+from glm.files import check_plain_name, get_typed, is_hollow, open_regular, read_json
 from glm.outputs.layout import CHECKPOINT, INCOMPLETE, MANIFEST, RUN, TRAINER_STATE
 from glm.processes import gather_objects, place_on_machine
 
@@ -48,10 +48,12 @@ def parse_run(values: dict) -> Run:
     """Return the Run in a dict of a file. Raises ValueError where it says it in another way."""
     parent = get_typed(values, "parent", list)
     if parent is not None:
-        if len(parent) != 2 or not isinstance(parent[0], (str, type(None))) or type(parent[1]) is not int:
+        if len(parent) != 2 or parent[1] is None:
             raise ValueError("its 'parent' is no id and step")
-        parent = tuple(parent)
-    return Run(get_typed(values, "id", str), get_typed(values, "model", int, least=0), parent)
+        of_parent = {"parent's id": parent[0], "parent's step": parent[1]}
+        step = get_typed(of_parent, "parent's step", int, least=0, most=MOST)
+        parent = get_typed(of_parent, "parent's id", str), step
+    return Run(get_typed(values, "id", str), get_typed(values, "model", int, least=0, most=MOST), parent)
 
 
 def read_run(folder: Path) -> Optional[Run]:
@@ -122,7 +124,7 @@ class Checkpoint:
         """
         needed = {n: entry for n, entry in self.files.items() if not any(Path(n).match(p) for p in but)}
         damage = None
-        for name, (size, digest) in compute_checksums(self.path, needed).items():
+        for name, (size, digest) in compute_checksums(self.path, needed, needed).items():
             if size is None:
                 damage = f"its {name} is missing"
             elif [size, digest] != needed[name]:
@@ -142,6 +144,8 @@ class Checkpoint:
                 get_typed(values, name, int, least=0)
             if values.get("global_step") is None:
                 raise ValueError("it has no 'global_step'")
+            if values["global_step"] < self.steps_ahead:  # what is left to train would have no end
+                raise ValueError(f"its 'global_step' is under the 'steps_ahead' in its {MANIFEST}")
             for name in ("epoch", "total_flos", "best_metric"):
                 get_typed(values, name, float, least=-1e300, most=1e300)
             for row in get_typed(values, "log_history", list, []):
@@ -155,7 +159,6 @@ class Checkpoint:
         except (OSError, ValueError) as error:
             where = f"{self} can't be loaded (its {TRAINER_STATE}: {error})"
             raise InputError(f"{where}: remove it to go on from the checkpoint before it") from error
-        values["log_history"] = values.get("log_history") or []
         return TrainerState(**values)
 
 
@@ -189,14 +192,13 @@ def open_checkpoint(path: Path, named: bool = False) -> Checkpoint:
     if not all(isinstance(name, str) for name in (parameters or {}).values()):
         raise ValueError("'parameters' is no dict of names")
     described = get_typed(values, "run", dict, {})
-    for name, kind in (
-        ("base", str),
-        ("weights", str),
-        ("texts", str),
-        ("adapter", dict),
-        ("settings", dict),
-    ):
-        get_typed(described, name, kind)
+    for name in ("base", "weights", "texts"):
+        get_typed(described, name, str)
+    for name in ("adapter", "settings"):  # which are compared with this run's, and printed
+        found = get_typed(described, name, dict) or {}
+        for key, value in found.items():
+            texts = isinstance(value, list) and all(isinstance(item, str) for item in value)
+            get_typed(found, key, list if texts else (str, float, bool), least=-1e300, most=1e300)
     get_typed(described, "records", int, least=0)
     best_of = get_typed(values, "best_of", list)
     if best_of is not None and [type(value) for value in best_of] != [str, bool]:
@@ -231,11 +233,17 @@ def checkpoint_paths(folder: Path) -> list[Path]:
     return sorted(paths, key=number_of, reverse=True)
 
 
-def _checksum(path):
-    """Return [size in bytes, BLAKE2b] of a regular file, or [None, None] if it can't be read."""
+def _checksum(path, expected_size):
+    """Return [size in bytes, BLAKE2b] of a regular file, or [None, None] if it can't be read.
+
+    It is not read to its end, and has no BLAKE2b, where its size or its holes tell that it is another one.
+    """
     digest = hashlib.blake2b(digest_size=16)
     try:
         with open_regular(path) as file:
+            size = os.fstat(file.fileno()).st_size
+            if expected_size not in (None, size) or is_hollow(file):
+                return [size, None]
             while chunk := file.read(1 << 24):
                 digest.update(chunk)
             return [file.tell(), digest.hexdigest()]
@@ -243,16 +251,20 @@ def _checksum(path):
         return [None, None]
 
 
-def compute_checksums(folder: Path, names: Collection[str]) -> dict:
+def compute_checksums(folder: Path, names: Collection[str], expected: Optional[dict] = None) -> dict:
     """Return sizes and checksums of the files ``names`` in a folder, [bytes, BLAKE2b] by name.
 
     A file that can't be read has [None, None]. The processes of a machine share the work; all of them
     have to call it.
+
+    Args:
+        expected: what they were when they were written, for the names of which that is known.
     """
     rank = dist.get_rank()
     local_rank, local_size = place_on_machine()
     names = sorted(names)[local_rank::local_size]
-    parts = gather_objects({name: _checksum(Path(folder, name)) for name in names})
+    sizes = {name: entry[0] for name, entry in (expected or {}).items()}
+    parts = gather_objects({name: _checksum(Path(folder, name), sizes.get(name)) for name in names})
     first = rank - local_rank  # of this machine
     return {name: entry for part in parts[first : first + local_size] for name, entry in part.items()}
 

@@ -14,6 +14,7 @@ import contextlib
 import json
 import math
 import mmap
+import os
 import re
 import zipfile
 from collections.abc import Iterable, Iterator
@@ -56,9 +57,9 @@ def check_pointer(path: Union[str, Path]) -> None:
         ValueError: where it is, or is no regular file.
     """
     with open_regular(path) as file:
+        if not os.fstat(file.fileno()).st_size:  # nor is a file of /proc read, which may be without end
+            raise ValueError("it is empty")
         start = file.read(24)
-    if not start:
-        raise ValueError("it is empty")
     if start.startswith(b"version https://git-lfs"):
         raise ValueError("it is a Git LFS pointer, not the file: fetch it by `git lfs pull`")
 
@@ -174,29 +175,37 @@ def read_state(path: Union[str, Path], like: dict[str, Any]) -> dict[str, Any]:
 
     Args:
         path: the file.
-        like: this run's own state. What is read has its names, and values of its types and shapes; what
-            else the file holds is left out.
+        like: this run's own state. What is read has its names, and values of its types and shapes.
+
+    Returns:
+        The state: what changes in training is the file's, and its settings are this run's.
 
     Raises:
-        ValueError: where it can't be read, or a value is missing, of another type, or not finite.
+        ValueError: where it can't be read, or a value is missing, of another type, or out of its range.
 
     Example: with ``like`` {"last_epoch": 0, "last_lr": 1e-5}, a file of {"last_epoch": "7", ...} raises
         "scheduler.pdparams: its last_epoch is of type str: it must be of type int".
     """
     state = read_arrays(path)
     with _naming(path):
-        for name, own in like.items():
+        # A scale of 0, or a count that is past its end, would skip each update for ever.
+        counts = {"incr_count": "incr_every_n_steps", "decr_count": "decr_every_n_nan_or_inf"}
+        changing = [name for name in ("last_epoch", "last_lr", "scale", *counts) if name in like]
+        for name in changing:
+            own = like[name]
             if name not in state:
                 raise ValueError(f"it has no {name}")
             value, kinds = state[name], (int, float) if type(own) is float else type(own)
-            if not isinstance(value, kinds) or isinstance(value, bool) != isinstance(own, bool):
+            if not isinstance(value, kinds) or isinstance(value, bool):
                 expected = f"it must be of type {type(own).__name__}"
                 raise ValueError(f"its {name} is of type {type(value).__name__}: {expected}")
             if isinstance(value, np.ndarray) and (value.shape, value.dtype) != (own.shape, own.dtype):
                 raise ValueError(f"its {name} is of another shape or type than this run's")
-            if isinstance(value, (int, float, np.ndarray)) and not np.isfinite(value).all():
-                raise ValueError(f"its {name} is not finite")
-    return {name: state[name] for name in like}
+            least = 1e-30 if name == "scale" else 0
+            most = like[counts[name]] - 1 if name in counts else np.finfo("float32").max
+            if not (np.all(value >= least) and np.all(value <= most)):
+                raise ValueError(f"its {name} is out of its range")
+    return {**like, **{name: state[name] for name in changing}}
 
 
 # safetensors

@@ -15,6 +15,9 @@ from paddlenlp.utils.log import logger
 from glm.errors import printable
 from glm.weights.loading import DTYPES, convert_layout, read_checkpoint, read_parts, to_float32
 
+LARGEST = np.finfo("float32").max
+BELOW_ONE = np.nextafter(np.float32(1), np.float32(0))  # AdamW divides by what a beta's power lacks of 1
+
 
 class OptimizerState(NamedTuple):
     """This process's part of an AdamW's state in a checkpoint, by model_names."""
@@ -41,11 +44,12 @@ def sort_optimizer_state(
         updated: the model_names of the weights whose moments this process needs.
 
     Raises:
-        ValueError: where a moment or a master weight is none of its weight.
+        ValueError: where a moment or a master weight is none of its weight, or has values that training
+            never gives it.
     """
     moments, masters = {}, {}
 
-    def join(saved_name, key, table, power=False):
+    def join(saved_name, key, table, power=False, squared=False):
         """The weight's model_name, and its ``key`` in ``table`` of all processes, as this one's part."""
         model_name = model_names.get(saved_name)
         if model_name not in shapes:
@@ -56,18 +60,19 @@ def sort_optimizer_state(
         value = values[0] if power else convert(model_name, values)  # all have the powers
         if list(value.shape) != ([1] if power else list(shapes[model_name])):
             raise ValueError(f"its optimizer's {printable(key, 80)} has the shape {list(value.shape)}")
-        if power and not 0 <= value.item() <= 1:
-            raise ValueError(
-                f"its optimizer's {printable(key, 80)} is {value.item()}, and no power of a beta"
-            )
-        return model_name, value if value.dtype == np.float32 else to_float32(value)
+        value = value if value.dtype == np.float32 else to_float32(value)
+        least, most = (0, BELOW_ONE) if power else (0 if squared else -LARGEST, LARGEST)
+        if not (value.min() >= least and value.max() <= most):  # NaN, which either is then, is in no range
+            raise ValueError(f"its optimizer's {printable(key, 80)} has values that no training gives it")
+        return model_name, value
 
     for key in parts[0]:
         match = re.fullmatch(r"(.+?)(?:_fp32_master_0)?_((?:moment|beta)\d.*)", key)
         # With sharding a process needs no other one's.
         if match is None or (match[1] in model_names and model_names[match[1]] not in updated):
             continue
-        model_name, value = join(match[1], key, lambda part: part, match[2].startswith("beta"))
+        power, squared = match[2].startswith("beta"), match[2].startswith("moment2")
+        model_name, value = join(match[1], key, lambda part: part, power, squared)
         moments.setdefault(model_name, {})[match[2]] = value
     if updated and not moments:
         raise ValueError("its optimizer has no moments of the weights that this run trains")
