@@ -21,6 +21,7 @@ from helpers import (
     run_folder,
     small_data,
 )
+from paddlenlp.trainer.trainer_callback import TrainerState
 
 from glm.errors import Fault, InputError
 from glm.outputs.checkpoints import Run, compute_checksums, open_checkpoint, read_run
@@ -240,6 +241,41 @@ def test_the_best_checkpoint_is_found_by_its_name(tmp_path, where):
     expected = None if where in ("gone", "another run's", "damaged") else f"{home}/checkpoint-3"
     best = folder.find_best(f"{old}/checkpoint-3")
     assert (best and str(best)) == expected
+
+
+BESTS = [
+    ("loss", False, ["loss", False], 3, 6.5),
+    ("eval_loss", False, ["loss", False], 3, 6.5),
+    ("rougel", True, ["loss", False], 6, 0.2),
+    ("rougel", False, ["rougel", True], 3, 0.1),
+    ("loss", True, ["loss", False], 6, 7),
+    ("bleu4", True, ["loss", False], None, None),  # by which none was evaluated
+    ("loss", False, None, 3, 6.5),  # an old version's: by the history
+    ("rougel", True, None, 6, 0.2),
+]
+
+
+@pytest.mark.parametrize("metric, greater, recorded, step, value", BESTS)
+def test_a_best_belongs_to_its_metric_and_direction(tmp_path, metric, greater, recorded, step, value):
+    """By another one it is the best of those that were evaluated and are here: the ninth is gone."""
+    callback, _ = saver(tmp_path)
+    write_checkpoint(tmp_path, 3)
+    resumed = callback.folder.resumed = open_checkpoint(write_checkpoint(tmp_path, 6, best_of=recorded))
+    history = [
+        {"step": 3, "eval_loss": 6.5, "eval_rougel": 0.1},
+        {"step": 5, "eval_loss": 0, "eval_rougel": 1.0},
+        {"step": 6, "eval_loss": 7, "eval_rougel": 0.2},
+        {"step": "../../x", "eval_loss": -1.0, "eval_rougel": "1"},
+    ]
+    state = TrainerState(log_history=history, best_metric=6.5, best_model_checkpoint="old/checkpoint-3")
+    args = SimpleNamespace(metric_for_best_model=metric, greater_is_better=greater)
+    kept = callback.settle_best(args, state, resumed)
+    assert kept == ((step, value) == (3, 6.5))
+    found = (state.best_model_checkpoint, state.best_metric)
+    assert found == (step and str(tmp_path / f"checkpoint-{step}"), value)
+    again = TrainerState(log_history=[], best_metric=6.5)  # as the Trainer reads it
+    callback.on_train_begin(args, again, None)
+    assert (again.best_model_checkpoint, again.best_metric, again.log_history) == (*found, history)
 
 
 def test_the_best_of_the_run_before_the_last_is_found(tmp_path, monkeypatch):

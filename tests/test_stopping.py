@@ -1,24 +1,25 @@
 """A signal ends training: when, and by which exchange of processes."""
 
+import json
 import os
 import signal
 from types import SimpleNamespace
 
 import paddle
 import pytest
+from helpers import FakeTokenizer, make_batch, make_trainer, random_glm
 from paddlenlp.trainer.trainer_utils import IntervalStrategy
 
+from data import DataCollator
 from glm.errors import Fault
+from glm.outputs.checkpoints import open_checkpoint
 from glm.training import stopping
-from glm.training.stopping import StopBySignal
+from glm.training.stopping import EvaluationCancelled, StopBySignal
 
 
-@pytest.mark.parametrize(
-    "world_size, training, seconds",
-    [(1, True, [0, 0]), (1, False, [0]), (2, False, [0]), (2, True, [0, 0.6, 1.9, 2.1])],
-)
-def test_when_a_signal_ends_at_once(tmp_path, world_size, training, seconds, monkeypatch):
-    """A second one; the first in an evaluation. A launcher's, which sends three in 0.6 seconds, are one."""
+@pytest.mark.parametrize("world_size, seconds", [(1, [0, 0]), (2, [0, 0.6, 1.9, 2.1])])
+def test_when_a_signal_ends_at_once(tmp_path, world_size, seconds, monkeypatch):
+    """A second one. A launcher's, which sends three in 0.6 seconds, are one."""
     args = SimpleNamespace(
         world_size=world_size,
         output_dir=str(tmp_path),
@@ -28,7 +29,7 @@ def test_when_a_signal_ends_at_once(tmp_path, world_size, training, seconds, mon
     state, now = SimpleNamespace(global_step=7), [100.0]
     callback = StopBySignal(lambda: "there is no checkpoint")
     monkeypatch.setattr(stopping.time, "monotonic", lambda: now[0])
-    callback.on_train_begin(args, state, None, model=SimpleNamespace(training=training))
+    callback.on_train_begin(args, state, None)
     try:
         for second in seconds[:-1]:
             now[0] = 100.0 + second
@@ -44,7 +45,7 @@ def test_when_a_signal_ends_at_once(tmp_path, world_size, training, seconds, mon
 def test_a_terminal_that_is_closed_hangs_up_more_than_once(monkeypatch):
     """The kernel, the shell and the watch of the launcher do: training still ends with a checkpoint."""
     callback, args = StopBySignal(lambda: "there is no checkpoint"), SimpleNamespace(world_size=1)
-    callback.on_train_begin(args, None, None, model=SimpleNamespace(training=True))
+    callback.on_train_begin(args, None, None)
     try:
         for _ in range(3):
             os.kill(os.getpid(), signal.SIGHUP)
@@ -77,7 +78,7 @@ def test_a_signal_in_the_last_step_waits_for_the_model(tmp_path, monkeypatch, wo
     state, control = SimpleNamespace(global_step=6, max_steps=7), SimpleNamespace(should_evaluate=True)
     before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
     callback = StopBySignal(lambda: "there is no checkpoint")
-    callback.on_train_begin(args, state, control, model=SimpleNamespace(training=True))
+    callback.on_train_begin(args, state, control)
     callback.on_optimizer_end(args, state, control)
     os.kill(os.getpid(), signal.SIGTERM)
     state.global_step += 1
@@ -99,9 +100,90 @@ def test_a_signal_that_was_ignored_stays_ignored(tmp_path, monkeypatch):
     before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
     callback, args = StopBySignal(lambda: "there is no checkpoint"), SimpleNamespace(world_size=1)
     try:
-        callback.on_train_begin(args, None, None, model=SimpleNamespace(training=True))
+        callback.on_train_begin(args, None, None)
         os.kill(os.getpid(), signal.SIGHUP)
         callback.on_train_end(args, None, None)
         assert callback.signal_number is None and signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
     finally:
         signal.signal(signal.SIGHUP, before)
+
+
+@pytest.mark.parametrize("world_size, cpu, at_once", [(1, True, True), (1, False, False), (2, True, False)])
+def test_a_signal_cancels_an_evaluation(monkeypatch, world_size, cpu, at_once):
+    """At once on a CPU; behind the batch on a card, and where all processes have to end with the same one."""
+    waiting = SimpleNamespace(wait=lambda: None)
+    monkeypatch.setattr(stopping.dist, "all_reduce", lambda *args, **kwargs: waiting)
+    monkeypatch.setattr(stopping, "on_cpu", lambda: cpu)
+    callback, args = StopBySignal(lambda: "there is no checkpoint"), SimpleNamespace(world_size=world_size)
+    callback.on_train_begin(args, None, None)
+    try:
+        with pytest.raises(EvaluationCancelled), callback.cancelling(True):
+            callback.on_prediction_step(args, None, None)
+            os.kill(os.getpid(), signal.SIGTERM)
+            assert not at_once
+            for _ in range(world_size):  # with several, what is sent now is read behind the next batch
+                callback.on_prediction_step(args, None, None)
+        assert callback.received == signal.SIGTERM and callback.fault is None
+        with callback.cancelling(False):  # after training
+            callback.on_prediction_step(args, None, None)
+    finally:
+        callback.restore_handlers()
+
+
+def evaluating_trainer(folder, monkeypatch, **changes):
+    """One that trains on three records, and whose checkpoints hold no tokenizer."""
+    features, _ = make_batch()
+    settings = {"per_device_train_batch_size": 3, "save_steps": 9, "max_steps": 3, "logging_steps": 1}
+    settings.update(evaluation_strategy="steps", do_train=True, dataloader_num_workers=0, **changes)
+    trainer = make_trainer(folder, random_glm(num_layers=1), **settings)
+    monkeypatch.setattr(FakeTokenizer, "save_pretrained", lambda self, folder: None, raising=False)
+    trainer.tokenizer, trainer.data_collator = FakeTokenizer(), DataCollator(0)
+    trainer.train_dataset = trainer.eval_dataset = [{**item, "index": i} for i, item in enumerate(features)]
+    return trainer
+
+
+@pytest.mark.parametrize("strategy, step", [("steps", 2), ("steps", 3), ("no", 2), ("no", 3)])
+def test_a_signal_in_an_evaluation_loses_nothing(tmp_path, monkeypatch, strategy, step):
+    """Its step is saved, though none was to be; the last one's model is written where none may be."""
+    trainer = evaluating_trainer(tmp_path, monkeypatch, save_strategy=strategy, eval_steps=step)
+    monkeypatch.setattr(trainer, "prediction_step", lambda *args, **kw: os.kill(os.getpid(), signal.SIGTERM))
+    if strategy == "no" and step == 3:  # the last
+        trainer.train()
+        assert not list(tmp_path.glob("checkpoint-*"))
+        with pytest.raises(Fault, match="SIGTERM after the last step: the trained model is in"):
+            trainer.stop_by_signal.stop_when_written(trainer.args)
+    else:
+        hint = f"goes on from {tmp_path}/checkpoint-{step}" if strategy == "steps" else "is no checkpoint"
+        with pytest.raises(Fault, match=f"by SIGTERM at step {step}: .*{hint}"):
+            trainer.train()
+    if strategy == "steps":
+        checkpoint = open_checkpoint(tmp_path / f"checkpoint-{step}")
+        assert checkpoint.complete and checkpoint.evaluation_is_due
+    assert trainer.state.global_step == step
+
+
+@pytest.mark.parametrize("loss, steps", [(5.0, 1), (4.0, 3)])
+def test_an_evaluation_that_is_made_up_ends_training_before_a_step(tmp_path, monkeypatch, loss, steps):
+    """The one of step 1, no better than the best, where one such ends training; or better."""
+    best = {"metric_for_best_model": "loss", "greater_is_better": False, "early_stopping_patience": 1}
+    settings = {"save_strategy": "steps", "eval_steps": 1, "load_best_model_at_end": True, **best}
+    trainer = evaluating_trainer(tmp_path, monkeypatch, **settings)
+    monkeypatch.setattr(trainer, "prediction_step", lambda *args, **kw: os.kill(os.getpid(), signal.SIGTERM))
+    with pytest.raises(Fault, match="at step 1"):
+        trainer.train()
+    # As if an evaluation before it had been better.
+    state = json.loads((tmp_path / "checkpoint-1/trainer_state.json").read_text())
+    state.update(best_metric=4.5, best_model_checkpoint=str(tmp_path / "checkpoint-1"))
+    (tmp_path / "checkpoint-1/trainer_state.json").write_text(json.dumps(state))
+    manifest = json.loads((tmp_path / "checkpoint-1/.checkpoint_done").read_text())
+    del manifest["files"]["trainer_state.json"]
+    (tmp_path / "checkpoint-1/.checkpoint_done").write_text(json.dumps(manifest))
+    trainer, values = evaluating_trainer(tmp_path, monkeypatch, **settings), iter((loss, 3.0, 2.0))
+    trainer.folder.run = trainer.folder.new_run = open_checkpoint(tmp_path / "checkpoint-1").run
+    loop = lambda *args, **kw: SimpleNamespace(metrics={"eval_loss": next(values)}, num_samples=3)  # noqa: E731
+    monkeypatch.setattr(trainer, "evaluation_loop", loop)
+    trainer.train(resume_from_checkpoint=open_checkpoint(tmp_path / "checkpoint-1"))
+    assert trainer.state.global_step == steps
+    evaluated = [row["eval_loss"] for row in trainer.state.log_history if "eval_loss" in row]
+    assert evaluated == [loss, 3.0, 2.0][:steps]
+    assert trainer.state.best_metric == (4.5 if steps == 1 else 4.0)  # of those that are saved

@@ -7,7 +7,6 @@ import numpy as np
 import paddle
 import pytest
 from helpers import log_softmax, make_batch, make_trainer, random_glm
-from paddlenlp.trainer.trainer_callback import TrainerState
 
 from data import DataCollator
 from glm.outputs.checkpoints import Checkpoint
@@ -164,33 +163,6 @@ def test_what_is_left_to_train_is_counted_in_records(tmp_path, before, now, ahea
         sampler.set_epoch(number)
         found += [(number * len(sampler) + i, batch) for i, batch in enumerate(sampler)]
     assert [batch for i, batch in found if step <= i < trainer.last_step()] == expected
-
-
-@pytest.mark.parametrize(
-    "metric, greater, recorded, kept",
-    [
-        ("loss", False, ["loss", False], True),
-        ("eval_loss", False, ["loss", False], True),
-        ("rougel", True, ["loss", False], False),
-        ("loss", True, ["loss", False], False),
-        ("loss", False, None, True),  # an old version's: by the history
-        ("rougel", True, None, False),
-    ],
-)
-def test_a_best_belongs_to_its_metric_and_direction(tmp_path, metric, greater, recorded, kept):
-    trainer = make_trainer(tmp_path, random_glm(num_layers=1))
-    trainer.args.metric_for_best_model, trainer.args.greater_is_better = metric, greater
-    trainer.resume = Resume(Checkpoint(tmp_path, 6, best_of=recorded), 6)
-    trainer.folder.find_best = lambda recorded: recorded
-    history = [
-        {"step": 3, "eval_loss": 6.5, "eval_rougel": 0.1},
-        {"step": 6, "eval_loss": 7, "eval_rougel": 0},
-    ]
-    state = TrainerState(log_history=history, best_metric=6.5, best_model_checkpoint="out/checkpoint-3")
-    trainer.settle_best(state)
-    assert (state.best_model_checkpoint, state.best_metric) == (
-        ("out/checkpoint-3", 6.5) if kept else (None, None)
-    )
 
 
 def test_the_loss_of_training_is_the_mean_over_the_processes(tmp_path, monkeypatch):

@@ -192,14 +192,15 @@ class RunFolder:
             )
         return None
 
-    def find_best(self, recorded: str, compare_files: bool = True) -> Optional[Checkpoint]:
+    def find_best(self, recorded, compare_files=True, expected=True) -> Optional[Checkpoint]:
         """Return the Checkpoint that the run recorded as its best, or None where it is gone.
 
-        A folder may have been moved since: it is looked for beside the checkpoint that the run goes on
-        from, then here, then where it was. All processes have to call it.
+        It is looked for beside the checkpoint that the run goes on from, then here, then where it was, for
+        a folder may have been moved. All processes have to call it.
 
         Args:
             recorded: its path then. compare_files: whether its files may have changed since.
+            expected: whether a line says that it is gone.
         """
         name, resumed = Path(recorded).name, self.resumed
         folders, runs = [self.path, Path(recorded).parent], [self.new_run]
@@ -213,9 +214,9 @@ class RunFolder:
             ours = best is not None and best.complete and any(run.owns(best) for run in runs)
             if all(gather_objects(ours)) and not (compare_files and best.find_damage()):
                 return best
-        where = printable(recorded, 300)
-        advice = "the best from here on, or the last weights, take its place"
-        logger.warning(f"the best checkpoint, {where}, is gone or damaged: {advice}")
+        if expected:
+            gone = f"the best checkpoint, {printable(recorded, 300)}, is gone or damaged"
+            logger.warning(f"{gone}: the best from here on, or the last weights, take its place")
         return None
 
     def resume_hint(self) -> str:

@@ -1,4 +1,4 @@
-"""Checkpoints of a run: written completely, given their manifest, removed when there are too many."""
+"""Checkpoints of a run: written completely, given their manifest, the best kept, old ones removed."""
 
 import contextlib
 import json
@@ -9,12 +9,19 @@ from typing import Callable, Optional
 
 from paddlenlp.trainer.trainer_callback import TrainerCallback, TrainerState
 from paddlenlp.trainer.trainer_utils import IntervalStrategy
+from paddlenlp.utils.log import logger
 
 from glm.errors import Fault
 from glm.files import dump_json, open_regular, write_atomically
-from glm.outputs.checkpoints import checkpoint_paths, compute_checksums, list_files, open_checkpoint
+from glm.outputs.checkpoints import (
+    Checkpoint,
+    checkpoint_paths,
+    compute_checksums,
+    list_files,
+    open_checkpoint,
+)
 from glm.outputs.folder import RunFolder
-from glm.outputs.layout import INCOMPLETE, MANIFEST, TRAINER_STATE
+from glm.outputs.layout import CHECKPOINT, INCOMPLETE, MANIFEST, TRAINER_STATE
 from glm.processes import barrier, is_first_of_machine
 
 
@@ -27,41 +34,58 @@ class SaveCheckpoints(TrainerCallback):
         folder: output_dir.
         limit: save_total_limit.
         describe: returns what a manifest says of the run's progress.
-        settle_best: takes the state that a run goes on with, and finds its best checkpoint.
-        evaluate: evaluates the current weights, and returns the metrics.
     """
 
-    def __init__(
-        self,
-        folder: RunFolder,
-        limit: Optional[int] = None,
-        describe: Callable[[], dict] = dict,
-        settle_best: Callable[[TrainerState], None] = lambda state: None,
-        evaluate: Optional[Callable[[], dict]] = None,
-    ):
+    def __init__(self, folder: RunFolder, limit: Optional[int] = None, describe: Callable[[], dict] = dict):
         self.folder, self.limit = folder, limit
-        self.describe, self.settle_best, self.evaluate = describe, settle_best, evaluate
+        self.describe, self.resumed_state = describe, None
         self.saving = None  # the path of the checkpoint that is being written
+        self.saved_step = None  # of the last one that this run has written
 
     def on_train_begin(self, args, state, control, **kwargs):
         self.folder.begin_run()
-        self.settle_best(state)
+        if self.resumed_state:  # the Trainer has read it again
+            for name in ("best_metric", "best_model_checkpoint", "log_history"):
+                setattr(state, name, getattr(self.resumed_state, name))
 
-    def on_step_begin(self, args, state, control, **kwargs):
-        self.make_up_evaluation(args, state)
+    def settle_best(self, args, state: TrainerState, checkpoint: Checkpoint) -> bool:
+        """Find the best checkpoint up to the one that a run goes on from. All processes have to call it.
 
-    def make_up_evaluation(self, args, state):
-        """Evaluate the checkpoint that the run goes on from, where a signal came before its evaluation.
+        A best belongs to its metric and direction. By another one it is the best of those that were
+        evaluated before and are still there.
 
-        The Trainer compares with the best what it evaluates in its own loop alone.
+        Args:
+            state: of the ``checkpoint``; on_train_begin lets the Trainer's have what is found.
+
+        Returns:
+            whether it is by the same metric as before.
         """
-        resumed = self.folder.resumed
-        if resumed is None or not resumed.evaluation_is_due or state.global_step != resumed.step:
-            return
-        name, path = args.metric_for_best_model, resumed.path
-        if args.evaluation_strategy == IntervalStrategy.NO or args.ignore_load_lr_and_optim:
-            return
-        metrics, best = self.evaluate(), state.best_metric
+        self.resumed_state = state
+        metric, recorded = best_of(args), state.best_model_checkpoint
+        if not metric or recorded and _is_best_of(metric, state, checkpoint):
+            best = recorded and self.folder.find_best(recorded)
+            state.best_model_checkpoint = best and str(best)
+            return True
+        name, best = f"eval_{metric[0]}", None
+        rows = [row for row in state.log_history if isinstance(row.get(name), (int, float))]
+        state.best_metric = state.best_model_checkpoint = None
+        for row in sorted(rows, key=lambda row: row[name], reverse=metric[1]):
+            path = checkpoint.path.parent / f"checkpoint-{row.get('step')}"
+            best = CHECKPOINT.fullmatch(path.name) and self.folder.find_best(path, expected=False)
+            if best:
+                state.best_metric, state.best_model_checkpoint = row[name], str(best)
+                break
+        if recorded:
+            now = f"the {'most' if metric[1] else 'least'} {metric[0]}: {best or 'none of those before'}"
+            logger.train(f"the best checkpoint was chosen by another metric, and is now chosen by {now}")
+        return not recorded
+
+    def compare_with_best(self, args, state, metrics: dict, path: Path):
+        """Let the checkpoint at ``path`` be the best of ``state``, if by its ``metrics`` it is.
+
+        The Trainer does so with what it evaluates in its own loop alone.
+        """
+        name, best = args.metric_for_best_model, state.best_metric
         if not name:
             return
         value = metrics[name if name.startswith("eval_") else f"eval_{name}"]
@@ -85,6 +109,9 @@ class SaveCheckpoints(TrainerCallback):
 
     def on_step_end(self, args, state, control, **kwargs):
         if not control.should_save:
+            return
+        if self.saved_step == state.global_step:  # and now its evaluation was cancelled
+            control.should_save = False
             return
         # As the Trainer calls it.
         path = self.saving = Path(args.output_dir, f"checkpoint-{state.global_step}")
@@ -125,7 +152,7 @@ class SaveCheckpoints(TrainerCallback):
             (path / INCOMPLETE).unlink()
             self._remove_old_ones(best)
         barrier()  # who says where to go on has to find the manifest
-        self.saving = None
+        self.saving, self.saved_step = None, state.global_step
 
     def _remove_old_ones(self, best):
         """Remove those of this run that are over the limit: incomplete ones first, then by step."""
@@ -156,6 +183,24 @@ class SaveCheckpoints(TrainerCallback):
             reason = error.strerror or error
             hint = self.folder.resume_hint()
             raise Fault(f"{self.saving} can't be written: {reason}; {hint}") from error
+
+
+def best_of(args) -> Optional[list]:
+    """Return what decides which checkpoint is the best: the metric's name, and whether more is better."""
+    if not args.metric_for_best_model:
+        return None
+    return [args.metric_for_best_model.replace("eval_", ""), bool(args.greater_is_better)]
+
+
+def _is_best_of(metric, state, checkpoint):
+    """Return whether the best of ``state`` was chosen by the ``metric``, as ``best_of`` returns it."""
+    if checkpoint.best_of:
+        return checkpoint.best_of == metric
+    # An old version's manifest does not say it, but the history has the metrics of the best step.
+    step, name = Path(state.best_model_checkpoint).name, f"eval_{metric[0]}"
+    rows = [row for row in state.log_history if step == f"checkpoint-{row.get('step')}" and name in row]
+    values = [row[name] for row in rows]
+    return (not values or state.best_metric in values) and metric[1] == (metric[0] != "loss")
 
 
 def _is_evaluation_due(args, state):

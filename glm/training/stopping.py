@@ -1,5 +1,6 @@
 """What ends training before its last step: a signal, or evaluations that get no better."""
 
+import contextlib
 import signal
 import time
 
@@ -8,6 +9,7 @@ import paddle.distributed as dist
 from paddlenlp.trainer.trainer_callback import EarlyStoppingCallback, TrainerCallback
 from paddlenlp.trainer.trainer_utils import IntervalStrategy
 
+from glm.device import on_cpu
 from glm.errors import Fault
 from glm.processes import REPEATS, restore_signals, set_signals, stop_by_signal
 
@@ -26,6 +28,10 @@ class EarlyStopping(EarlyStoppingCallback):
         return self.early_stopping_patience_counter >= self.early_stopping_patience
 
 
+class EvaluationCancelled(BaseException):
+    """What a signal raises in an evaluation within training: the step is saved without its evaluation."""
+
+
 class StopBySignal(TrainerCallback):
     """End training by SIGINT, SIGTERM or SIGHUP within a step or two, with a checkpoint.
 
@@ -38,9 +44,10 @@ class StopBySignal(TrainerCallback):
         step n + 1  as its update is done, each reads the largest number, which has long arrived;
                     the step's checkpoint is complete: all stop.
 
-    Where that step is the last one, training ends as it would have, and ``signal_number`` says that
-    the run is to stop once its model is written. A second signal, but for SIGHUP, ends the run at once,
-    and so does one in an evaluation, which may take long. A signal that was ignored stays ignored.
+    In an evaluation, which may take long, a batch takes the place of a step: it is cancelled, and the
+    step before it is saved. Where that step is the last one, training ends as it would have, and
+    ``signal_number`` says that the run is to stop once its model is written. A second signal, but for
+    SIGHUP, ends the run at once. A signal that was ignored stays ignored.
 
     Args:
         resume_hint (callable): returns what the last line says of going on.
@@ -50,13 +57,14 @@ class StopBySignal(TrainerCallback):
     received = 0  # the number of the signal that this process has received
     sent = False  # whether the others have been sent it
     pending_exchange = None  # of the largest number received, begun the step before
+    evaluating = False  # whether a signal cancels an evaluation
     fault = None  # the Fault by which a signal ended the run at once
 
     def __init__(self, resume_hint):
         self.resume_hint = resume_hint
         self.handlers_before = {}  # those before training began
 
-    def on_train_begin(self, args, state, control, model=None, **kwargs):
+    def on_train_begin(self, args, state, control, **kwargs):
         self.received, self.sent, first = 0, False, time.monotonic()
         self.largest = paddle.to_tensor(0)  # of the numbers received: 0 until a signal is there
 
@@ -67,9 +75,12 @@ class StopBySignal(TrainerCallback):
             repeated = args.world_size > 1 and time.monotonic() - first < REPEATS
             if self.received and (repeated or number == signal.SIGHUP):
                 return
-            if self.received or not model.training:
+            if self.received:
                 self.stop(number, args, state)
             self.received, first = number, time.monotonic()
+            # A batch takes long on a CPU. On a card it may be within the capture of a graph.
+            if self.evaluating and args.world_size == 1 and on_cpu():
+                raise EvaluationCancelled
 
         self.handlers_before = set_signals(receive)
 
@@ -88,6 +99,27 @@ class StopBySignal(TrainerCallback):
             self.largest.set_value(paddle.full([], self.received, "int64"))
             self.sent = True
         self.pending_exchange = dist.all_reduce(self.largest, dist.ReduceOp.MAX, sync_op=False)
+
+    @contextlib.contextmanager
+    def cancelling(self, in_training: bool):
+        """Let a signal raise EvaluationCancelled in an evaluation within this block, if ``in_training``."""
+        self.evaluating = in_training
+        try:
+            yield
+        finally:
+            self.evaluating = False
+
+    def on_prediction_step(self, args, state, control, **kwargs):
+        if self.evaluating:
+            self.exchange(args.world_size)
+            if self.signal_number is not None:
+                raise EvaluationCancelled
+
+    def save_unevaluated(self, args, state, control):
+        """Have the step saved whose evaluation was cancelled, or the model written if it is the last."""
+        self.signal_number = self.signal_number or self.received
+        control.should_save = args.save_strategy != IntervalStrategy.NO
+        self.on_step_end(args, state, control)
 
     def on_optimizer_end(self, args, state, control, **kwargs):
         if self.fault is not None:  # what was raised in a library's callback may have got lost there

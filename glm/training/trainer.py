@@ -9,8 +9,8 @@ from typing import NamedTuple, Optional
 
 import numpy as np
 from paddlenlp.trainer import Trainer
-from paddlenlp.trainer.trainer_callback import PrinterCallback, ProgressCallback, TrainerState
-from paddlenlp.trainer.trainer_utils import TrainOutput
+from paddlenlp.trainer.trainer_callback import PrinterCallback, ProgressCallback
+from paddlenlp.trainer.trainer_utils import IntervalStrategy, TrainOutput
 from paddlenlp.utils.log import logger
 
 from glm.device import memory_peak
@@ -24,8 +24,8 @@ from glm.training.memory import MemoryEstimate
 from glm.training.numerics import CheckFinite, Gradients, SeedEachStep, are_finite
 from glm.training.progress import TrainingProgress, memory_metrics
 from glm.training.sampler import GroupedBatchSampler
-from glm.training.saving import SaveCheckpoints, make_state_readable
-from glm.training.stopping import EarlyStopping, StopBySignal
+from glm.training.saving import SaveCheckpoints, best_of, make_state_readable
+from glm.training.stopping import EarlyStopping, EvaluationCancelled, StopBySignal
 from glm.weights.adapters import merge_lora
 from glm.weights.formats import read_state
 from glm.weights.loading import load_checkpoint
@@ -76,9 +76,7 @@ class ResumableTrainer(Trainer):
             self.early_stopping = EarlyStopping(args.early_stopping_patience)
             self.add_callback(self.early_stopping)
         self.check_finite = CheckFinite(self.folder.resume_hint)
-        self.checkpoints = SaveCheckpoints(
-            self.folder, save_total_limit, self.describe, self.settle_best, self.evaluate
-        )
+        self.checkpoints = SaveCheckpoints(self.folder, save_total_limit, self.describe)
         self.stop_by_signal = StopBySignal(self.folder.resume_hint)
         for callback in (TrainingProgress(), SeedEachStep(), Gradients(master_grad), self.check_finite):
             self.add_callback(callback)
@@ -92,15 +90,11 @@ class ResumableTrainer(Trainer):
         args, checkpoint = self.args, resume_from_checkpoint
         self.resume = Resume(checkpoint)
         if checkpoint and not args.ignore_load_lr_and_optim:
-            state = checkpoint.read_state()
-            self.resume = self.count_records(checkpoint, state.global_step)
-            if self.early_stopping:
-                count = checkpoint.evaluations_without_better
-                self.early_stopping.early_stopping_patience_counter = count
+            self.take_over(checkpoint)
             reason = self.why_finished()
             if reason:
                 logger.train(f"nothing is left to train: {checkpoint} {reason}")
-                return self.load_finished(state)
+                return self.load_finished()
         given = args.max_steps, args.load_best_model_at_end
         args.load_best_model_at_end = False  # load_best does it, from any precision and layout
         if self.resume.steps_ahead:
@@ -124,6 +118,20 @@ class ResumableTrainer(Trainer):
         peak = memory_metrics("train", self.memory.totals.get("train"), self.train_memory_peak)
         output.metrics.update(peak)
         return output
+
+    def take_over(self, checkpoint: Checkpoint):
+        """Take over the state of ``checkpoint``, and make up the evaluation that a signal cancelled."""
+        state = self.state = checkpoint.read_state()
+        state.is_world_process_zero = self.is_world_process_zero()
+        self.resume = self.count_records(checkpoint, state.global_step)
+        kept = self.checkpoints.settle_best(self.args, state, checkpoint)
+        if self.early_stopping:
+            count = checkpoint.evaluations_without_better if kept else 0
+            self.early_stopping.early_stopping_patience_counter = count
+        if checkpoint.evaluation_is_due and self.args.evaluation_strategy != IntervalStrategy.NO:
+            with self.loading(checkpoint):
+                self._load_from_checkpoint(checkpoint)
+            self.checkpoints.compare_with_best(self.args, state, self.evaluate(), checkpoint.path)
 
     def count_records(self, checkpoint: Checkpoint, step: int) -> Resume:
         """Return where training goes on from the ``step`` of ``checkpoint``, counted in records."""
@@ -156,20 +164,14 @@ class ResumableTrainer(Trainer):
             return f"is of step {step}, where {patience} ended this run"
         return None
 
-    def load_finished(self, state: TrainerState) -> TrainOutput:
+    def load_finished(self) -> TrainOutput:
         """Load the weights of a run that had come to its end: the Trainer would go a step further."""
-        self.state, checkpoint = state, self.resume.checkpoint
-        with self.loading(checkpoint):
-            if checkpoint.evaluation_is_due:
-                self._load_from_checkpoint(checkpoint)
-            self.settle_best(state)
-            if checkpoint.evaluation_is_due:
-                self.checkpoints.make_up_evaluation(self.args, state)
+        with self.loading(self.resume.checkpoint):
             if self.args.load_best_model_at_end:
                 self.load_best()
-            if self.weights_step is None and not checkpoint.evaluation_is_due:
-                self._load_from_checkpoint(checkpoint)
-        return TrainOutput(state.global_step, None, {})
+            if self.weights_step is None and self.cached_metrics is None:  # else they are there
+                self._load_from_checkpoint(self.resume.checkpoint)
+        return TrainOutput(self.state.global_step, None, {})
 
     @contextlib.contextmanager
     def loading(self, checkpoint):
@@ -187,47 +189,12 @@ class ResumableTrainer(Trainer):
 
     # The best checkpoint.
 
-    def best_of(self) -> Optional[list]:
-        """Return what decides which checkpoint is the best: the metric's name, and whether more is better."""
-        args = self.args
-        if not args.metric_for_best_model:
-            return None
-        return [args.metric_for_best_model.replace("eval_", ""), bool(args.greater_is_better)]
-
     def describe(self) -> dict:
         """Return what the manifest of a checkpoint says of this run's progress."""
-        values = {"steps_ahead": self.resume.steps_ahead, "best_of": self.best_of()}
+        values = {"steps_ahead": self.resume.steps_ahead, "best_of": best_of(self.args)}
         if self.early_stopping:
             values["evaluations_without_better"] = self.early_stopping.early_stopping_patience_counter
         return values
-
-    def settle_best(self, state: TrainerState):
-        """Find the best checkpoint so far, where a run goes on with ``state``. All processes have to call it.
-
-        A best belongs to its metric and direction.
-        """
-        now = self.best_of()
-        if state.best_model_checkpoint and now and not self.is_best_of(state, now):
-            metric = f"{'most' if now[1] else 'least'} {now[0]}"
-            logger.train(
-                f"the best checkpoint is chosen anew, by the {metric}: before it was by another metric"
-            )
-            state.best_metric = state.best_model_checkpoint = None
-            if self.early_stopping:
-                self.early_stopping.early_stopping_patience_counter = 0
-        if state.best_model_checkpoint:
-            best = self.folder.find_best(state.best_model_checkpoint)
-            state.best_model_checkpoint = best and str(best)
-
-    def is_best_of(self, state: TrainerState, now: list) -> bool:
-        """Return whether the best of ``state`` was chosen by the metric and the direction of ``now``."""
-        if self.resume.checkpoint.best_of:
-            return self.resume.checkpoint.best_of == now
-        # An old version's manifest does not say it, but the history has the metrics of the best step.
-        name = Path(state.best_model_checkpoint).name
-        rows = [row for row in state.log_history if name == f"checkpoint-{row.get('step')}"]
-        values = [row[f"eval_{now[0]}"] for row in rows if f"eval_{now[0]}" in row]
-        return (not values or state.best_metric in values) and now[1] == (now[0] != "loss")
 
     def load_best(self):
         """Load the weights of the best checkpoint, unless they are the current ones or gone."""
@@ -275,7 +242,17 @@ class ResumableTrainer(Trainer):
                 self.check_finite.stop(
                     f"model can't be evaluated at step {self.current_step} ({error})", self.args
                 )
+            except EvaluationCancelled:
+                event = self.args, self.state, self.control
+                self.stop_by_signal.save_unevaluated(*event)
+                if self.checkpoints.saving is None:
+                    self.checkpoints.on_step_end(*event)
         return self.cached_metrics
+
+    def evaluation_loop(self, *args, **kwargs):
+        """Run the Trainer's loop; a signal cancels it in training."""
+        with self.stop_by_signal.cancelling(self.is_in_train):
+            return super().evaluation_loop(*args, **kwargs)
 
     def log(self, logs, **kwargs):
         """Log the numbers that there are, and keep the history, which PaddleNLP 3 empties.
