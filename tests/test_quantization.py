@@ -2,7 +2,6 @@
 
 import json
 import shutil
-from types import SimpleNamespace
 
 import numpy as np
 import paddle
@@ -76,7 +75,7 @@ def test_parts_of_processes_are_those_of_the_complete_weight(name, files):
     made, scales = [], []
     for rank in range(2):
         config = GLMConfig(num_attention_heads=heads, tensor_parallel_degree=2, tensor_parallel_rank=rank)
-        convert = loading.convert_layout(SimpleNamespace(config=config), files)
+        convert = loading.convert_layout(config, files)
         part = convert(linear, [part[linear] for part in (parts[rank:] if files == 2 else parts)])
         scales.append(loading._output_scale(linear, part, parts))
         made.append(loading._quantize(part, scales[-1]))

@@ -18,21 +18,21 @@ from glm.arguments import LORA_MODULES
 from glm.errors import InputError, as_input_error
 from glm.files import get_typed, read_json, take_known, write_atomically
 from glm.processes import is_first_of_run, tensor_parallel_part
-from glm.weights.formats import find_forms, read_arrays, release_pages
+from glm.weights.formats import find_forms, read_arrays
 from glm.weights.loading import (
     LORA_WEIGHTS,
     Arrays,
     cast,
     check_array,
     check_finite,
-    convert_layout,
+    converted_arrays,
     fill,
     make_model,
     saved_dtype,
     to_float32,
     without_weights,
 )
-from glm.weights.shapes import adapter_shapes, get_split, matches
+from glm.weights.shapes import adapter_shapes, get_split, matches, weight_shapes
 
 LORA_CONFIG = "lora_config.json"  # as PaddleNLP calls the file
 LORA_BASE = "lora_base.json"  # beside it: the fingerprint of the base's weights
@@ -284,34 +284,31 @@ def merged_arrays(pretrained, dtype: Optional[str] = None) -> Iterator[tuple[str
     Args:
         pretrained (Pretrained): the model.
         dtype: of the arrays; by default that of the files.
+
+    Raises:
+        InputError: where a sum is no number of its type.
     """
     parts, adapter, changes = pretrained.arrays, pretrained.adapter, {}
     if adapter:
         changes = adapter.weights or new_adapter_weights(pretrained.config, adapter.config, seed=0)
-    model = make_model(pretrained.config)
-    convert = convert_layout(model, len(parts))
-    for name in model.state_dict():
-        array, linear = convert(name, [part[name] for part in parts]), name.removesuffix(".weight")
-        if dtype not in (None, saved_dtype(array)):
-            array = cast(to_float32(array), dtype)
-        if f"{linear}.lora_A" in changes:
-            a, b = (to_float32(changes[f"{linear}.lora_{matrix}"]) for matrix in "AB")
-            merged = to_float32(array) + adapter.config.scaling * (a @ b)
-            array = cast(merged, saved_dtype(array))
-        yield name, array
-        for part in parts:
-            release_pages(part[name])
+    arrays = converted_arrays(pretrained.config, parts, len(parts), weight_shapes(pretrained.config))
+    advice = "give other weights, or have another type: --bf16 True, or none of --fp16 and --bf16"
+    with as_input_error(f"{pretrained.location}: its weights can't be written", advice, ValueError):
+        for name, array in arrays:
+            linear, saved = name.removesuffix(".weight"), dtype or saved_dtype(array)
+            if saved != saved_dtype(array):
+                array = cast(to_float32(array), saved)
+            if f"{linear}.lora_A" in changes:
+                a, b = (to_float32(changes[f"{linear}.lora_{matrix}"]) for matrix in "AB")
+                array = cast(to_float32(array) + adapter.config.scaling * (a @ b), saved)
+            check_finite(name, array)
+            yield name, array
 
 
 def save_merged(folder: Path, pretrained, dtype: str):
     """Write a Pretrained with its adapter in the weights of its files, as a model of the type ``dtype``."""
     if is_first_of_run():
-        weights = {}
-        for name, array in merged_arrays(pretrained, dtype):
-            advice = "merge it by --bf16 True or in float32, or give other weights"
-            with as_input_error(f"{pretrained.location}: it can't be merged", advice, ValueError):
-                check_finite(name, array)
-            weights[name] = np.array(array)
+        weights = {name: np.array(array) for name, array in merged_arrays(pretrained, dtype)}
         paddle.save(weights, str(folder / "model_state.pdparams"))
         model = make_model(pretrained.config, dtype)
         model.config.architectures = [type(model).__name__]  # as PaddleNLP's save_pretrained writes it

@@ -6,6 +6,7 @@ import ctypes
 import os
 import re
 import sys
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Callable, Optional
@@ -115,6 +116,39 @@ def check_finite(name: str, array: np.ndarray):
             raise ValueError(f"its {name} holds NaN or infinity, which no trained model has")
 
 
+def converted_arrays(
+    config: GLMConfig, parts: list[Arrays], saved_degree: int, shapes: dict[str, list[int]]
+) -> Iterator[tuple[str, np.ndarray]]:
+    """Yield this process's part of those weights that ``parts`` hold, one after the other.
+
+    What a weight's file takes in memory is released once the next one is asked for.
+
+    Args:
+        config: of the model here: its layout.
+        parts: arrays by name, as convert_layout's function takes them.
+        saved_degree: of tensor parallelism, where they were saved.
+        shapes: of this process's weights, by name, in the order of what is yielded.
+
+    Raises:
+        ValueError: where a weight has another shape, or holds what is no number.
+    """
+    convert, names = convert_layout(config, saved_degree), [name for name in shapes if name in parts[0]]
+    size, terminal = sum(part[name].nbytes for part in parts for name in names), sys.stderr.isatty()
+    if size > LARGE and not terminal:
+        logger.train(f"loading {size / 1e9:.2f} GB of weights")
+    bar = {"total": size, "unit": "B", "unit_scale": True, "delay": 5, "leave": False}
+    with tqdm(desc="loading the weights", disable=not terminal, **bar) as progress:
+        for name in names:
+            arrays = [part[name] for part in parts]
+            array = convert(name, arrays)
+            check_array(name, array, shapes[name])
+            check_finite(name, array)
+            yield name, array
+            for array in arrays:
+                release_pages(array)
+                progress.update(array.nbytes)
+
+
 def fill(
     model: PretrainedModel,
     parts: list[Arrays],
@@ -127,8 +161,7 @@ def fill(
 
     Args:
         model: a GLM, or one with an adapter.
-        parts: arrays by name, as convert_layout's function takes them.
-        saved_degree: of tensor parallelism, where they were saved.
+        parts, saved_degree: as converted_arrays has them.
         quantized_from: the parts of all processes, where the linears are to be int8.
 
     Returns:
@@ -138,33 +171,22 @@ def fill(
         ValueError: where a weight that is trained is missing, has another shape than the model's, or
             holds what is no number.
     """
-    weights, convert, casts = model.state_dict(), convert_layout(model, saved_degree), set()
+    weights, casts = model.state_dict(), set()
     layers = dict(model.named_sublayers()) if quantized_from else {}
-    names = [name for name in weights if name in parts[0]]
     missing = [name for name, weight in weights.items() if name not in parts[0] and not weight.stop_gradient]
     if missing:
         raise ValueError(f"they lack {len(missing)} of the model's weights, the first is {missing[0]}")
-    size, terminal = sum(part[name].nbytes for part in parts for name in names), sys.stderr.isatty()
-    if size > LARGE and not terminal:
-        logger.train(f"loading {size / 1e9:.2f} GB of weights")
-    bar = {"total": size, "unit": "B", "unit_scale": True, "delay": 5, "leave": False}
-    with tqdm(desc="loading the weights", disable=not terminal, **bar) as progress:
-        for name in names:
-            arrays, weight = [part[name] for part in parts], weights[name]
-            array = convert(name, arrays)
-            check_array(name, array, weight.shape)
-            check_finite(name, array)
-            saved, dtype = saved_dtype(array), str(weight.dtype).split(".")[-1]
-            if saved != dtype:
-                casts.add((saved, dtype))
-            if quantized_from and LINEAR.fullmatch(name):
-                scale = _output_scale(name, array, quantized_from)
-                set_quantized(layers[name.removesuffix(".weight")], _quantize(array, scale), scale)
-            else:
-                _set_weight(weight, array, dtype)
-            for array in arrays:
-                release_pages(array)
-                progress.update(array.nbytes)
+    shapes = {name: weight.shape for name, weight in weights.items()}
+    for name, array in converted_arrays(model.config, parts, saved_degree, shapes):
+        weight = weights[name]
+        saved, dtype = saved_dtype(array), str(weight.dtype).split(".")[-1]
+        if saved != dtype:
+            casts.add((saved, dtype))
+        if quantized_from and LINEAR.fullmatch(name):
+            scale = _output_scale(name, array, quantized_from)
+            set_quantized(layers[name.removesuffix(".weight")], _quantize(array, scale), scale)
+        else:
+            _set_weight(weight, array, dtype)
     return casts
 
 
@@ -212,14 +234,17 @@ def _quantize(array, scale):
     return into
 
 
-def convert_layout(model: PretrainedModel, saved_degree: int) -> Callable:
+def convert_layout(config: GLMConfig, saved_degree: int) -> Callable:
     """Return a function from ``saved_degree`` processes' parts of a weight to this process's part.
+
+    Args:
+        config: of the model here.
+        saved_degree: of tensor parallelism, where they were saved.
 
     Returns:
         convert(name, parts): this process's part of the weight ``name``, or of one of its moments. ``parts``
         are those of all processes in their order, or this process's alone where the degrees are the same.
     """
-    config = model.config
     rank, degree = tensor_parallel_part(config)
 
     def convert(name, parts):

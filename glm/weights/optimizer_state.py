@@ -137,7 +137,7 @@ def read_optimizer_state(
     shapes = {name: weight.shape for name, weight in weights.items()}
 
     parts, degree = read_parts(checkpoint, "optimizer", ".pdopt", model)
-    saved = sort_optimizer_state(parts, model_names, convert_layout(model, degree), shapes, updated)
+    saved = sort_optimizer_state(parts, model_names, convert_layout(model.config, degree), shapes, updated)
     for model_name, master in saved.masters.items():
         weight = weights[model_name]
         weight.set_value(paddle.to_tensor(master).astype(weight.dtype))
@@ -148,7 +148,7 @@ def read_optimizer_state(
     elif master_weights and not masters:
         logger.train("the checkpoint has no master weights: they are its weights")
         parts, degree = read_checkpoint(checkpoint, model)
-        convert = convert_layout(model, degree)
+        convert = convert_layout(model.config, degree)
         for name in updated & parts[0].keys():
             if weights[name].dtype != paddle.float32 and not weights[name].stop_gradient:
                 masters[name] = convert(name, [part[name] for part in parts])

@@ -6,15 +6,15 @@ little memory. Weights are written in the type that they were saved in.
 
 import numpy as np
 
-from glm.errors import as_input_error
 from glm.files import dump_json, read_json
 from glm.outputs.folder import RunFolder
 from glm.outputs.layout import TORCH
 from glm.processes import is_first_of_run
 from glm.weights.adapters import merged_arrays
 from glm.weights.formats import LINEAR, write_safetensors
-from glm.weights.loading import check_finite, make_model, saved_dtype
+from glm.weights.loading import saved_dtype
 from glm.weights.pretrained import CONFIG_KEYS
+from glm.weights.shapes import weight_shapes
 
 # The classes of the published configuration_glm.py, modeling_glm.py and tokenization_glm.py.
 AUTO_MAP = {
@@ -54,21 +54,14 @@ def write_weights(path, pretrained) -> str:
     Returns:
         Their type as PyTorch calls it.
     """
-    parts, shapes = pretrained.arrays, {}
-    for name, weight in make_model(pretrained.config).state_dict().items():
-        shape = weight.shape[::-1] if LINEAR.fullmatch(name) else weight.shape
-        shapes[name.removeprefix("glm.")] = (parts[0][name].dtype, shape)
-
-    def checked_arrays():
-        for name, array in merged_arrays(pretrained):
-            with as_input_error(
-                f"{pretrained.location}: it can't be exported", "give other weights", ValueError
-            ):
-                check_finite(name, array)
-            yield np.ascontiguousarray(array.T if LINEAR.fullmatch(name) else array)
-
-    write_safetensors(path, shapes, checked_arrays())
-    return saved_dtype(parts[0]["glm.word_embeddings.weight"])
+    (part, *_), shapes = pretrained.arrays, {}
+    for name, shape in weight_shapes(pretrained.config).items():
+        shape = shape[::-1] if LINEAR.fullmatch(name) else shape
+        shapes[name.removeprefix("glm.")] = (part[name].dtype, shape)
+    merged = merged_arrays(pretrained)
+    arrays = (np.ascontiguousarray(array.T if LINEAR.fullmatch(name) else array) for name, array in merged)
+    write_safetensors(path, shapes, arrays)
+    return saved_dtype(part["glm.word_embeddings.weight"])
 
 
 def write_config(folder, config, dtype: str):
