@@ -100,13 +100,21 @@ def read_json(path):
     values = parse_json(data.decode("utf-8-sig"))
     if not isinstance(values, dict):
         raise ValueError(f"it is a {type(values).__name__}: it must be a JSON object")
+    if is_too_deep(values):
+        raise ValueError("it is nested too deeply")
+    return values
+
+
+def is_too_deep(values):
+    """Return whether lists and objects are in each other more than MOST_LEVELS deep, bool.
+
+    Python could neither copy such ``values``, a list or dict, nor write them again.
+    """
     level = [values]
     for _ in range(MOST_LEVELS):
         parts = (value.values() if isinstance(value, dict) else value for value in level)
         level = [part for part in itertools.chain(*parts) if isinstance(part, (dict, list))]
-    if level:  # which Python could neither copy nor write again
-        raise ValueError("it is nested too deeply")
-    return values
+    return bool(level)
 
 
 def get_typed(values, name, kinds, default=None, least=-(2**63), most=2**63 - 1):

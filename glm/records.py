@@ -8,7 +8,7 @@ from pathlib import Path
 from paddlenlp.utils.log import logger
 
 from glm.errors import InputError, as_input_error
-from glm.files import open_input, parse_json
+from glm.files import dump_json, is_too_deep, open_input, parse_json
 from glm.templates import DEFAULT_TEMPLATES
 
 # Those that paddlenlp.datasets has on both stacks, and their splits.
@@ -230,21 +230,22 @@ def parse_record(row, where, number, require_target=True, templates=DEFAULT_TEMP
         require_target, templates: as ``read_records`` has them.
 
     Returns:
-        dict: ``id`` (as given, else ``number``), ``where``, and the fields, of which those of the target
-        are None where they are missing and may be; or an InputError that says what is wrong.
+        dict: ``id`` (any JSON, as given, else ``number``), ``where``, and the fields, of which those of
+        the target are None where they are missing and may be; or an InputError that says what is wrong.
     """
     if not isinstance(row, dict):
         return InputError(f"{where}: a {type(row).__name__}: each line must be one JSON object")
     fields = {name: value for name, value in row.items() if value is not None}
     identifier = fields.get("id", fields.get("question_id", number))
-    if not isinstance(identifier, (str, int)):
-        kind = type(identifier).__name__
-        return InputError(f"{where}: 'id' is a {kind}: it must be a string or a whole number")
+    if is_too_deep([identifier]):
+        return InputError(f"{where}: 'id' is nested too deeply: give a shorter one")
+    # Nothing is done with it but to write it again, and JSON has no NaN.
+    identifier = parse_json(replace_surrogates(dump_json(identifier, ensure_ascii=False)))
     if templates.ask:
         fields["context"] = fields.get("context", fields.get("source"))
         fields["answer"] = find_answer(row)
         fields["question"] = fields.get("question", fields.get("target"))
-    record = {"id": replace_surrogates(identifier), "where": where}
+    record = {"id": number if identifier is None else identifier, "where": where}
     for name in templates.fields:
         value, needed = fields.get(name), require_target or name in templates.source.fields
         blank = value is None or isinstance(value, str) and not value.strip()
@@ -270,7 +271,7 @@ def parse_record(row, where, number, require_target=True, templates=DEFAULT_TEMP
 
 def replace_surrogates(text):
     """Replace halves of a surrogate pair, which JSON may hold, but no tokenizer and no file."""
-    return text.encode("utf-8", "replace").decode("utf-8") if isinstance(text, str) else text
+    return text.encode("utf-8", "replace").decode("utf-8")
 
 
 def find_answer(row):

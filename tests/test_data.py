@@ -298,7 +298,6 @@ def test_both_published_forms_of_a_record(tmp_path):
         (b'{"context": "c", "answer": "a"}', r"train.json:1: the field 'question' is missing"),
         (b'{"context": "c", "answer": 7, "question": "q"}', r"train.json:1: the field 'answer' is a int"),
         (b'{"context": "c", "answer": "a", "question": " "}', r"train.json:1: the field 'question' is empty"),
-        (b'{"context": "c", "answer": "a", "question": "q", "id": []}', r"train.json:1: 'id' is a list"),
     ],
 )
 def test_bad_files_name_file_and_line(tmp_path, content, message):

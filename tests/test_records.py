@@ -1,5 +1,6 @@
 """Records in the forms that people have them in: one line, SQuAD's lists, nested files."""
 
+import functools
 import io
 import json
 import os
@@ -96,6 +97,27 @@ def test_halves_of_a_surrogate_pair_are_replaced():
     row = {"id": "\ud83d", "context": "c\ud83d", "answer": "a", "question": "q"}
     (record,) = parse_lines([json.dumps(row).encode()], "f", True)
     assert (record["id"], record["context"]) == ("?", "c?")
+
+
+@pytest.mark.parametrize(
+    "text, kept",
+    [
+        ("1.5", 1.5),
+        ("true", True),
+        ('["a", {"b": [1e-3, null]}]', ["a", {"b": [0.001, None]}]),
+        ('{"\\ud83d": "\\ude00", "n": [NaN, 1e999]}', {"?": "?", "n": [None, None]}),
+        ("NaN", 0),
+        ("[]", []),
+        ("[" * 15 + "]" * 15, functools.reduce(lambda inner, _: [inner], range(14), [])),
+    ],
+)
+def test_an_id_is_any_json(text, kept):
+    """Nothing is done with it but to write it again."""
+    line = f'{{"id": {text}, "context": "c", "answer": "a", "question": "q"}}'
+    (record,) = parse_lines([line.encode()], "f", True)
+    assert record["id"] == kept and type(record["id"]) is type(kept)
+    with pytest.raises(InputError, match="f:1: 'id' is nested too deeply"):
+        parse_lines([line.replace(text, "[" * 16 + "]" * 16).encode()], "f", True)
 
 
 def test_a_mistake_does_not_end_what_follows():
