@@ -40,9 +40,7 @@ class ModelArguments:
         "THUDM/glm-large-chinese", "A published model's name, or a folder that holds one."
     )
     lora: bool = argument(False, "Train an adapter, and leave the model's weights as they are.")
-    lora_rank: Annotated[Optional[int], COUNT] = argument(
-        None, "Its rank: 8, or that of the adapter at hand."
-    )
+    lora_rank: Annotated[Optional[int], COUNT] = argument(None, "Its rank: 8, or that of the adapter.")
     lora_alpha: Annotated[Optional[float], POSITIVE] = argument(
         None, "The adapter is scaled by lora_alpha / rank; by default 2 * rank."
     )
@@ -58,7 +56,7 @@ class ModelArguments:
         "Load the layers' linears in 8 bits, which LoRA, evaluation and prediction can use.",
         choices=ALGORITHMS,
     )
-    merge_lora: bool = argument(False, "Write a whole model with the adapter in its weights into output_dir.")
+    merge_lora: bool = argument(False, "Write the model with the adapter in its weights into output_dir.")
     export_torch: bool = argument(
         False, "Write the model into output_dir/torch as PyTorch's transformers loads it."
     )

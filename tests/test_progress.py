@@ -6,6 +6,7 @@ import numpy as np
 from helpers import FAST, TINY_GLM, run, small_data
 from visualdl import LogReader
 
+from glm.training import progress
 from glm.training.progress import SHOWN, Curves
 
 
@@ -17,7 +18,7 @@ def read_curves(folder):
     return {kind: {tag: reader.get_data(kind, tag) for tag in tags[kind]} for kind in tags}
 
 
-def test_the_best_and_worst_predictions_are_shown(tmp_path):
+def test_the_best_and_worst_predictions_are_shown(tmp_path, monkeypatch):
     rows = [
         {"rougel": score / 100, "answer": f"a{score}", "prediction": f"p{score}", "reference": f"r{score}"}
         for score in np.random.default_rng(0).permutation(30)
@@ -26,9 +27,10 @@ def test_the_best_and_worst_predictions_are_shown(tmp_path):
     curves = Curves(lambda: rows_of_all, ("answer", "prediction", "reference"))
     # As the Trainer has it where nothing was trained: every process is the first by its state.
     state = SimpleNamespace(is_world_process_zero=True, global_step=0)
-    curves.on_evaluate(SimpleNamespace(logging_dir=str(tmp_path), process_index=1), state, None)
-    assert not list(tmp_path.iterdir())
-    curves.on_evaluate(SimpleNamespace(logging_dir=str(tmp_path), process_index=0), state, None)
+    for first in (False, True):
+        assert not list(tmp_path.iterdir())
+        monkeypatch.setattr(progress, "is_first_of_run", lambda: first)
+        curves.on_evaluate(SimpleNamespace(logging_dir=str(tmp_path)), state, None)
     shown = read_curves(tmp_path)
     texts = {tag: [record.text.encoded_text_string for record in shown["text"][tag]] for tag in shown["text"]}
     assert {tag: len(texts[tag]) for tag in texts} == {

@@ -23,7 +23,7 @@ from glm.outputs.checkpoints import Checkpoint, Run, checkpoint_paths, number_of
 from glm.outputs.layout import ALL_RESULTS, MANIFEST, MODEL, RESULTS, RUN, find
 from glm.outputs.lock import check_writable, is_own_output, take_lock
 from glm.outputs.replace import finish_interrupted_replace, replace_together
-from glm.processes import barrier, gather_objects, is_first_of_machine, is_first_of_run
+from glm.processes import barrier, gather_objects, is_first_of_machine, is_first_of_run, tensor_parallel_part
 
 
 class RunFolder:
@@ -139,7 +139,7 @@ class RunFolder:
             return None
         resuming.check_files(checkpoint, lora, weights_alone, given is not None)
         if not weights_alone:
-            resuming.check_layout(checkpoint, max(args.tensor_parallel_degree, 1))
+            resuming.check_layout(checkpoint, tensor_parallel_part(args)[1])
         resuming.keep_global_batch_size(args, checkpoint.global_batch_size)
         logger.train(f"resuming from {checkpoint}; --overwrite_output_dir starts anew")
         return checkpoint
@@ -277,7 +277,7 @@ class RunFolder:
         if not self.is_same(checkpoint.path.parent):
             return self.new_run, there
         run = self.run if self.run and self.run.owns(checkpoint) else checkpoint.run
-        if run.id is None:  # of an old version, that told of no run
+        if run.id is None:  # of an old version, which names no run
             run = Run(self.new_run.id, None, (None, checkpoint.step or 0))
         later = [path for path in there if number_of(path) > (checkpoint.step or 0)]
         return run, later if self.args.resume_from_checkpoint is not None else []
@@ -339,7 +339,7 @@ class RunFolder:
         run, before = self.new_run._replace(model=step), self.run
         if before:
             same = (before.id, before.model) == (run.id, step)
-        else:  # of an old version, that told of no run
+        else:  # of an old version, which names no run
             same = self.resumed is not None and self.is_same(self.resumed.path.parent)
         return self.replacing(MODEL if same else (*MODEL, *RESULTS), run)
 

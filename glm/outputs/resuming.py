@@ -62,7 +62,7 @@ def check_files(checkpoint: Checkpoint, lora: bool, weights_alone: bool, given: 
 
 
 def check_layout(checkpoint: Checkpoint, degree: int):
-    """Raise InputError where the weights of an optimizer's state can't be told apart.
+    """Raise InputError where it is not known which weights an optimizer's state is of.
 
     Without ``parameters`` they are known by the names that Paddle gave them, which depend on the layout.
 

@@ -8,7 +8,7 @@ from paddlenlp.trainer.trainer_callback import TrainerCallback
 from paddlenlp.utils.log import logger
 from tqdm import tqdm
 
-from glm.processes import gather_objects
+from glm.processes import gather_objects, is_first_of_run
 
 SHOWN = 10  # best and worst predictions of an evaluation
 
@@ -64,8 +64,8 @@ class Curves(VisualDLCallback):
 
     def on_evaluate(self, args, state, control, **kwargs):
         rows = [row for row in self.get_rows() if row["rougel"] is not None]
-        # By args: without training the Trainer's state takes every process for the first.
-        if not rows or args.process_index != 0:
+        # Without training the Trainer's state takes every process for the first.
+        if not rows or not is_first_of_run():
             return
         if self.vdl_writer is None:  # nothing was trained
             self._init_summary_writer(args)  # PaddleNLP's: in logging_dir

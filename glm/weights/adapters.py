@@ -212,7 +212,7 @@ def read_adapter_weights(folder: str, config: GLMConfig, lora_config: LoRAConfig
         InputError: where the file can't be read or doesn't fit the base.
     """
     shapes, path = adapter_shapes(config, lora_config), Path(folder, LORA_WEIGHTS)
-    with as_input_error(f"{path} can't be loaded", "give the folder of a whole adapter"):
+    with as_input_error(f"{path} can't be loaded", "give the folder of a complete adapter"):
         if not shapes:
             raise ValueError(f"its target_modules are no linears of a GLM: {', '.join(LORA_MODULES)}")
         weights = read_arrays(path)
@@ -224,7 +224,7 @@ def read_adapter_weights(folder: str, config: GLMConfig, lora_config: LoRAConfig
                 f"{found.get(name, 'missing')}, where {shapes.get(name, 'none')} would fit: "
                 "give its own base by --lora_base"
             )
-    with as_input_error(f"{path} can't be loaded", "give the folder of a whole adapter"):
+    with as_input_error(f"{path} can't be loaded", "give the folder of a complete adapter"):
         for name, shape in shapes.items():
             check_array(name, weights[name], shape)
             check_finite(name, weights[name])

@@ -126,7 +126,7 @@ class Pretrained:
         forms = find_forms(self.base)
         if not forms:
             raise ValueError(
-                "it has no model_state.pdparams, model.safetensors or pytorch_model.bin, whole or in shards"
+                "it has no model_state.pdparams, model.safetensors or pytorch_model.bin, nor shards of one"
             )
         for form in forms[1:]:
             logger.train(f"{self.base} holds {form[0].name} too: {forms[0][0].name} is read")
@@ -149,7 +149,7 @@ class Pretrained:
 
     def reading_weights(self):
         """Return a context that turns what is wrong with the weights into an InputError."""
-        advice = "give whole files of one model" if Path(self.base).is_dir() else f"give {ADVICE}"
+        advice = "give the complete files of one model" if Path(self.base).is_dir() else f"give {ADVICE}"
         return as_input_error(f"{self.location}: its weights can't be loaded", advice)
 
     @cached_property
