@@ -29,7 +29,7 @@ def test_the_best_and_worst_predictions_are_shown(tmp_path, monkeypatch):
     state = SimpleNamespace(is_world_process_zero=True, global_step=0)
     for first in (False, True):
         assert not list(tmp_path.iterdir())
-        monkeypatch.setattr(progress, "is_first_of_run", lambda: first)
+        monkeypatch.setattr(progress, "is_first_of_run", lambda first=first: first)
         curves.on_evaluate(SimpleNamespace(logging_dir=str(tmp_path)), state, None)
     shown = read_curves(tmp_path)
     texts = {tag: [record.text.encoded_text_string for record in shown["text"][tag]] for tag in shown["text"]}
