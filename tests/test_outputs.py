@@ -138,12 +138,15 @@ def adapter(tmp_path_factory, data):
     return folder
 
 
-FORMS = ["whole", "shards", "safetensors", "safetensors shards", "float16", "adapter"]
-QUICK = [("safetensors", "whole"), ("whole", "adapter"), ("adapter", "merged")]
+# Each form once, and what is written over it.
 PAIRS = [
-    pytest.param(form, written, marks=[] if (form, written) in QUICK else pytest.mark.slow)
-    for form in FORMS
-    for written in ("whole", "adapter", "merged")
+    ("safetensors", "whole"),
+    ("whole", "adapter"),
+    ("adapter", "merged"),
+    *(
+        pytest.param(*pair, marks=pytest.mark.slow)
+        for pair in [("shards", "merged"), ("safetensors shards", "adapter"), ("float16", "whole")]
+    ),
 ]
 
 
