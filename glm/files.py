@@ -15,7 +15,7 @@ from pathlib import Path
 
 LARGEST_JSON = 1 << 26  # bytes: a manifest of 100,000 weights has a third of it
 LONGEST_TEXT = 1 << 14  # characters of a value: a path has 4096 bytes
-MOST_HOLLOW = 1000  # times as large as what is on a disk
+MOST_HOLLOW = 100  # times as large as what is on a disk
 MOST_LEVELS = 16  # of lists and objects in each other
 MOST_VALUES = 1 << 22  # of a JSON text: each takes up to a hundred bytes of memory
 

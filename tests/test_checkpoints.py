@@ -495,14 +495,14 @@ def test_a_file_of_holes_is_not_read_to_its_end(tmp_path):
         assert compute_checksums(path, ["optimizer.pdopt"])["optimizer.pdopt"] == [size, None]
 
 
-@pytest.mark.parametrize("size", [0, 1, 1 << 16, 50 << 20])
+@pytest.mark.parametrize("size", [0, 1, 1 << 16, 5 << 20, 50 << 20])
 def test_an_honest_file_may_have_holes(tmp_path, size):
     """As a copy of moments that are zero in large part."""
     path = tmp_path / "optimizer.pdopt"
     with open(path, "wb") as file:
         file.truncate(size)
         file.seek(size // 2)
-        file.write(b"x" * (size // 100))
+        file.write(b"x" * (size // 50))
     data = path.read_bytes()
     expected = [len(data), hashlib.blake2b(data, digest_size=16).hexdigest()]
     assert compute_checksums(tmp_path, [path.name]) == {path.name: expected}
