@@ -17,6 +17,7 @@ from glm.outputs import layout, replace
 from glm.outputs.folder import open_run_folder
 from glm.outputs.layout import LOCK, MODEL, REPLACED, RESULTS, RUN, UNFINISHED, find
 from glm.outputs.replace import check_complete, finish_interrupted_replace, replace_together
+from glm.outputs.results import write_results
 
 NO_TRAINING = [*TRAIN, *flags(do_train=False)]
 WEIGHTS = layout.WHOLE_MODEL + layout.ADAPTER
@@ -193,6 +194,22 @@ def test_results_are_of_the_model_beside_them(tmp_path, data):
     everything = json.loads((tmp_path / "all_results.json").read_text())
     assert everything == json.loads((tmp_path / "train_results.json").read_text())
     assert json.loads((tmp_path / RUN).read_text())["model"] == 1
+
+
+@pytest.mark.parametrize("before", [b"[" * 100_000, b'{"a": ' * 3, b"\xff", b"[]", {"a": [[0] * 2**21]}, {}])
+def test_results_are_added_to_those_that_are_there(tmp_path, before):
+    """Of a stranger's, which are too large once they are indented or no results at all, nothing stays."""
+    if isinstance(before, dict):
+        others = {"text": "x", "n" * 101: 1, **{f"z{number}": number for number in range(2000)}}
+        before = json.dumps({**before, "eval_loss": 1.5, "train_loss": 2.5, **others}).encode()
+        kept = {"train_loss": 2.5, **{f"z{number}": number for number in range(997)}}
+    else:
+        kept = {}
+    (tmp_path / "all_results.json").write_bytes(before)
+    with run_folder(tmp_path).replacing() as staging:
+        write_results(staging, "eval", {"eval_loss": 0.5})
+    found = json.loads((tmp_path / "all_results.json").read_text())
+    assert found == {"eval_loss": 0.5, **kept}
 
 
 def test_results_beside_another_model_are_told(tmp_path, data):

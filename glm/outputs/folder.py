@@ -17,12 +17,13 @@ from typing import Optional
 from paddlenlp.utils.log import logger
 
 from glm.errors import InputError, as_input_error, printable
-from glm.files import dump_json, parse_json, read_json, write_atomically
+from glm.files import dump_json, parse_json, write_atomically
 from glm.outputs import layout, resuming
 from glm.outputs.checkpoints import Checkpoint, Run, checkpoint_paths, number_of, open_checkpoint, read_run
 from glm.outputs.layout import ALL_RESULTS, MANIFEST, MODEL, RESULTS, RUN, find
 from glm.outputs.lock import check_writable, is_own_output, take_lock
 from glm.outputs.replace import finish_interrupted_replace, replace_together
+from glm.outputs.results import read_results
 from glm.processes import barrier, gather_objects, is_first_of_machine, is_first_of_run, tensor_parallel_part
 
 
@@ -321,8 +322,7 @@ class RunFolder:
         first = is_first_of_run()
         with replace_together(self.path, patterns) as staging:
             if first and ALL_RESULTS not in patterns:  # results are added to it
-                with contextlib.suppress(OSError, ValueError):
-                    results = read_json(self.path / ALL_RESULTS)
+                if results := read_results(self.path):
                     (staging / ALL_RESULTS).write_text(dump_json(results, indent=4, sort_keys=True))
             if first and run:
                 write_atomically(staging / RUN, dump_json(run._asdict()))

@@ -1,5 +1,6 @@
 """Metrics and predictions, as they stand in output_dir."""
 
+import contextlib
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -7,6 +8,18 @@ import paddle.distributed as dist
 
 from glm.files import dump_json, read_json, write_atomically
 from glm.outputs.layout import ALL_RESULTS
+
+MOST_RESULTS, LONGEST_NAME = 1000, 100  # of all_results.json: a run writes some forty
+
+
+def read_results(folder: Path) -> dict:
+    """Return the numbers by name in a folder's all_results.json, to which a run adds its own."""
+    with contextlib.suppress(OSError, ValueError):
+        values = read_json(Path(folder, ALL_RESULTS)).items()
+        # Nested lists of a stranger's would be larger each time that they are written.
+        numbers = [(name, value) for name, value in values if isinstance(value, (int, float, type(None)))]
+        return {name: value for name, value in numbers[:MOST_RESULTS] if len(name) <= LONGEST_NAME}
+    return {}
 
 
 def write_results(folder: Path, split: str, metrics: dict, rows: Sequence[dict] = ()):
@@ -18,9 +31,7 @@ def write_results(folder: Path, split: str, metrics: dict, rows: Sequence[dict] 
     """
     if dist.get_rank() or not metrics:  # there are none of training if nothing was left to train
         return
-    everything = dict(metrics)
-    if Path(folder, ALL_RESULTS).exists():
-        everything = {**read_json(Path(folder, ALL_RESULTS)), **metrics}
+    everything = {**read_results(folder), **metrics}
     for name, values in ((f"{split}_results.json", metrics), (ALL_RESULTS, everything)):
         Path(folder, name).write_text(dump_json(values, indent=4, sort_keys=True), encoding="utf-8")
     if rows:
