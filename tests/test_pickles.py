@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from glm.weights.formats import read_arrays, read_file
-from glm.weights.pickles import DTYPES
+from glm.weights.pickles import DTYPES, PickleReader
 
 SECONDS, MEGABYTES = 30, 64  # on a machine that is busy; what is bounded here was without end
 
@@ -314,6 +314,15 @@ def test_an_array_stays_in_the_file(tmp_path):
         assert tracemalloc.get_traced_memory()[1] < 1 << 20
     finally:
         tracemalloc.stop()
+
+
+def test_pickles_of_one_file_share_their_operations():
+    """A file of PyTorch before 1.6 has five."""
+    data = (b"N" * 300_000 + b".") * 2
+    reader = PickleReader(memoryview(data), len(data))
+    assert reader.load() is None
+    with pytest.raises(ValueError, match="more than 524288 operations"):
+        reader.load()
 
 
 def test_every_type_of_the_table_is_numbers():

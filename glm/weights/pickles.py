@@ -180,6 +180,7 @@ class PickleReader:
         self.data, self.position, self.dtypes = data, 0, {}
         self.most_bytes = MOST_SHARED * file_size
         self.encoded = self.visits = self.nbytes = 0
+        self.operations = iter(range(MOST_OPERATIONS))  # of all pickles together
 
     def load(self) -> Any:
         """Return the value of the pickle at ``position``: dicts, lists, numbers, text, arrays, Tensors.
@@ -218,7 +219,7 @@ class PickleReader:
             del stack[start:]
             return items
 
-        for _ in range(MOST_OPERATIONS):
+        for _ in self.operations:
             operation = OPERATIONS[self._take(1)[0]]
             if operation in CONSTANTS:
                 stack.append(CONSTANTS[operation]())
