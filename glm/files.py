@@ -10,6 +10,7 @@ import itertools
 import json
 import math
 import os
+import re
 import stat
 from pathlib import Path
 
@@ -18,6 +19,8 @@ LONGEST_TEXT = 1 << 14  # characters of a value: a path has 4096 bytes
 MOST_HOLLOW = 100  # times as large as what is on a disk
 MOST_LEVELS = 16  # of lists and objects in each other
 MOST_VALUES = 1 << 22  # of a JSON text: each takes up to a hundred bytes of memory
+# Controls, line separators, marks of direction and of no width.
+UNSEEN = re.compile("[\x7f-\x9f\u061c\u200b-\u200f\u2028-\u202e\u2060-\u206f\ufeff]")
 
 
 def open_regular(path):
@@ -181,7 +184,10 @@ def check_plain_name(name):
 
 
 def dump_json(values, **kwargs):
-    """Return ``values`` as JSON, str. A number that is not finite, which JSON has not, becomes null."""
+    """Return ``values`` as JSON, str. A number that is not finite, which JSON has not, becomes null.
+
+    A character that can't be seen is escaped: a terminal may obey it, and a reader may end a line there.
+    """
 
     def finite(value):
         if isinstance(value, float) and not math.isfinite(value):
@@ -190,7 +196,8 @@ def dump_json(values, **kwargs):
             return {key: finite(item) for key, item in value.items()}
         return [finite(item) for item in value] if isinstance(value, (list, tuple)) else value
 
-    return json.dumps(finite(values), allow_nan=False, **kwargs)
+    text = json.dumps(finite(values), allow_nan=False, **kwargs)
+    return UNSEEN.sub(lambda found: f"\\u{ord(found[0]):04x}", text)
 
 
 def write_atomically(path, text):

@@ -5,6 +5,7 @@ import os
 import shutil
 import signal
 import sys
+import unicodedata
 from types import SimpleNamespace
 
 import paddle
@@ -13,6 +14,7 @@ from helpers import TINY_GLM, TRAIN, flags, run, run_folder, small_data
 from paddlenlp.transformers import GLMForConditionalGeneration
 
 from glm.errors import InputError
+from glm.files import dump_json
 from glm.outputs import layout, replace
 from glm.outputs.folder import open_run_folder
 from glm.outputs.layout import LOCK, MODEL, REPLACED, RESULTS, RUN, UNFINISHED, find
@@ -210,6 +212,19 @@ def test_results_are_added_to_those_that_are_there(tmp_path, before):
         write_results(staging, "eval", {"eval_loss": 0.5})
     found = json.loads((tmp_path / "all_results.json").read_text())
     assert found == {"eval_loss": 0.5, **kept}
+
+
+def test_what_cannot_be_seen_is_escaped():
+    """What a terminal obeys or turns round, and where a reader ends a line; a Chinese text stays as it is."""
+    characters = [chr(number) for number in range(1 << 17) if not 0xD800 <= number < 0xE000]
+    text = dump_json({"context": "".join(characters)}, ensure_ascii=False)
+    assert json.loads(text) == {"context": "".join(characters)} and len(text.splitlines()) == 1
+    turning = {"LRE", "RLE", "LRO", "RLO", "PDF", "LRI", "RLI", "FSI", "PDI", "BN"}
+    for character in {*text} - {*"\xad\u180e\ufffe"}:  # a hyphen, a vowel's place, and no character
+        obeyed = unicodedata.category(character) in ("Cc", "Zl", "Zp")
+        turned = unicodedata.bidirectional(character) in turning and character < "\uffff"
+        assert not obeyed and not turned, ascii(character)
+    assert dump_json("\u3000北京“大学”，Ａ", ensure_ascii=False) == '"\u3000北京“大学”，Ａ"'
 
 
 def test_results_beside_another_model_are_told(tmp_path, data):
