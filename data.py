@@ -76,16 +76,18 @@ def cut_passage(tokenizer, record, pieces, src_length, truncation):
     template = get_templates(tokenizer).source
     *before, _, after = template.fill(record)
     text, ends = "".join(pieces), np.cumsum([len(piece) for piece in pieces])
-    start, stop = len(join("".join(before))), len(text) - len(join(after).lstrip(SPACE))
+    head = split_text(tokenizer, "".join(before))
+    start, stop = len("".join(head)), len(text) - len(join(after).lstrip(SPACE))
     first = int(np.searchsorted(np.append(0, ends[:-1]), start))
     last = max(int(np.searchsorted(ends, stop, side="right")), first)  # the first piece behind it
     fixed = len(pieces) - (last - first)
     room = src_length - 3 - fixed
     if room < 0:
-        *names, _ = ("prompt", *template.fields)
+        prompt, *fields = dict.fromkeys(("prompt", *template.fields[:-1]))
         raise InputError(
-            f"{record['where']}: {' and '.join(names)} take {fixed + 3} tokens, more than --src_length "
-            f"{src_length}: raise it{''.join(f' or shorten the {name}' for name in names[1:])}"
+            f"{record['where']}: {' and '.join((prompt, *fields))} take{'' if fields else 's'} {fixed + 3} "
+            f"tokens, more than --src_length {src_length}: raise it"
+            + "".join(f" or shorten the {name}" for name in fields)
         )
     begin, losses = first, [f"passages are cut at --src_length {src_length}"]
     if "answer" in template.fields[:-1]:
@@ -99,7 +101,9 @@ def cut_passage(tokenizer, record, pieces, src_length, truncation):
                 begin = max(min(answer_begin - margin, last - room), first)
         if place >= 0 and answer not in "".join(pieces[:first] + pieces[begin : begin + room])[start:]:
             losses.append(f"passages lose their answer, cut at --src_length {src_length}")
-    return pieces[:first] + pieces[begin : begin + room] + pieces[last:], losses
+    # In front of a window there is no piece that holds the passage's beginning.
+    head = head if begin > first >= len(head) else pieces[:first]
+    return head + pieces[begin : begin + room] + pieces[last:], losses
 
 
 def encode_target(tokenizer, text, tgt_length):

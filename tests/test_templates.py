@@ -171,6 +171,8 @@ def test_the_last_field_alone_is_cut(fresh):
     for longer in ({**record, "a": "海月山" * 30}, {**record, "b": "高" * 60}):
         with pytest.raises(InputError, match="^f:3: prompt and a and b take .* or shorten the a or shorten"):
             encode_source(tokenizer, longer, 60)
+    with pytest.raises(InputError, match="^f:3: prompt takes .* 60: raise it$"):
+        encode_source(fresh("问题：" * 40 + "{c}", "{a}"), record, 60)
     assert build_dataset(tokenizer, [{**record, "b": ""}], 60, 32)[0]["source_length"] == 60
 
 
@@ -191,6 +193,7 @@ def test_the_window_is_around_the_answers_first_occurrence(fresh):
     middle = kept("1020米")
     before, after = middle.split("1020米")
     assert len(before) > 20 and len(after) > 20 and abs(len(before) - len(after)) < 15
+    assert middle in "".join(parts)  # nothing of the beginning, which shares a piece with the prompt
     assert kept("1039米").endswith("1039米。")  # the window is full
     assert len(kept("1039米")) > len(middle) - 15
     assert kept("米").startswith("1000年山") and kept("九").startswith("1000年山")  # not in the passage
