@@ -34,7 +34,9 @@ LORA_WEIGHTS = "lora_model_state.pdparams"  # as PaddleNLP calls the file
 # numpy has no bfloat16, whose bits are saved as uint16.
 DTYPES = {"float64": "float64", "float32": "float32", "float16": "float16", "uint16": "bfloat16"}
 LARGE = 2e9  # bytes that take a while to read
-PIECE = 1 << 22  # numbers that are looked at together
+# The bits of an exponent: all of them are set in NaN and infinity alone.
+EXPONENTS = {"float32": 0xFF << 23, "float16": 0x1F << 10, "bfloat16": 0xFF << 7}
+PIECE = 1 << 17  # numbers that are looked at together
 
 Arrays = dict[str, np.ndarray]
 
@@ -113,9 +115,9 @@ def check_finite(name: str, array: np.ndarray):
         if array.dtype == np.float64:  # which no model here has: what float32 can't hold becomes infinite
             with np.errstate(over="ignore"):
                 piece = piece.astype("float32")
-        bfloat16 = saved_dtype(array) == "bfloat16"  # whose largest exponent is that of no number
-        finite = (piece & 0x7F80) != 0x7F80 if bfloat16 else np.isfinite(piece)
-        if not finite.all():
+        exponent = EXPONENTS[saved_dtype(piece)]
+        # NumPy's own test takes six times as long for halves.
+        if (piece.view(f"uint{8 * piece.itemsize}") & exponent == exponent).any():
             raise ValueError(f"its {name} holds NaN or infinity, which no trained model has")
 
 
