@@ -5,6 +5,7 @@ import ctypes
 import functools
 import os
 import re
+import resource
 from pathlib import Path
 from typing import Optional
 
@@ -206,7 +207,7 @@ def usable_cores() -> int:
 def free_memory() -> Optional[int]:
     """Return the bytes that are free on a CPU, or that a GPU has in all; None of another device.
 
-    On a CPU less is free where the process's container has a limit.
+    On a CPU less is free where the process's container has a limit, or the process (``ulimit -v``).
     """
     kind, _, number = paddle.get_device().partition(":")
     if kind == "gpu":
@@ -217,6 +218,11 @@ def free_memory() -> Optional[int]:
     with contextlib.suppress(OSError):
         available = re.search(r"MemAvailable:\s*(\d+)", Path("/proc/meminfo").read_text())
         sizes.append(int(available[1]) * 1024)
+    limit = resource.getrlimit(resource.RLIMIT_AS)[0]
+    if limit != resource.RLIM_INFINITY:
+        with contextlib.suppress(OSError):
+            used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+            sizes.append(max(limit - used, 0))
     names = {
         "memory.max": ("memory.current", "inactive_file"),
         "memory.limit_in_bytes": ("memory.usage_in_bytes", "total_inactive_file"),  # of version 1

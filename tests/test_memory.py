@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -284,3 +285,9 @@ def test_a_container_limits_memory_and_cores(tmp_path, monkeypatch, version):
     assert device.free_memory() == 3000000 - (1000000 - 400000) and device.usable_cores() == 2
     (tmp_path / "cgroup").write_text("")
     assert device.free_memory() > 3000000 and device.usable_cores() == 8
+    # A limit of the process, by ``ulimit -v``, is of the address space: its first number is in pages.
+    (tmp_path / "statm").write_text("1000 7 7 1 0 7 0\n")
+    moved["/proc/self/statm"] = tmp_path / "statm"
+    limits = {device.resource.RLIMIT_AS: (5_000_000, -1)}
+    monkeypatch.setattr(device.resource, "getrlimit", limits.get)
+    assert device.free_memory() == 5_000_000 - 1000 * os.sysconf("SC_PAGE_SIZE")

@@ -7,7 +7,9 @@ import threading
 from types import SimpleNamespace
 
 import pytest
+from helpers import main
 
+import finetune_generation
 from glm import processes, watchdog
 from glm.errors import Fault
 from glm.processes import (
@@ -124,6 +126,12 @@ def test_a_process_whose_launcher_is_gone_stops_by_a_signal(monkeypatch, ignored
         assert any(received.wait(0.05) for _ in range(400)) and numbers == [signal.Signals[sent]]
     finally:
         restore_signals(before)
+
+
+def test_a_run_watches_its_launcher(monkeypatch, capsys):
+    watched = []
+    monkeypatch.setattr(finetune_generation, "watch_launcher", lambda: watched.append(True))
+    assert main(monkeypatch, capsys, "--no_such_flag", 1)[0] == 2 and watched == [True]
 
 
 @pytest.fixture
