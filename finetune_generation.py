@@ -61,8 +61,8 @@ from glm.weights.pretrained import check_lengths, check_trainable, find_pretrain
 from glm.weights.torch_folder import export_torch
 from utils import GLMTrainer, prediction_row, shown_fields
 
-# What the system says where nothing more can be written.
-NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
+# What the system says where something can't be written, or moved, or removed.
+UNWRITABLE = tuple(getattr(errno, f"E{name}") for name in "NOSPC DQUOT FBIG ROFS ACCES PERM IO".split())
 
 
 def fine_tune(model_args, data_args, generation, args, folder):
@@ -294,13 +294,13 @@ def run():
         # Under a launcher all processes find the same mistake, and one says it.
         reported = isinstance(error, Fault) or is_first_of_machine()
     except Exception as error:
-        if getattr(error, "errno", None) not in NO_ROOM:
+        if getattr(error, "errno", None) not in UNWRITABLE:
             if peers:
                 peers.wait_to_be_ended()
             raise
         code, reported = 1, True
         message = (
-            f"can't write {error.filename or 'a file'}: {error.strerror}: give it room and "
+            f"can't write {error.filename or 'a file'}: {error.strerror}: make room or let it be written and "
             "start again, checkpoints and predictions written before are complete"
         )
     if reported:

@@ -290,10 +290,11 @@ class RunFolder:
         model = self.run.model if kept else None
         self.run = self.new_run = self.new_run._replace(model=model)
         if is_first_of_machine():
-            self.path.mkdir(parents=True, exist_ok=True)
-            self.move_aside(self.to_move)
-            write_atomically(self.path / RUN, dump_json(self.run._asdict()))
-            write_atomically(self.path / layout.ARGUMENTS, self.arguments + "\n")
+            with as_input_error(f"--output_dir {self.path} can't be used", "give another one", OSError):
+                self.path.mkdir(parents=True, exist_ok=True)
+                self.move_aside(self.to_move)
+                write_atomically(self.path / RUN, dump_json(self.run._asdict()))
+                write_atomically(self.path / layout.ARGUMENTS, self.arguments + "\n")
         barrier()
         self.training_began = True
 
