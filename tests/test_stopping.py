@@ -69,9 +69,9 @@ def test_a_signal_is_exchanged_without_a_wait(monkeypatch):
         assert signals.signal_number == read and sent[-1].tolist() == received
 
 
-@pytest.mark.parametrize("world_size", [1, 2])
-def test_a_signal_in_the_last_step_waits_for_the_model(tmp_path, monkeypatch, world_size):
-    """The run was done: there need be no checkpoint to resume from. Handlers are as before it."""
+@pytest.mark.parametrize("world_size, later", [(1, False), (2, False), (1, True)])
+def test_a_signal_in_the_last_step_waits_for_the_model(tmp_path, monkeypatch, world_size, later):
+    """Or a ``later`` one. The run was done: there need be no checkpoint. Handlers are then as before it."""
     waiting = SimpleNamespace(wait=lambda: None)
     monkeypatch.setattr(stopping.dist, "all_reduce", lambda *args, **kwargs: waiting)
     args = SimpleNamespace(world_size=world_size, output_dir=str(tmp_path), save_strategy=IntervalStrategy.NO)
@@ -80,18 +80,21 @@ def test_a_signal_in_the_last_step_waits_for_the_model(tmp_path, monkeypatch, wo
     callback = StopBySignal(lambda: "there is no checkpoint")
     callback.on_train_begin(args, state, control)
     callback.on_optimizer_end(args, state, control)
-    os.kill(os.getpid(), signal.SIGTERM)
+    if not later:
+        os.kill(os.getpid(), signal.SIGTERM)
     state.global_step += 1
-    if world_size == 1:
+    if world_size == 1 and not later:
         callback.on_optimizer_end(args, state, control)
         callback.on_step_end(args, state, control)
         assert not control.should_evaluate and not control.should_save
     callback.on_train_end(args, state, control)
-    assert {number: signal.getsignal(number) for number in before} == before
+    if later:
+        os.kill(os.getpid(), signal.SIGTERM)
     with pytest.raises(
         Fault, match=f"by SIGTERM after the last step: the trained model is in {tmp_path}"
     ) as fault:
         callback.stop_when_written(args)
+    assert {number: signal.getsignal(number) for number in before} == before
     assert fault.value.exit_code == 143
 
 

@@ -31,8 +31,7 @@ def replace_together(folder: Path, patterns: Collection[str] = ()):
     """Yield the path of an empty staging folder, whose files move into ``folder`` when the block ends.
 
     What matches the ``patterns`` in ``folder``, and is not among them, goes in the same move. An
-    OSError or InputError within the block takes the staging folder away. All processes have to
-    enter and leave.
+    exception within the block takes the staging folder away. All processes have to enter and leave.
     """
     staging, first = Path(folder, UNFINISHED), is_first_of_run()
     if first:
@@ -41,7 +40,7 @@ def replace_together(folder: Path, patterns: Collection[str] = ()):
     barrier()
     try:
         yield staging
-    except (OSError, InputError):
+    except BaseException:
         shutil.rmtree(staging, ignore_errors=True)
         raise
     barrier()

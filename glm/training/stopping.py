@@ -45,9 +45,9 @@ class StopBySignal(TrainerCallback):
                     the step's checkpoint is complete: all stop.
 
     In an evaluation, which may take long, a batch takes the place of a step: it is cancelled, and the
-    step before it is saved. Where that step is the last one, training ends as it would have, and
-    ``signal_number`` says that the run is to stop once its model is written. A second signal, but for
-    SIGHUP, ends the run at once. A signal that was ignored stays ignored.
+    step before it is saved. Where that step is the last one, or the model is being written, the run stops
+    once its model is written. A second signal, but for SIGHUP, ends the run at once. A signal that was
+    ignored stays ignored.
 
     Args:
         resume_hint (callable): returns what the last line says of going on.
@@ -143,7 +143,6 @@ class StopBySignal(TrainerCallback):
     def on_train_end(self, args, state, control, **kwargs):
         for _ in range(2):  # what was sent before, and what is sent now
             self.exchange(args.world_size)
-        self.restore_handlers()
 
     def restore_handlers(self):
         """Let signals do again what they did before training."""
@@ -151,10 +150,15 @@ class StopBySignal(TrainerCallback):
         self.handlers_before = {}
 
     def stop_when_written(self, args):
-        """Raise the Fault that ends a run whose model is written, if a signal came in its last step."""
-        if self.signal_number is not None:
-            stopped = f"stopped by {signal.Signals(self.signal_number).name} after the last step"
-            raise Fault(f"{stopped}: the trained model is in {args.output_dir}", 128 + self.signal_number)
+        """Raise the Fault that ends a run whose model is written, where a signal came too late for a step.
+
+        Signals do again what they did before training.
+        """
+        self.restore_handlers()
+        number = self.signal_number or self.received
+        if number:
+            stopped = f"stopped by {signal.Signals(number).name} after the last step"
+            raise Fault(f"{stopped}: the trained model is in {args.output_dir}", 128 + number)
 
     def stop(self, number: int, args, state):
         """Raise the Fault that ends the run by the signal ``number``."""
