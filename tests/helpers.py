@@ -348,6 +348,7 @@ def run_folder(folder, **changes):
         "resume_from_checkpoint": None,
         "ignore_load_lr_and_optim": False,
         "tensor_parallel_degree": 1,
+        "tensor_parallel_rank": -1,
         "global_batch_size": 24,
         "world_size": 1,
         "evaluation_strategy": "no",

@@ -483,6 +483,15 @@ def test_steps_that_no_run_has_done_are_a_line(tmp_path):
         run_folder(tmp_path).find_checkpoint(lora=False)
 
 
+@pytest.mark.parametrize("make", [os.mkfifo, Path.touch, lambda path: path.symlink_to(path.parent)])
+def test_what_is_in_the_place_of_those_moved_aside_is_a_line(tmp_path, make):
+    made, path = run_folder(tmp_path), write_checkpoint(tmp_path, 3)
+    make(made.aside)
+    with pytest.raises(InputError, match="superseded-.* is no folder, and in the way of one: remove it"):
+        made.move_aside([path])
+    assert path.is_dir()
+
+
 def test_a_file_of_holes_is_not_read_to_its_end(tmp_path):
     """A terabyte of nothing; and one that has another size than it should have."""
     path = write_checkpoint(tmp_path, 3, files={"optimizer.pdopt": [1 << 40, "x"]})

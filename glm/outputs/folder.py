@@ -300,8 +300,8 @@ class RunFolder:
 
     def move_aside(self, paths: Sequence[Path]):
         """Move checkpoints that this run did not write into one folder beside them, and say so."""
-        if self.aside.is_symlink():
-            raise InputError(f"{self.aside} is a link: remove it")
+        if self.aside.is_symlink() or self.aside.exists() and not self.aside.is_dir():
+            raise InputError(f"{self.aside} is no folder, and in the way of one: remove it")
         for path in paths:
             self.aside.mkdir(exist_ok=True)
             with contextlib.suppress(FileNotFoundError):  # moved by the first process of another machine
