@@ -66,7 +66,7 @@ class GLMTrainer(ResumableTrainer):
         self.rows = []  # the last predictions, as the predictions file has them
         if self.pop_callback(VisualDLCallback):  # by --report_to
             self.add_callback(Curves(lambda: self.rows, shown_fields(self.tokenizer)))
-        replace_forward(self.model)
+        replace_forward(self.model, self.args.product_dtype())
         self.tensor_parallel_group = None
         if self.args.tensor_parallel_degree > 1:
             groups = fleet.get_hybrid_communicate_group()

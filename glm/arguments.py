@@ -203,6 +203,11 @@ class GLMTrainingArguments(TrainingArguments):
             return "float16" if self.fp16 else "bfloat16"
         return "float32"
 
+    def product_dtype(self):
+        """Returns the half type that O1 multiplies float32 weights in, or None."""
+        half = "float16" if self.fp16 else "bfloat16" if self.bf16 else None
+        return half if self.fp16_opt_level == "O1" else None
+
 
 GROUPS = (ModelArguments, DataArguments, GenerationArguments, GLMTrainingArguments)
 LIMITS = {

@@ -11,20 +11,14 @@ import paddle.nn.functional as F
 from paddle import Tensor
 from paddle.autograd import PyLayer
 from paddle.distributed.collective import Group
-from paddle.distributed.fleet.meta_parallel import (
-    RowParallelLinear,
-    VocabParallelEmbedding,
-    get_rng_state_tracker,
-)
-from paddle.distributed.fleet.utils import recompute
-from paddle.incubate.nn.functional import fused_matmul_bias
+from paddle.distributed.fleet.meta_parallel import get_rng_state_tracker
 from paddlenlp.peft import LoRAModel
 from paddlenlp.transformers import GLMForConditionalGeneration
 from paddlenlp.transformers.glm.modeling import GLMAttention
 
-from glm.device import on_cpu, supports_fused_linear
+from glm.device import on_cpu
 from glm.graphs import all_reduce
-from glm.quantization import compute_quantized, is_quantized, linear
+from glm.linears import compute_with_gradient, in_dtype
 
 MASKED = -65504.0  # added to the attention scores of hidden positions: float16's lowest number
 
@@ -67,7 +61,7 @@ class LabelSmoothedLoss(PyLayer):
     """
 
     @staticmethod
-    def forward(ctx, hidden_states, weight, labels, label_smoothing, group=None):
+    def forward(ctx, hidden_states, weight, labels, label_smoothing, group=None, dtype=None):
         """Return the losses, float32 [N].
 
         Args:
@@ -77,8 +71,10 @@ class LabelSmoothedLoss(PyLayer):
             labels: int64 [N].
             label_smoothing: e, a float.
             group: Of tensor parallelism.
+            dtype: What the logits are computed in; by default the weight's own type.
         """
-        logits = paddle.matmul(hidden_states, weight, transpose_y=True)  # [N, V / processes]
+        rows, table = in_dtype(hidden_states, dtype), in_dtype(weight, dtype)
+        logits = paddle.matmul(rows, table, transpose_y=True)  # [N, V / processes]
         ctx.dtype, ctx.group = logits.dtype, group
         logits = logits.astype("float32")
         part_size = logits.shape[1]
@@ -194,6 +190,11 @@ def _merge_heads(context):
     return context.reshape([-1, length, heads * head_size])
 
 
+def _normalize(layer, inputs):
+    """Call the LayerNorm ``layer``, in less of the host's time than nn.Layer takes for it."""
+    return paddle._C_ops.layer_norm(inputs, layer.weight, layer.bias, layer._epsilon, inputs.ndim - 1)
+
+
 def forward(
     model: GLMForConditionalGeneration,
     input_ids: Tensor,
@@ -224,15 +225,17 @@ def forward(
     """
     glm, stack = model.glm, model.glm.transformer
 
+    def add(hidden_states, layer, outputs):
+        return hidden_states + in_dtype(dropout(layer, "global_seed", outputs), hidden_states.dtype)
+
     def layer_forward(number, layer, hidden_states):
         attention, mlp = layer.attention, layer.mlp
-        projected = compute(attention.query_key_value, layer.input_layernorm(hidden_states))
+        projected = compute(attention.query_key_value, _normalize(layer.input_layernorm, hidden_states))
         context = _merge_heads(core_attention(number, attention, projected))
-        outputs = compute(attention.dense, context)
-        hidden_states = hidden_states + dropout(attention.output_dropout, "global_seed", outputs)
-        inner = compute(mlp.dense_h_to_4h, layer.post_attention_layernorm(hidden_states))
+        hidden_states = add(hidden_states, attention.output_dropout, compute(attention.dense, context))
+        inner = compute(mlp.dense_h_to_4h, _normalize(layer.post_attention_layernorm, hidden_states))
         outputs = compute(mlp.dense_4h_to_h, F.gelu(inner, approximate=True))
-        return hidden_states + dropout(mlp.dropout, "global_seed", outputs)
+        return add(hidden_states, mlp.dropout, outputs)
 
     hidden_states = (
         compute(glm.word_embeddings, input_ids)
@@ -244,7 +247,7 @@ def forward(
     hidden_states = dropout(stack.embedding_dropout, "embedding_seed", hidden_states)
     for number, layer in enumerate(stack.layers):
         hidden_states = run_layer(functools.partial(layer_forward, number, layer), hidden_states)
-    return stack.final_layernorm(hidden_states)
+    return _normalize(stack.final_layernorm, hidden_states)
 
 
 # What training gives to ``forward``
@@ -260,75 +263,85 @@ def _dropout(layer, generator, inputs):
         return layer(inputs)
 
 
-def _compute_with_gradient(layer, inputs):
-    """Call ``layer``, which may have an adapter or be one of fleet's; of a plain linear its operator."""
-    if is_quantized(layer):
-        return compute_quantized(layer, inputs)
-    if type(layer) is not paddle.nn.Linear:
-        return layer(inputs)
-    weight, bias = layer.weight, layer.bias
-    if layer.training:  # where autocast is; an evaluation computes in the weights' own type
-        weight, bias = (getattr(tensor, "half_copy", tensor) for tensor in (weight, bias))
-    if supports_fused_linear() and not bias.stop_gradient:
-        return fused_matmul_bias(inputs, weight, bias)
-    if not on_cpu() or bias.stop_gradient:
-        return paddle._C_ops.linear(inputs, weight, bias)
-    # With the bias as a product, its gradient is a product too. Paddle's gradient of a bias is a sum
-    # over rows, which takes a CPU as long as the gradients of the inputs and the weight together.
-    ones = paddle.ones([*inputs.shape[:-1], 1], inputs.dtype)
-    return paddle.matmul(inputs, weight) + paddle.matmul(ones, bias.unsqueeze(0))
+class Recompute(PyLayer):
+    """Compute a layer, and have the backward pass compute it again in place of keeping its tensors.
 
-
-def _recompute(layer, hidden_states):
-    """Return what ``layer`` computes, and have the backward pass compute it again.
-
-    Dropout draws the same numbers again. Left to Paddle, NumPy's and Python's generators would be
-    kept and set too, which takes the host a sixth of a millisecond a layer.
+    Paddle's own keeps NumPy's and Python's generators and autocast's lists too, which takes the host
+    more than half a millisecond a layer.
     """
-    tracker = get_rng_state_tracker()
-    states = []
 
-    def run(inputs):
-        outside = paddle.get_rng_state(), tracker.get_states_tracker()
-        if not states:  # the forward pass
-            states.extend(outside)
-            return layer(inputs)
+    @staticmethod
+    def forward(ctx, hidden_states, layer, draws):
+        """Return what ``layer`` computes.
+
+        Args:
+            ctx: Paddle's, for the backward pass.
+            hidden_states: The inputs.
+            layer: A function of them.
+            draws: Whether it draws what dropout leaves out: the backward pass draws the same again.
+        """
+        ctx.layer, ctx.states = layer, _random_states() if draws else None
+        ctx.save_for_backward(hidden_states)
+        return layer(hidden_states)
+
+    @staticmethod
+    def backward(ctx, grad):
+        """Return the gradient of the inputs; those of the weights are added to theirs."""
+        inputs = ctx.saved_tensor()[0].detach()
+        inputs.stop_gradient = False
+        states = _random_states() if ctx.states else None
         try:
-            paddle.set_rng_state(states[0])
-            tracker.set_states_tracker(states[1])
-            return layer(inputs)
+            if states:
+                _set_random_states(ctx.states)
+            with paddle.enable_grad():
+                outputs = ctx.layer(inputs)
         finally:
-            paddle.set_rng_state(outside[0])
-            tracker.set_states_tracker(outside[1])
+            if states:
+                _set_random_states(states)
+        outputs.backward(grad)
+        return inputs.grad
 
-    # LoRA trains nothing below the first layer: without a gradient there, Paddle would keep the
-    # first layer's activations.
+
+def _random_states():
+    return paddle.get_rng_state(), get_rng_state_tracker().get_states_tracker()
+
+
+def _set_random_states(states):
+    paddle.set_rng_state(states[0])
+    get_rng_state_tracker().set_states_tracker(states[1])
+
+
+def _recompute(draws, layer, hidden_states):
+    """Return what ``layer`` computes, by ``Recompute``."""
+    # LoRA trains nothing below the first layer, whose own weights need the gradient of what it computes.
     hidden_states.stop_gradient = False
-    return recompute(run, hidden_states, preserve_rng_state=False)
+    return Recompute.apply(hidden_states, layer, draws)
 
 
-def _forward_with_gradient(model, input_ids, position_ids, attention_mask):
+def _forward_with_gradient(model, dtype, draws, input_ids, position_ids, attention_mask):
     """Return the hidden states of ``forward``, with dropout and recompute as the model is set."""
     mask = additive_mask(attention_mask.astype("float32"), "float32")  # [B, 1, L, L]
     if on_cpu():  # which is slow at broadcasting
         heads = model.glm.transformer.layers[0].attention.num_attention_heads
         mask = mask.tile([1, heads, 1, 1])
 
-    # Autocast's type is made once, not in each layer.
-    mask_in = functools.cache(lambda dtype: mask if mask.dtype == dtype else mask.astype(dtype))
+    # The type of the products is made once, not in each layer.
+    mask_in = functools.cache(lambda dtype: in_dtype(mask, dtype))
 
     def core_attention(number, attention, projected):
         query, key, value = paddle.unbind(split_heads(attention, projected))
         drop = functools.partial(_dropout, attention.attention_dropout, "local_seed")
         return attend(query, key, value, mask_in(query.dtype), drop)
 
-    functions = {"compute": _compute_with_gradient, "dropout": _dropout}
+    dtype = dtype if model.training else None  # an evaluation computes in the weights' own type
+    compute = functools.partial(compute_with_gradient, dtype=dtype)
+    functions = {"compute": compute, "dropout": _dropout}
     if model.glm.transformer.enable_recompute and paddle.is_grad_enabled():
-        functions["run_layer"] = _recompute
+        functions["run_layer"] = functools.partial(_recompute, draws)
     return forward(model, input_ids, position_ids, core_attention, **functions)
 
 
-def replace_forward(model: paddle.nn.Layer) -> None:
+def replace_forward(model: paddle.nn.Layer, dtype: Optional[str] = None) -> None:
     """Have ``model(...)`` run ``forward`` and return hidden states, in any wrapper.
 
     The Trainer wraps the model, and a wrapper has to be called for the gradients to be averaged.
@@ -336,10 +349,13 @@ def replace_forward(model: paddle.nn.Layer) -> None:
 
     Args:
         model: GLMForConditionalGeneration, or LoRAModel around it.
+        dtype: What training computes products and attention in; by default the weights' own type.
     """
     glm = model.model if isinstance(model, LoRAModel) else model
+    glm.product_dtype = dtype and getattr(paddle, dtype)
+    draws = any(layer.p for layer in glm.sublayers() if isinstance(layer, paddle.nn.Dropout))
     # LoRAModel has kept the forward that its model had.
-    model.forward = glm.forward = functools.partial(_forward_with_gradient, glm)
+    model.forward = glm.forward = functools.partial(_forward_with_gradient, glm, glm.product_dtype, draws)
 
 
 def target_losses(
@@ -365,36 +381,5 @@ def target_losses(
     hidden_states = wrapped(**{name: inputs[name] for name in names})
     hidden_states = hidden_states.reshape([-1, hidden_states.shape[-1]])
     hidden_states = hidden_states.gather(inputs["target_positions"])  # [N, C]
-    weight = model.glm.word_embeddings.weight
-    return LabelSmoothedLoss.apply(hidden_states, weight, inputs["labels"], label_smoothing, group)
-
-
-# What decoding gives to ``forward``
-
-
-def compute_without_gradient(layer: paddle.nn.Layer, inputs: Tensor) -> Tensor:
-    """Compute a linear, with its adapter if it has one, or the word embeddings; without dropout.
-
-    The layers' own ways take the host longer than the operators take a card: PaddleNLP 3 puts a
-    choice of precisions before F.linear, and fleet's layers put collectives without effect around
-    theirs.
-    """
-    if type(layer) is paddle.nn.Linear:
-        return linear(inputs, layer.weight, layer.bias)
-    if isinstance(layer, paddle.nn.Embedding):
-        return layer(inputs)
-    if isinstance(layer, VocabParallelEmbedding):
-        first, count = layer.vocab_start_index, layer.num_embeddings
-        rows = paddle._C_ops.c_embedding(layer.weight, inputs, first, count)
-        all_reduce(rows, layer.model_parallel_group)
-        return rows
-    split_inputs = isinstance(layer, RowParallelLinear)
-    outputs = linear(inputs, layer.weight, None if split_inputs else layer.bias)
-    adapter = getattr(layer, "lora_A", None)
-    if adapter is not None:
-        adapted = paddle.matmul(paddle.matmul(inputs, adapter), layer.lora_B)
-        outputs = outputs + adapted * layer.scaling
-    if split_inputs:
-        all_reduce(outputs, layer.model_parallel_group)
-        outputs = outputs + layer.bias
-    return outputs
+    weight, dtype = model.glm.word_embeddings.weight, model.product_dtype if model.training else None
+    return LabelSmoothedLoss.apply(hidden_states, weight, inputs["labels"], label_smoothing, group, dtype)

@@ -14,8 +14,6 @@ import paddle
 from paddle import Tensor
 from paddle.autograd import PyLayer
 from paddle.base.framework import EagerParamBase
-from paddle.distributed.fleet.layers.mpu import mp_ops
-from paddle.distributed.fleet.meta_parallel import ColumnParallelLinear, RowParallelLinear
 
 ALGORITHMS = ("weight_only_int8",)  # as PaddleNLP calls it
 LARGEST = 127
@@ -89,25 +87,3 @@ class Product(PyLayer):
         scale = ctx.weight.output_scale.astype(grad.dtype)
         grad = paddle.matmul(grad * scale * INPUT_SCALE, ctx.weight.astype(grad.dtype), transpose_y=True)
         return grad.astype(ctx.dtype)
-
-
-def compute_quantized(layer: paddle.nn.Layer, inputs: Tensor) -> Tensor:
-    """Compute a linear in int8 with its adapter, if it has one, as PaddleNLP's and fleet's linears do."""
-    split_outputs, split_inputs = (
-        isinstance(layer, kind) for kind in (ColumnParallelLinear, RowParallelLinear)
-    )
-    adapted = None
-    if hasattr(layer, "lora_A"):
-        adapted = paddle.matmul(layer.lora_dropout(inputs), layer.lora_A)
-    if split_outputs:
-        group = layer.model_parallel_group
-        inputs = mp_ops._c_identity(inputs, group=group)
-        adapted = adapted if adapted is None else mp_ops._c_identity(adapted, group=group)
-    outputs = Product.apply(inputs, layer)
-    if split_inputs:
-        reduced = {"group": layer.model_parallel_group, "use_calc_stream": True, "use_model_parallel": True}
-        outputs = mp_ops._mp_allreduce(outputs, **reduced)
-        adapted = adapted if adapted is None else mp_ops._mp_allreduce(adapted, **reduced)
-    if adapted is not None:
-        outputs = outputs + paddle.matmul(adapted, layer.lora_B) * layer.scaling
-    return outputs + layer.bias

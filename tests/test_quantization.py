@@ -22,7 +22,7 @@ from helpers import (
 )
 from paddlenlp.transformers import GLMConfig
 
-from glm import quantization
+from glm import linears, quantization
 from glm.training import memory
 from glm.weights import loading
 from glm.weights.shapes import get_split, shard, unshard
@@ -107,7 +107,7 @@ def test_product_and_gradient_against_float64(adapter):
     rng = np.random.default_rng(1)
     x, grad = rng.normal(size=[2, 7, 32]), rng.normal(size=[2, 7, 128])
     inputs = paddle.to_tensor(x.astype("float32"), stop_gradient=False)
-    outputs = quantization.compute_quantized(layer, inputs)
+    outputs = linears.compute_with_gradient(layer, inputs)
     (outputs * paddle.to_tensor(grad.astype("float32"))).sum().backward()
     expected, expected_grad = x @ weight + layer.bias.numpy(), grad @ weight.T
     np.testing.assert_allclose(
@@ -135,7 +135,7 @@ def test_no_cast_weight_is_kept_for_the_backward_pass():
     inputs.stop_gradient = False
     allocated = lambda: paddle.base.core.host_memory_stat_current_value("Allocated", 0)  # noqa: E731
     before = allocated()
-    outputs = quantization.compute_quantized(layer, inputs)
+    outputs = linears.compute_with_gradient(layer, inputs)
     assert allocated() - before < 1e5  # in float32 the weight has 4e6 bytes
     outputs.sum().backward()
     assert inputs.grad.numpy()[0, 0] == 1024

@@ -9,6 +9,7 @@ import pytest
 from helpers import log_softmax, make_batch, make_trainer, random_glm
 
 from data import DataCollator
+from glm import modeling
 from glm.outputs.checkpoints import Checkpoint
 from glm.training.sampler import GroupedBatchSampler
 from glm.training.trainer import Resume
@@ -74,19 +75,30 @@ def test_other_schedules_are_paddlenlps(tmp_path):
     assert scheduler.get_lr() == pytest.approx(0.5)  # half of a half cosine
 
 
-def test_evaluation_is_not_under_autocast(tmp_path, monkeypatch):
-    """Autocast would cast every weight again at each token."""
+def test_o1_is_of_training_alone(tmp_path, monkeypatch):
+    """An evaluation would cast every weight again at each token. float64 stands for a half type here."""
+    monkeypatch.setattr("glm.arguments.GLMTrainingArguments.product_dtype", lambda args: "float64")
     trainer = make_trainer(tmp_path, random_glm())
-    monkeypatch.setattr(trainer, "autocast_smart_context_manager", lambda: 1 / 0)
     trainer.tokenizer = SimpleNamespace(sop_token_id=1, eop_token_id=2)
     trainer.outputs, trainer.generated_tokens, trainer.start = {}, 0, 0.0
     trainer.bar = SimpleNamespace(update=lambda count: None, set_postfix_str=lambda text: None)
     _, batch = make_batch()
+    inputs = {key: paddle.to_tensor(value) for key, value in batch.items()}
+    dtypes, attend = [], modeling.attend
+
+    def watched(query, *others):
+        dtypes.append(query.dtype)
+        return attend(query, *others)
+
+    for room in ("modeling", "decoding.cache"):
+        monkeypatch.setattr(f"glm.{room}.attend", watched)
     trainer.model.eval()
-    trainer.prediction_step(trainer.model, {key: paddle.to_tensor(value) for key, value in batch.items()})
-    assert sorted(trainer.outputs) == [0, 1, 2]
-    with pytest.raises(ZeroDivisionError):
-        trainer.training_step(trainer.model, {key: paddle.to_tensor(value) for key, value in batch.items()})
+    trainer.prediction_step(trainer.model, inputs)
+    assert sorted(trainer.outputs) == [0, 1, 2] and set(dtypes) == {paddle.float32}
+    dtypes.clear()
+    trainer.model.train()
+    trainer.compute_loss(trainer.model, inputs).backward()
+    assert set(dtypes) == {paddle.float64}
 
 
 def test_only_a_logged_step_waits_for_the_device(tmp_path, monkeypatch):

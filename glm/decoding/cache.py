@@ -8,15 +8,8 @@ from paddle import Tensor
 from paddlenlp.transformers import GLMForConditionalGeneration
 
 from glm.device import on_cpu, supports_cuda_graphs
-from glm.modeling import (
-    MASKED,
-    additive_mask,
-    attend,
-    compute_without_gradient,
-    forward,
-    qkv_per_head,
-    split_heads,
-)
+from glm.linears import compute_without_gradient
+from glm.modeling import MASKED, additive_mask, attend, forward, qkv_per_head, split_heads
 
 
 class Cache:

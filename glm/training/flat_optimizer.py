@@ -10,9 +10,11 @@ from typing import NamedTuple, Optional
 import paddle
 from paddle import Tensor
 from paddle.base.layer_helper import LayerHelper
+from paddle.distributed.fleet.meta_parallel import ColumnParallelLinear, RowParallelLinear
 
 from glm.device import on_cpu
 
+LINEARS = (paddle.nn.Linear, ColumnParallelLinear, RowParallelLinear)  # with adapters too
 ALIGNMENT = 128  # numbers: each weight begins at 256 bytes or more, as memory that it had for itself
 
 
@@ -84,20 +86,20 @@ class FlatAdamW(paddle.optimizer.AdamW):
     Args:
         optimizer (AdamW): over a model's weights, new.
         model: the model.
-        autocast_dtype: of autocast, if there is one. It would cast a linear's weights each time they are
-            used. So they get a ``half_copy``, made once a step, from which their gradients are taken.
+        product_dtype: what linears compute in, if it is not the type of their weights. These get a
+            ``half_copy``, made once a step, from which their gradients are taken.
 
     Attributes:
         weights: those that are trained.
     """
 
-    def __init__(self, optimizer: paddle.optimizer.AdamW, model, autocast_dtype: Optional[str] = None):
+    def __init__(self, optimizer: paddle.optimizer.AdamW, model, product_dtype: Optional[str] = None):
         self.weights = [weight for weight in optimizer._parameter_list if not weight.stop_gradient]
         kinds, decays = {}, optimizer._apply_decay_param_fun
-        linears = [layer for layer in model.sublayers() if type(layer) is paddle.nn.Linear]
+        linears = [layer for layer in model.sublayers() if isinstance(layer, LINEARS)]
         copied = {weight.name for layer in linears for weight in layer.parameters()}
         for weight in self.weights:
-            dtype = autocast_dtype if weight.name in copied else None
+            dtype = product_dtype if weight.name in copied else None
             kind = decays(weight.name), dtype, weight.is_distributed, weight.dtype
             kinds.setdefault(kind, []).append(weight)
         self.groups = [_make_group(weights, dtype) for (_, dtype, *_), weights in kinds.items()]
@@ -215,8 +217,7 @@ def flatten(optimizer: paddle.optimizer.AdamW, model, args) -> paddle.optimizer.
     """
     if type(optimizer) is not paddle.optimizer.AdamW or on_cpu() or args.dataset_world_size > 1:
         return optimizer
-    dtype = "float16" if args.fp16 else "bfloat16" if args.bf16 else None
-    return FlatAdamW(optimizer, model, dtype if args.fp16_opt_level == "O1" else None)
+    return FlatAdamW(optimizer, model, args.product_dtype())
 
 
 def gradients_at_update(setting, trained: float) -> float:
@@ -232,5 +233,6 @@ def gradients_at_update(setting, trained: float) -> float:
     most = size * (2 if setting.paddle_2 and setting.degree * setting.sharding_degree == 1 else 1)
     if setting.on_cpu or setting.sharding_degree > 1:
         return most * trained
-    gathered = 2 if setting.half_copies else setting.weight_size
-    return max(most, gathered + max(gathered, size)) * trained
+    gathered, size = (2, 4) if setting.half_copies else (setting.weight_size, size)
+    before = 4 if setting.half_copies and setting.accumulates else 0  # of the passes before
+    return max(most, before + gathered + max(gathered, size)) * trained

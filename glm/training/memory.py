@@ -34,6 +34,7 @@ class Setting:
     lora_config: Optional[LoRAConfig] = None
     recompute: bool = False
     master_grad: bool = True  # as --amp_master_grad
+    accumulates: bool = False  # the gradients of several passes
     num_beams: int = 1
     quantized: bool = False  # linears in int8
     on_cpu: bool = dataclasses.field(default_factory=lambda: on_cpu())
@@ -52,9 +53,8 @@ class Setting:
 
     @property
     def half_copies(self):
-        """Whether FlatAdamW gives the linears' weights copies for autocast, whose gradients are half too."""
-        alone = self.degree * self.sharding_degree == 1
-        return self.precision == "O1" and alone and not (self.on_cpu or self.lora_config)
+        """Whether FlatAdamW gives the linears' trained weights half copies, whose gradients are half too."""
+        return self.precision == "O1" and self.sharding_degree == 1 and not self.on_cpu
 
     @property
     def length(self):
@@ -102,7 +102,7 @@ class Setting:
 def _layer_tensors(setting: Setting) -> tuple[dict, dict, dict]:
     """Return the bytes of what a layer keeps for its backward pass, by tensor: attention, softmax, MLP.
 
-    Under autocast (O1) norms and sums are float32, linears half; biases only if they are half copies.
+    In O1 norms and the sums behind linears are float32, linears and attention half.
     """
     residual, linear = setting.weight_size, setting.linear_size
     hidden, part = setting.hidden, setting.hidden / setting.degree  # numbers: of all heads, of those here
@@ -113,20 +113,16 @@ def _layer_tensors(setting: Setting) -> tuple[dict, dict, dict]:
         "scaled queries": part * linear,
         "context": part * linear,
     }
-    softmax = {"softmax": setting.scores * residual}
-    mlp = {**norm, "gelu's input": 4 * part * residual, "gelu's output": 4 * part * linear}
+    softmax = {"softmax": setting.scores * linear}
+    mlp = {**norm, "gelu's input": 4 * part * linear, "gelu's output": 4 * part * linear}
     if setting.config.output_dropout_prob:
         attention["dropout mask"] = mlp["dropout mask"] = hidden * BOOL
-    if setting.precision == "O1":
-        if setting.half_copies:
-            mlp["gelu's input"] = mlp["gelu's output"]
-        elif not setting.quantized:
-            weights = 12 * setting.config.hidden_size**2 / setting.degree
-            attention["the linears' weights, cast"] = weights * HALF
-        softmax["softmax, cast"] = setting.scores * linear
+    cast = setting.lora_config or not setting.half_copies  # weights without copies
+    if setting.precision == "O1" and cast and not setting.quantized:
+        attention["the weights, cast"] = 12 * setting.config.hidden_size**2 / setting.degree * HALF
     if setting.config.attention_dropout_prob:
         softmax["dropout mask"] = setting.scores * BOOL
-        softmax["softmax, cast"] = setting.scores * linear  # or what dropout left of it
+        softmax["softmax, what dropout left"] = setting.scores * linear
     return attention, softmax, mlp
 
 
@@ -136,7 +132,7 @@ def _layer_memory(setting: Setting) -> tuple[float, float]:
     kept = sum(attention.values()) + sum(softmax.values()) + sum(mlp.values())
     at_softmax = {  # of which no more of the MLP is alive
         **attention,
-        "softmax and two gradients": 3 * setting.scores * setting.weight_size,
+        "softmax and two gradients": 3 * setting.scores * setting.linear_size,
         "softmax's dropout mask": softmax.get("dropout mask", 0),
         "gradients of queries, keys and values": 3 * setting.hidden * setting.linear_size,
     }
@@ -162,8 +158,10 @@ def training_memory(setting: Setting) -> dict[str, float]:
     config, recompute = setting.config, setting.recompute
     count, trained = count_parameters(config, setting.degree, setting.lora_config)
     moments = 2 * FLOAT + (FLOAT if setting.precision == "O2" else 0)  # and master weights
-    copies = config.num_layers * 12 * config.hidden_size**2 * HALF if setting.half_copies else 0
-    gradients = trained * setting.weight_size - copies  # those of the copies are half
+    linears = config.num_layers * 12 * config.hidden_size**2 / setting.degree
+    copied = setting.half_copies * (trained if setting.lora_config else linears)
+    # Those of the copies are half, but for what passes before have added up.
+    gradients = trained * setting.weight_size + copied * (FLOAT * setting.accumulates - HALF)
 
     layer, backward = _layer_memory(setting)
     layer_input = setting.hidden * setting.weight_size
@@ -190,7 +188,7 @@ def training_memory(setting: Setting) -> dict[str, float]:
     }
     weights = {
         "weights": count * setting.weight_size - setting.saved_by_int8,
-        "optimizer": trained * moments / setting.sharding_degree + copies,
+        "optimizer": trained * moments / setting.sharding_degree + copied * HALF,
     }
     return _add_largest(weights, peaks)
 
@@ -381,6 +379,7 @@ def estimate_memory(args, pretrained, generation, train_dataset, test_dataset) -
             recompute=args.recompute,
             quantized=pretrained.quantized,
             master_grad=args.amp_master_grad,
+            accumulates=args.gradient_accumulation_steps > 1,
         )
     if test_dataset:
         lengths = longest(test_dataset)

@@ -365,6 +365,10 @@ class ResumableTrainer(Trainer):
         super().create_optimizer_and_scheduler(num_training_steps - self.resume.steps_ahead)
         self.optimizer = flatten(self.optimizer, self.model, self.args)
 
+    # The forward pass casts what it has to. Autocast would look at each operator for it.
+    def autocast_smart_context_manager(self):
+        return contextlib.nullcontext()
+
     # PaddleNLP 3 waits here for the loss of every step. CheckFinite does when one is logged.
     def _check_loss_valid(self, loss):
         """Nothing to check."""
