@@ -85,7 +85,7 @@ FORK = multiprocessing.get_context("forkserver")
 FORK.set_forkserver_preload(["helpers"])
 
 
-def run_script(args, log, folder, environment):
+def run_script(args, log, folder, environment, streams):
     """The script, in a process that was just forked; standard error goes to the file ``log``."""
     os.setsid()
     multiprocessing.set_start_method("fork", force=True)  # as in any other process of the script
@@ -93,8 +93,8 @@ def run_script(args, log, folder, environment):
     os.chdir(folder)
     os.environ.clear()
     os.environ.update(environment)
-    os.dup2(os.open(os.devnull, os.O_RDWR), 1)
-    os.dup2(os.open(log, os.O_WRONLY), 2)
+    for number, path in enumerate([*streams, log]):
+        os.dup2(os.open(path, os.O_WRONLY if number else os.O_RDONLY), number)
     sys.argv = ["finetune_generation.py", *args]
     if "PADDLE_TRAINER_ID" in environment:
         parallel_worker.main()
@@ -105,10 +105,12 @@ def run_script(args, log, folder, environment):
 class Run:
     """finetune_generation.py in a process that is forked from one which has imported it: in 0.1 s, not 4."""
 
-    def __init__(self, *args, hook=("nothing",), folder=ROOT, **environment):
+    def __init__(
+        self, *args, hook=("nothing",), folder=ROOT, streams=(os.devnull, os.devnull), **environment
+    ):
         self.log = tempfile.NamedTemporaryFile()
         environment = {**os.environ, "HOOK": json.dumps(hook), **environment}
-        args = list(map(str, args)), self.log.name, folder, environment
+        args = list(map(str, args)), self.log.name, folder, environment, streams
         self.process = FORK.Process(target=run_script, args=args)
         with mock.patch.dict(os.environ, PYTHONPATH=f"{ROOT}{os.pathsep}{ROOT}/tests"):  # for the server
             self.process.start()
@@ -138,6 +140,13 @@ def run(*args, code=0, **options):
     found, lines = Run(*args, **options).finish()
     assert found == code, "\n".join(lines[-40:])
     return lines
+
+
+def pipe(lines, *args):
+    """Answer the file ``lines`` as a pipe. Returns the rows of standard output."""
+    with tempfile.NamedTemporaryFile() as output:
+        run(*args, "--predict_file", "-", streams=(lines, output.name))
+        return read_jsonl(Path(output.name))
 
 
 def main(monkeypatch, capsys, *args):
@@ -365,9 +374,9 @@ def last_checkpoint(folder):
     return checkpoint and str(checkpoint)
 
 
-def add_lora(model, config, weights=None):
+def add_lora(model, config=None, weights=None):
     """The model with an adapter, by default a new one."""
-    adapter = lora.Adapter(None, config, weights)
+    adapter = lora.Adapter(None, config or lora_config(), weights)
     return lora.add_lora(model, SimpleNamespace(adapter=adapter, base_fingerprint=None), seed=0)
 
 

@@ -92,6 +92,8 @@ MISTAKES = [
     ("--report_to paper", None, "--report_to"),
     ("--lr_scheduler_type zigzag", None, "zigzag"),
     ("--evaluation_strategy often", None, "--evaluation_strategy"),
+    ("--weight_quantize_algo nf4 --lora True", None, "--weight_quantize_algo"),
+    ("--weight_quantize_algo weight_only_int8", None, "weights in int8 can't be trained, but an adapter"),
     ("--tensor_parallel_degree 3", None, "--tensor_parallel_degree 3 does not divide the one process"),
     ("--sharding stage2", None, "--sharding"),
     ("--past_index 0", None, "--past_index"),

@@ -11,9 +11,8 @@ from helpers import (
     TINY_GLM,
     add_lora,
     flags,
-    lora_config,
     losses,
-    main,
+    pipe,
     pretrained_in,
     random_glm,
     read_jsonl,
@@ -94,7 +93,7 @@ def quantized_linear(adapter):
     scale = abs(array).max(axis=0) / np.float32(127)
     quantization.set_quantized(layer, loading._quantize(array, scale), scale)
     if adapter:
-        layer = add_lora(model, lora_config()).model.glm.transformer.layers[0].mlp.dense_h_to_4h
+        layer = add_lora(model).model.glm.transformer.layers[0].mlp.dense_h_to_4h
         layer.lora_B.set_value(np.random.default_rng(5).normal(size=layer.lora_B.shape).astype("float32"))
     else:
         layer.bias.stop_gradient = True
@@ -193,6 +192,8 @@ def test_evaluated_and_predicted_from_its_folder(trained, tmp_path):
     expected = rows(trained / "out/eval_predictions.jsonl")
     assert rows(tmp_path / "eval_predictions.jsonl") == expected
     assert rows(tmp_path / "test_predictions.jsonl") == expected
+    for row, (token_ids, score) in zip(pipe(dev, *common), expected):
+        assert row["token_ids"] == token_ids and row["score"] == pytest.approx(score, abs=1e-5)
 
 
 def merged(trained, tmp_path, *arguments):
@@ -234,17 +235,6 @@ def test_a_model_without_an_adapter_is_evaluated(trained, tmp_path):
     )
     results = json.loads((tmp_path / "eval_results.json").read_text())
     assert results["eval_samples"] == 5 and np.isfinite(results["eval_loss"])
-
-
-def test_refusals(tmp_path, monkeypatch, capsys):
-    common = [*FAST, "--model_name_or_path", TINY_GLM, "--do_train", "--output_dir", tmp_path / "out"]
-    for arguments, expected in (
-        (INT8, "--weight_quantize_algo: weights in int8 can't be trained"),
-        (["--lora", "True", "--weight_quantize_algo", "nf4"], "--weight_quantize_algo"),
-    ):
-        code, lines = main(monkeypatch, capsys, *common, *arguments)
-        assert code == 2 and lines[-1].startswith("finetune_generation.py: error: ") and expected in lines[-1]
-    assert not (tmp_path / "out").exists()
 
 
 def test_memory_of_weights_in_int8():

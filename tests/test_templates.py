@@ -6,7 +6,7 @@ import shutil
 import unicodedata
 
 import pytest
-from helpers import ROOT, TINY_GLM, flags, losses, pretrained_in, read_jsonl, run
+from helpers import FAST, ROOT, TINY_GLM, flags, losses, pipe, pretrained_in, read_jsonl, run
 from paddlenlp.transformers import GLMTokenizer
 
 from data import build_dataset, decode_target, encode_source, encode_target
@@ -252,16 +252,11 @@ def test_the_opening_is_taken_off_as_the_tokenizer_writes_it(fresh):
         assert decode_target(tokenizer, labels) == text
 
 
-GENERATION = flags(
-    src_length=64,
-    tgt_length=24,
-    min_tgt_length=0,
-    num_beams=2,
-    no_repeat_ngram_size=0,
-    per_device_train_batch_size=8,
-    learning_rate=2e-3,
-    logging_steps=1,
-)
+GENERATION = [
+    *FAST,
+    *flags(src_length=64, num_beams=2, no_repeat_ngram_size=0, learning_rate=2e-3),
+    *flags(per_device_train_batch_size=8, logging_steps=1),
+]
 TRAIN = [*GENERATION, "--do_train", *flags(task_name=TITLES)]
 
 
@@ -285,6 +280,9 @@ def test_a_second_task_is_trained_and_predicted_from_its_folder(titles, tmp_path
     assert [list(row)[:4] for row in rows] == [["id", "text", "reference", "prediction"]] * 8
     assert [(row["text"], row["reference"]) for row in rows] == [(r["text"], r["title"]) for r in records]
     assert sum(row["prediction"] == row["reference"] for row in rows) >= 7
+    answers = pipe(TITLES / "train.json", *GENERATION, "--model_name_or_path", titles / "model")
+    assert [list(row) for row in answers] == [list(row) for row in rows]
+    assert [(row["text"], row["token_ids"]) for row in answers] == [(r["text"], r["token_ids"]) for r in rows]
     run(
         *GENERATION,
         *flags(model_name_or_path=titles / "model", output_dir=tmp_path / "eval", task_name=TITLES),
