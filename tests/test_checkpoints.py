@@ -91,6 +91,9 @@ def test_a_checkpoint_that_is_written_anew_is_not_complete_meanwhile(tmp_path):
     # PaddleNLP 2 refuses what PaddleNLP 3 adds to the state; JSON has no NaN.
     assert (path / TRAINER_STATE).read_bytes() == text
     assert open_checkpoint(path).parameters == {"w_0": "w"} and last_checkpoint(tmp_path) == str(path)
+    control = SimpleNamespace(should_save=True)  # again, for an evaluation that was cancelled
+    callback.on_step_end(args, state, control)
+    assert not control.should_save and (path / MANIFEST).exists()
 
 
 LIMITS = [
@@ -327,6 +330,8 @@ def test_which_run_begins(tmp_path, how, changes, step, run, moved):
         else step and out / f"checkpoint-{step}"
     )
     assert begin(out, path, **changes) == (run, moved)
+    # The model of step 9 that lies there is this run's, unless it goes another way to that step.
+    assert read_run(out).model == (9 if (run, moved) == ("a", []) else None)
     assert steps(out) == [f"checkpoint-{number}" for number in (3, 6, 9) if number not in moved]
 
 

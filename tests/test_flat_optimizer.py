@@ -188,3 +188,33 @@ def test_copies_give_the_gradients():
         ours.clear_grad(set_to_zero=False)
     for name, value in values(plain).items():
         np.testing.assert_array_equal(values(model)[name], value, err_msg=name)
+
+
+def test_weights_that_processes_split_are_apart():
+    """For the clipping adds up their norms over the processes, and counts those of the others once."""
+    model = make_model()
+    model[0].weight.is_distributed = True
+    optimizer = FlatAdamW(make_optimizer(model), model)
+    kinds = {weight.name: group.flat.is_distributed for group in optimizer.groups for weight in group.weights}
+    assert [name for name, split in kinds.items() if split] == [model[0].weight.name]
+
+
+def test_master_weights_are_restored():
+    """Those of half-precision weights, which are rounded: a CPU has no update of such."""
+    model, rng = make_model().astype("float16"), np.random.default_rng(5)
+    optimizer = FlatAdamW(make_optimizer(model), model)
+    optimizer._multi_precision = True
+    state = {"LR_Scheduler": optimizer._learning_rate.state_dict(), "master_weights": {}}
+    for weight in optimizer.weights:
+        for kind in ("moment1", "moment2", "beta1_pow_acc", "beta2_pow_acc"):
+            shape = weight.shape if "moment" in kind else [1]
+            state[f"{weight.name}_fp32_master_0_{kind}_0"] = rng.normal(size=shape).astype("float32")
+        state["master_weights"][weight.name] = rng.normal(size=weight.shape).astype("float32")
+    optimizer.set_state_dict(state)
+    found = optimizer.state_dict()
+    assert len(found["master_weights"]) == 6
+    for name, value in state["master_weights"].items():
+        np.testing.assert_array_equal(found["master_weights"][name].numpy(), value)
+    for name in set(state) - {"master_weights", "LR_Scheduler"}:
+        if "moment" in name:
+            np.testing.assert_array_equal(found[name].numpy(), state[name])

@@ -15,7 +15,7 @@ from paddlenlp.transformers import GLMForConditionalGeneration
 
 from glm.errors import InputError
 from glm.files import dump_json
-from glm.outputs import layout, replace
+from glm.outputs import layout, lock, replace
 from glm.outputs.folder import open_run_folder
 from glm.outputs.layout import LOCK, MODEL, REPLACED, RESULTS, RUN, UNFINISHED, find
 from glm.outputs.replace import check_complete, finish_interrupted_replace, replace_together
@@ -364,6 +364,22 @@ def test_a_run_of_another_shape_is_a_line(tmp_path, text):
     with pytest.raises(InputError, match=f"{tmp_path}/{RUN} can't be read"):
         opened(tmp_path)
     assert names(tmp_path) == {RUN}
+
+
+def test_a_lock_that_is_removed_meanwhile_is_taken_anew(tmp_path, monkeypatch):
+    """By the run before, which ends between the opening and the locking: a third run would get it too."""
+    path, lockf, calls = tmp_path / LOCK, lock.fcntl.lockf, []
+
+    def ending(file, flags):
+        calls.append(file)
+        if len(calls) == 1:
+            path.unlink()
+        lockf(file, flags)
+
+    monkeypatch.setattr(lock.fcntl, "lockf", ending)
+    file, problem = lock.take_lock(path)
+    assert problem is None and len(calls) == 2
+    assert os.path.samestat(os.fstat(file.fileno()), path.stat())
 
 
 def test_what_is_in_a_files_place_is_a_line(tmp_path):

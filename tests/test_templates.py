@@ -211,6 +211,25 @@ def test_an_answer_longer_than_the_room_keeps_its_beginning(fresh):
     assert "山海拔" in text.split("上下文:")[1]
 
 
+def test_an_answer_that_fills_the_room_is_kept_complete(fresh):
+    tokenizer = fresh(None, None)
+    answer = "1205米"
+    record = {"context": "白云。" * 60 + answer + "。白云" * 60, "answer": answer, "where": "f:1"}
+    needed = len(encode_source(tokenizer, {**record, "context": ""}, 10**6)[0])
+    rooms = [
+        room for room in range(1, 9) if "lose" not in " ".join(window(tokenizer, record, needed + room)[1])
+    ]
+    kept, _ = window(tokenizer, record, needed + rooms[0])
+    assert rooms == list(range(rooms[0], 9)) and kept == answer
+
+
+def window(tokenizer, record, src_length):
+    """The part of the passage that is kept, and what is lost."""
+    ids, lost = encode_source(tokenizer, record, src_length, "answer")
+    text = tokenizer.convert_tokens_to_string(tokenizer.convert_ids_to_tokens(ids[1:-2]))
+    return text.split("上下文:")[1].replace(" ", ""), lost
+
+
 @pytest.mark.parametrize("source", ["{context}", "{context}{answer}", "{question}{context}"])
 def test_a_window_wants_an_answer(source):
     tokenizer = GLMTokenizer.from_pretrained(str(TINY_GLM))
