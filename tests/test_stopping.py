@@ -8,11 +8,12 @@ from types import SimpleNamespace
 import paddle
 import pytest
 from helpers import FakeTokenizer, make_batch, make_trainer, random_glm
+from paddlenlp.trainer.trainer_callback import TrainerState
 from paddlenlp.trainer.trainer_utils import IntervalStrategy
 
 from data import DataCollator
 from glm.errors import Fault
-from glm.outputs.checkpoints import open_checkpoint
+from glm.outputs.checkpoints import Checkpoint, open_checkpoint
 from glm.training import stopping
 from glm.training.stopping import EvaluationCancelled, StopBySignal
 
@@ -190,3 +191,14 @@ def test_an_evaluation_that_is_made_up_ends_training_before_a_step(tmp_path, mon
     evaluated = [row["eval_loss"] for row in trainer.state.log_history if "eval_loss" in row]
     assert evaluated == [loss, 3.0, 2.0][:steps]
     assert trainer.state.best_metric == (4.5 if steps == 1 else 4.0)  # of those that are saved
+
+
+@pytest.mark.parametrize("same_metric, count", [(True, 2), (False, 0)])
+def test_evaluations_without_better_are_counted_on_by_the_same_metric(
+    tmp_path, monkeypatch, same_metric, count
+):
+    trainer = evaluating_trainer(tmp_path, monkeypatch, early_stopping_patience=3, eval_steps=1)
+    monkeypatch.setattr(trainer.checkpoints, "settle_best", lambda *args: same_metric)
+    monkeypatch.setattr(Checkpoint, "read_state", lambda self: TrainerState(global_step=2))
+    trainer.take_over(Checkpoint(tmp_path, 2, evaluations_without_better=2))
+    assert trainer.early_stopping.early_stopping_patience_counter == count
