@@ -26,7 +26,8 @@ UNSEEN = re.compile("[\x7f-\x9f\u061c\u200b-\u200f\u2028-\u202e\u2060-\u206f\ufe
 def open_regular(path):
     """Open a regular file for reading. Returns it, binary.
 
-    Links are followed, for a model folder may be one of links: a hub's cache is.
+    Links are followed, for a model folder may be one of links: a hub's cache is. A file of no size is
+    empty, also one of /proc, of which some are waited for.
 
     Raises:
         ValueError: where ``path`` is a folder, a pipe or a device. OSError: where it can't be opened.
@@ -34,8 +35,13 @@ def open_regular(path):
     # O_NONBLOCK: a pipe without a writer would be waited for.
     number = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
     try:
-        if not stat.S_ISREG(os.fstat(number).st_mode):
+        state = os.fstat(number)
+        if not stat.S_ISREG(state.st_mode):
             raise ValueError("it is no regular file")
+        if not state.st_size:
+            nothing = os.open(os.devnull, os.O_RDONLY | os.O_CLOEXEC)
+            os.dup2(nothing, number, inheritable=False)
+            os.close(nothing)
         return os.fdopen(number, "rb")
     except BaseException:
         os.close(number)
@@ -72,7 +78,7 @@ def open_input(path):
         mode = os.fstat(number).st_mode
         if not (stat.S_ISREG(mode) or stat.S_ISFIFO(mode) or os.isatty(number)):
             raise ValueError("it is a folder" if stat.S_ISDIR(mode) else "it is a device, and no file")
-        os.set_blocking(number, True)
+        os.set_blocking(number, not stat.S_ISREG(mode))  # some files of /proc are waited for, too
         return os.fdopen(number, "rb")
     except BaseException:
         os.close(number)

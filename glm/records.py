@@ -8,7 +8,7 @@ from pathlib import Path
 from paddlenlp.utils.log import logger
 
 from glm.errors import InputError, as_input_error
-from glm.files import dump_json, is_too_deep, open_input, parse_json
+from glm.files import dump_json, is_too_deep, open_input, open_regular, parse_json
 from glm.templates import DEFAULT_TEMPLATES
 
 # Those that paddlenlp.datasets has on both stacks, and their splits.
@@ -70,7 +70,7 @@ def read_records(task_name, split, require_target=True, templates=DEFAULT_TEMPLA
             )
         name = str(source / f"{split}.json" if source.is_dir() else source)
         try:
-            with open_input(name) as file:
+            with open_regular(name) if source.is_dir() else open_input(name) as file:
                 lines = join_document(read_lines(file, name))
                 records = parse_lines(lines, name, require_target, templates)
         except InputError:

@@ -131,7 +131,7 @@ def test_a_mistake_does_not_end_what_follows():
 
 
 def test_what_a_file_of_records_may_be(tmp_path):
-    """A pipe, which can't be read twice; not a device, nor a pipe that nobody writes to for ever."""
+    """A pipe, which can't be read twice; not a device, a pipe that nobody writes to, or one in a folder."""
     text = json.dumps(NESTED, ensure_ascii=False, indent=1).encode()
     reader, writer = os.pipe()
     threading.Thread(target=lambda: (os.write(writer, text), os.close(writer))).start()
@@ -139,13 +139,15 @@ def test_what_a_file_of_records_may_be(tmp_path):
     os.close(reader)
     os.mkfifo(tmp_path / "dev.json")
     with pytest.raises(InputError, match="dev.json has no records"):
-        read_records(str(tmp_path), "dev")
-    (tmp_path / "train.json").symlink_to("/dev/zero")
-    with pytest.raises(InputError, match="train.json, which --do_train reads: it is a device"):
-        read_records(str(tmp_path), "train")
-    (tmp_path / "test.json").mkdir()
-    with pytest.raises(InputError, match="it is a folder"):
-        read_records(str(tmp_path), "test")
+        read_records(str(tmp_path / "dev.json"), "test")
+    (tmp_path / "zero").symlink_to("/dev/zero")
+    with pytest.raises(InputError, match="zero: it is a device"):
+        read_records(str(tmp_path / "zero"), "test")
+    for device in ("/dev/zero", "/dev/ptmx", tmp_path / "dev.json", tmp_path):
+        (tmp_path / "train.json").unlink(missing_ok=True)
+        (tmp_path / "train.json").symlink_to(device)
+        with pytest.raises(InputError, match="train.json, which --do_train reads: it is no regular file"):
+            read_records(str(tmp_path), "train")
 
 
 def test_a_file_that_is_missing_says_what_wants_it(tmp_path):

@@ -14,7 +14,6 @@ import contextlib
 import json
 import math
 import mmap
-import os
 import re
 import zipfile
 from collections.abc import Iterable, Iterator
@@ -57,9 +56,9 @@ def check_pointer(path: Union[str, Path]) -> None:
         ValueError: where it is, or is no regular file.
     """
     with open_regular(path) as file:
-        if not os.fstat(file.fileno()).st_size:  # nor is a file of /proc read, which may be without end
-            raise ValueError("it is empty")
         start = file.read(24)
+    if not start:
+        raise ValueError("it is empty")
     if start.startswith(b"version https://git-lfs"):
         raise ValueError("it is a Git LFS pointer, not the file: fetch it by `git lfs pull`")
 
