@@ -89,12 +89,14 @@ REFUSED = [
     (MAP, {"cls_token": 5}, "'cls_token' is a int"),
     (MAP, {"cls_token": {"content": 5}}, "'content' is a int"),
     (MAP, {"cls_token": {}}, "is no text of a token"),
-    (MAP, {"cls_token": "x" * 200}, "copy added_tokens.json"),  # it is a token, but another one
+    (MAP, {"cls_token": "x" * 200}, "and the model was trained with [CLS]"),  # it is a token, but another
     *((MAP, {"cls_token": value}, "is no text of a token") for value in ("x" * 201, "", {"content": ""})),
     (MAP, {"additional_special_tokens": ["x" * 201]}, "is no text of a token"),
     (TOKENIZER, {"mask_token": {"content": "x" * 201}}, "is no text of a token"),
     (ADDED, {"x" * 201: PIECES}, "is no text of a token"),
-    (MAP, {"eos_token": "<|other|>"}, "copy added_tokens.json"),
+    (MAP, {"pad_token": "<|other|>"}, "copy added_tokens.json"),
+    *((MAP, {"eos_token": token}, "trained with <|endoftext|>") for token in ("[SEP]", {"content": "[CLS]"})),
+    (TOKENIZER, {"cls_token": "[sMASK]"}, "its cls_token is [sMASK], and the model"),
     (MAP, {"additional_special_tokens": [5]}, "is no text of a token"),
     (MAP, {"additional_special_tokens": [f"t{n}" for n in range(5000)]}, "tokens beside its pieces"),
     (MAP, {"additional_special_tokens": [*PUBLISHED_TOKENS[6:]]}, "gives <|startofpiece|> the id 1204"),

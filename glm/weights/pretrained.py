@@ -289,8 +289,13 @@ def read_tokenizer(name: str, config: GLMConfig) -> PretrainedTokenizer:
         )
     pieces = tokenizer.vocab_size
     published_ids = {token: pieces + number for number, token in enumerate(PUBLISHED_TOKENS)}
-    used = (tokenizer.cls_token, tokenizer.eos_token, tokenizer.pad_token)
-    for token in (*used, tokenizer.sop_token, tokenizer.eop_token, "[gMASK]"):
+    for role, token in (("cls_token", "[CLS]"), ("eos_token", "<|endoftext|>")):
+        if getattr(tokenizer, role) != token:
+            raise InputError(
+                f"{where}: its {role} is {getattr(tokenizer, role)}, and the model was trained with {token}: "
+                "copy tokenizer_config.json and special_tokens_map.json from the model that it was made from"
+            )
+    for token in (*PUBLISHED_TOKENS, tokenizer.pad_token):
         index = tokenizer.convert_tokens_to_ids(token)
         expected = own_ids.get(token, published_ids.get(token))
         if index >= pieces and index != expected:
