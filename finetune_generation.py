@@ -55,7 +55,7 @@ from glm.records import parse_each_line, read_in_batches, read_lines, read_recor
 from glm.templates import choose_templates, get_templates
 from glm.training.memory import estimate_memory
 from glm.watchdog import Peers, watch_launcher
-from glm.weights.adapters import add_lora, save_merged
+from glm.weights.adapters import add_lora, merge_for_decoding, save_merged
 from glm.weights.loading import load_model
 from glm.weights.pretrained import check_lengths, check_trainable, find_pretrained
 from glm.weights.torch_folder import export_torch
@@ -125,6 +125,7 @@ def fine_tune(model_args, data_args, generation, args, folder):
                 trainer.save_merged(staging)
 
     # Evaluate.
+    merge_for_decoding(trainer.model, pretrained)
     if args.do_eval:
         metrics = trainer.evaluate()
         with folder.replacing() as staging:
@@ -211,6 +212,7 @@ def answer_lines(model_args, data_args, generation, args):
         check_target_length(tokenizer, generation.tgt_length)
         memory = estimate_memory(args, pretrained, generation, [], [])
         model = load(pretrained, args, memory)
+        merge_for_decoding(model, pretrained)
         model.eval()
         set_seed(args.seed)
 

@@ -14,6 +14,9 @@ import paddle
 from paddle import Tensor
 from paddle.autograd import PyLayer
 from paddle.base.framework import EagerParamBase
+from paddle.incubate.nn.functional import fused_matmul_bias
+
+from glm.device import supports_fused_linear
 
 ALGORITHMS = ("weight_only_int8",)  # as PaddleNLP calls it
 LARGEST = 127
@@ -65,8 +68,12 @@ def is_quantized(layer: paddle.nn.Layer) -> bool:
 
 def linear(inputs: Tensor, weight: Tensor, bias: Optional[Tensor] = None) -> Tensor:
     """Return inputs [..., inputs] times a weight [inputs, outputs], plus a bias; of int8 without gradient."""
-    if weight.dtype != paddle.int8:  # Paddle's operator of a linear has no public name
-        return paddle.matmul(inputs, weight) if bias is None else paddle._C_ops.linear(inputs, weight, bias)
+    if weight.dtype != paddle.int8:
+        if bias is None:
+            return paddle.matmul(inputs, weight)
+        # Paddle's operator of a linear has no public name.
+        operator = fused_matmul_bias if supports_fused_linear() else paddle._C_ops.linear
+        return operator(inputs, weight, bias)
     outputs = paddle.matmul(inputs * INPUT_SCALE, weight.astype(inputs.dtype))
     outputs.multiply_(weight.output_scale.astype(outputs.dtype))  # under autocast they are half
     return outputs if bias is None else outputs + bias

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from types import SimpleNamespace
 
 import numpy as np
 import paddle
@@ -11,6 +12,7 @@ from helpers import (
     TINY_GLM,
     add_lora,
     flags,
+    generation_arguments,
     lora_config,
     losses,
     main,
@@ -24,7 +26,9 @@ from helpers import (
 from paddlenlp.transformers import GLMConfig, GLMForConditionalGeneration
 
 from data import DataCollator
+from glm import modeling
 from glm.arguments import LORA_MODULES
+from glm.decoding.decoder import beam_search
 from glm.weights import adapters as lora
 from glm.weights.shapes import adapter_shapes, get_split
 
@@ -67,6 +71,23 @@ def test_an_adapter_adds_the_product_of_its_matrices(modules, rslora, scaling):
     assert set(merged.state_dict()) == set(plain.state_dict())
 
 
+@pytest.mark.parametrize("cpu, quantized", [(False, False), (True, False), (False, True)])
+def test_decoding_on_a_card_has_no_adapter(monkeypatch, cpu, quantized):
+    """It finds the same then. A model in int8 keeps its adapter, and so does one on a CPU."""
+    monkeypatch.setattr(lora, "on_cpu", lambda: cpu)
+    config, source = lora_config(), paddle.to_tensor(np.arange(3, 23).reshape([2, 10]))
+    model = add_lora(random_glm(), config, random_adapter(random_glm(), config))
+    model.eval()
+    search = [source, np.array([10, 7]), generation_arguments(num_beams=3, tgt_length=8), 1, 2]
+    expected = beam_search(model, *search)
+    lora.merge_for_decoding(model, SimpleNamespace(adapter=True, quantized=quantized))
+    left = [name for name, _ in model.named_parameters() if ".lora_" in name]
+    assert bool(left) == (cpu or quantized)
+    for before, after in zip(expected, beam_search(model, *search)):
+        assert [ids for ids, _ in before] == [ids for ids, _ in after]
+        np.testing.assert_allclose(*([score for _, score in best] for best in (before, after)), atol=1e-4)
+
+
 def test_a_new_adapter_changes_nothing_and_is_kaimings():
     model = random_glm()
     expected = logits(random_glm())
@@ -80,7 +101,7 @@ def test_a_new_adapter_changes_nothing_and_is_kaimings():
 
 
 @pytest.mark.parametrize("recompute", [False, True])
-def test_a_step_moves_every_adapter_weight_and_no_other(tmp_path, recompute):
+def test_a_step_moves_every_adapter_weight_and_no_other(tmp_path, monkeypatch, recompute):
     model = random_glm()
     adapted = add_lora(model, lora_config(), random_adapter(model, lora_config()))
     features, _ = make_batch()
@@ -89,9 +110,14 @@ def test_a_step_moves_every_adapter_weight_and_no_other(tmp_path, recompute):
     trainer = make_trainer(tmp_path, adapted, recompute=recompute, save_strategy="no", **settings)
     trainer.train_dataset, trainer.data_collator = dataset, DataCollator(0)
     inputs, layers = [], model.glm.transformer.layers
-    layers[0].input_layernorm.register_forward_pre_hook(
-        lambda layer, given: inputs.append(given[0].stop_gradient)
-    )
+    normalize = modeling._normalize
+
+    def watched(layer, given):
+        if layer is layers[0].input_layernorm:
+            inputs.append(given.stop_gradient)
+        return normalize(layer, given)
+
+    monkeypatch.setattr(modeling, "_normalize", watched)
     before = {name: weight.numpy().copy() for name, weight in adapted.named_parameters()}
     trainer.train()
     moved = {name for name, weight in adapted.named_parameters() if (weight.numpy() != before[name]).any()}
