@@ -66,7 +66,7 @@ def is_hollow(file):
 
 
 def open_input(path):
-    """Open for reading what the user names: a regular file, or a pipe such as /dev/stdin or ``<(zcat ...)``.
+    """Open for reading what the user names: a file, /dev/stdin, or another pipe such as ``<(zcat ...)``.
 
     Returns it, binary. A pipe without a writer is empty.
 
@@ -76,7 +76,8 @@ def open_input(path):
     number = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
     try:
         mode = os.fstat(number).st_mode
-        if not (stat.S_ISREG(mode) or stat.S_ISFIFO(mode) or os.isatty(number)):
+        own_terminal = os.isatty(number) and os.path.sameopenfile(number, 0)
+        if not (stat.S_ISREG(mode) or stat.S_ISFIFO(mode) or own_terminal):
             raise ValueError("it is a folder" if stat.S_ISDIR(mode) else "it is a device, and no file")
         os.set_blocking(number, not stat.S_ISREG(mode))  # some files of /proc are waited for, too
         return os.fdopen(number, "rb")

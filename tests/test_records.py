@@ -140,9 +140,9 @@ def test_what_a_file_of_records_may_be(tmp_path):
     os.mkfifo(tmp_path / "dev.json")
     with pytest.raises(InputError, match="dev.json has no records"):
         read_records(str(tmp_path / "dev.json"), "test")
-    (tmp_path / "zero").symlink_to("/dev/zero")
-    with pytest.raises(InputError, match="zero: it is a device"):
-        read_records(str(tmp_path / "zero"), "test")
+    for device in ("/dev/zero", "/dev/ptmx"):
+        with pytest.raises(InputError, match=f"{device}: it is a device"):
+            read_records(device, "test")
     for device in ("/dev/zero", "/dev/ptmx", tmp_path / "dev.json", tmp_path):
         (tmp_path / "train.json").unlink(missing_ok=True)
         (tmp_path / "train.json").symlink_to(device)
