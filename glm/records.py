@@ -1,9 +1,9 @@
 """Records as people have them: JSON lines, reading comprehension in SQuAD's form, a pipe."""
 
 import itertools
+import os
 import queue
 import threading
-from pathlib import Path
 
 from paddlenlp.utils.log import logger
 
@@ -55,8 +55,8 @@ def read_records(task_name, split, require_target=True, templates=DEFAULT_TEMPLA
     Raises:
         InputError: also for a file that is missing or has no records.
     """
-    source = Path(task_name)
-    if task_name in DATASETS and not source.is_dir():
+    in_folder = os.path.isdir(task_name)
+    if task_name in DATASETS and not in_folder:
         name = f"the {split} split of {task_name}"
         rows = enumerate(load_published(task_name, split))
         records = take_records(
@@ -64,20 +64,20 @@ def read_records(task_name, split, require_target=True, templates=DEFAULT_TEMPLA
             for number, row in rows
         )
     else:
-        if not source.is_dir() and split != "test":
+        if not in_folder and split != "test":
             raise InputError(
                 f"--task_name {task_name} is neither a folder nor one of {', '.join(DATASETS)}: give one"
             )
-        name = str(source / f"{split}.json" if source.is_dir() else source)
+        name = os.path.join(task_name, f"{split}.json") if in_folder else task_name
         try:
-            with open_regular(name) if source.is_dir() else open_input(name) as file:
+            with open_regular(name) if in_folder else open_input(name) as file:
                 lines = join_document(read_lines(file, name))
                 records = parse_lines(lines, name, require_target, templates)
         except InputError:
             raise
         except (OSError, ValueError) as error:
             reason = getattr(error, "strerror", None) or error
-            needed = f", which {READ_BY[split]}" if source.is_dir() else ""
+            needed = f", which {READ_BY[split]}" if in_folder else ""
             raise InputError(f"{name}{needed}: {reason}: give a file that can be read") from error
     if not records:
         raise InputError(f"{name} has no records: at least one is needed")

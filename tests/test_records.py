@@ -150,6 +150,12 @@ def test_what_a_file_of_records_may_be(tmp_path):
             read_records(str(tmp_path), "train")
 
 
+@pytest.mark.parametrize("split, message", [("dev", "is neither a folder"), ("test", "File name too long")])
+def test_a_name_that_no_file_can_have(split, message):
+    with pytest.raises(InputError, match=message):
+        read_records("x" * 5000, split)
+
+
 def test_a_file_that_is_missing_says_what_wants_it(tmp_path):
     with pytest.raises(InputError) as error:
         read_records(str(tmp_path), "dev")
