@@ -586,7 +586,7 @@ def test_what_is_no_file_is_a_line(tmp_path, make):
 MISSING = [
     (False, ["model_state.pdparams"], {}, "has no model_state.pdparams: give a run's checkpoint-N folder"),
     (True, [], {}, "has no lora_model_state.pdparams: .* of a run with --lora True"),
-    (False, ["optimizer.pdopt"], {}, "has no optimizer.pdopt: --ignore_load_lr_and_optim True takes"),
+    (False, ["optimizer.pdopt"], {}, "has no optimizer.pdopt: give --ignore_load_lr_and_optim True"),
     (
         False,
         ["optimizer.pdopt", "scheduler.pdparams"],

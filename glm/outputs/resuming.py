@@ -51,10 +51,10 @@ def check_files(checkpoint: Checkpoint, lora: bool, weights_alone: bool, given: 
         return
     missing = [name for name, pattern in OPTIMIZER_FILES.items() if not has(pattern)]
     if missing:
-        anew = "without it" if given else "--overwrite_output_dir"
+        otherwise = "leave it out" if given else "start anew by --overwrite_output_dir"
         raise InputError(
-            f"{where} has no {' and no '.join(missing)}: --ignore_load_lr_and_optim True takes its weights "
-            f"and begins at step 1, {anew} this run starts anew"
+            f"{where} has no {' and no '.join(missing)}: give --ignore_load_lr_and_optim True, which takes "
+            f"its weights and begins at step 1, or {otherwise}"
         )
     if not os.path.lexists(checkpoint.path / TRAINER_STATE):
         raise InputError(f"{where} has no {TRAINER_STATE}: give a run's checkpoint-N folder")
