@@ -110,10 +110,9 @@ def fine_tune(model_args, data_args, generation, args, folder):
     # Train.
     if args.do_train:
         results.update(trainer.train(resume_from_checkpoint=checkpoint).metrics)
-        with folder.replacing_model(trainer.current_step) as staging:
+        with trainer.writing(), folder.replacing_model(trainer.current_step) as staging:
             trainer.save_trained(staging)
             write_results(staging, "train", results)
-        trainer.stop_by_signal.stop_when_written(args)
     trained = pretrained  # what is merged or exported from its files
     if args.do_train and (model_args.export_torch or model_args.merge_lora and pretrained.quantized):
         trained = pretrained.trained_in(folder.path)

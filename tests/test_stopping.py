@@ -89,12 +89,13 @@ def test_a_signal_in_the_last_step_waits_for_the_model(tmp_path, monkeypatch, wo
         callback.on_step_end(args, state, control)
         assert not control.should_evaluate and not control.should_save
     callback.on_train_end(args, state, control)
-    if later:
-        os.kill(os.getpid(), signal.SIGTERM)
+    assert {number: signal.getsignal(number) for number in before} == before
     with pytest.raises(
         Fault, match=f"by SIGTERM after the last step: the trained model is in {tmp_path}"
     ) as fault:
-        callback.stop_when_written(args)
+        with callback.writing(args, state):
+            if later:
+                os.kill(os.getpid(), signal.SIGTERM)
     assert {number: signal.getsignal(number) for number in before} == before
     assert fault.value.exit_code == 143
 
@@ -157,7 +158,8 @@ def test_a_signal_in_an_evaluation_loses_nothing(tmp_path, monkeypatch, strategy
         trainer.train()
         assert not list(tmp_path.glob("checkpoint-*"))
         with pytest.raises(Fault, match="SIGTERM after the last step: the trained model is in"):
-            trainer.stop_by_signal.stop_when_written(trainer.args)
+            with trainer.writing():
+                pass
     else:
         hint = f"goes on from {tmp_path}/checkpoint-{step}" if strategy == "steps" else "is no checkpoint"
         with pytest.raises(Fault, match=f"by SIGTERM at step {step}: .*{hint}"):

@@ -65,8 +65,13 @@ class StopBySignal(TrainerCallback):
         self.handlers_before = {}  # those before training began
 
     def on_train_begin(self, args, state, control, **kwargs):
-        self.received, self.sent, first = 0, False, time.monotonic()
+        self.received, self.sent = 0, False
         self.largest = paddle.to_tensor(0)  # of the numbers received: 0 until a signal is there
+        self.set_handlers(args, state)
+
+    def set_handlers(self, args, state):
+        """Let signals end the run in good order."""
+        first = time.monotonic()
 
         def receive(number, _):
             nonlocal first
@@ -143,18 +148,21 @@ class StopBySignal(TrainerCallback):
     def on_train_end(self, args, state, control, **kwargs):
         for _ in range(2):  # what was sent before, and what is sent now
             self.exchange(args.world_size)
+        self.restore_handlers()
 
     def restore_handlers(self):
         """Let signals do again what they did before training."""
         restore_signals(self.handlers_before)
         self.handlers_before = {}
 
-    def stop_when_written(self, args):
-        """Raise the Fault that ends a run whose model is written, where a signal came too late for a step.
-
-        Signals do again what they did before training.
-        """
-        self.restore_handlers()
+    @contextlib.contextmanager
+    def writing(self, args, state):
+        """Let the trained model be written within this block, then end the run if a signal has come."""
+        self.set_handlers(args, state)
+        try:
+            yield
+        finally:
+            self.restore_handlers()
         number = self.signal_number or self.received
         if number:
             stopped = f"stopped by {signal.Signals(number).name} after the last step"

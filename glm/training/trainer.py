@@ -286,6 +286,10 @@ class ResumableTrainer(Trainer):
         """The step that the current weights are of."""
         return self.weights_step or self.state.global_step
 
+    def writing(self):
+        """Return the context in which the trained model is written: a signal ends the run behind it."""
+        return self.stop_by_signal.writing(self.args, self.state)
+
     def save_trained(self, folder):
         """Write the trained model, or the adapter alone, and the Trainer's state."""
         self.save_model(str(folder), merge_tensor_parallel=self.args.tensor_parallel_degree > 1)
