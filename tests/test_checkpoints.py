@@ -415,6 +415,7 @@ MANIFESTS = {
         f"step {value!r}": {"step": value}
         for value in ("x", [1], 10**30, float("inf"), -1, True, 2.5, 2**31, None)
     },
+    "a list as a setting": {"run": {"settings": {"seed": ["x"]}}},
     **{f"null {name}": {name: None} for name in ("files", "run", "evaluation_is_due", "steps_ahead")},
     **{
         f"{part} {value!r:.20}": {"run": {"settings": {}, part: {"r": value}}}

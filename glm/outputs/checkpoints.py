@@ -198,6 +198,7 @@ def open_checkpoint(path: Path, named: bool = False) -> Checkpoint:
         found = get_typed(described, name, dict) or {}
         for key, value in found.items():
             texts = isinstance(value, list) and all(isinstance(item, str) for item in value)
+            texts = texts and name == "adapter"  # its target_modules
             get_typed(found, key, list if texts else (str, float, bool), least=-1e300, most=1e300)
     get_typed(described, "records", int, least=0)
     best_of = get_typed(values, "best_of", list)
