@@ -1,5 +1,6 @@
 """Checkpoints: which one a run goes on from, what it moves aside and removes, and what is none."""
 
+import errno
 import hashlib
 import json
 import os
@@ -333,6 +334,19 @@ def test_which_run_begins(tmp_path, how, changes, step, run, moved):
     # The model of step 9 that lies there is this run's, unless it goes another way to that step.
     assert read_run(out).model == (9 if (run, moved) == ("a", []) else None)
     assert steps(out) == [f"checkpoint-{number}" for number in (3, 6, 9) if number not in moved]
+
+
+def test_a_checkpoint_that_can_t_be_moved_aside_is_a_line(tmp_path, monkeypatch):
+    """One that is read-only, as a copy from such a disk."""
+    write_checkpoint(tmp_path, 3, run="b")
+
+    def rename(path, target):
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+
+    monkeypatch.setattr(Path, "rename", rename)
+    expected = f"--output_dir {tmp_path} can't be used .*Permission denied: '{tmp_path}/checkpoint-3'"
+    with pytest.raises(InputError, match=expected):
+        begin(tmp_path, None)
 
 
 def test_a_run_of_an_old_version_is_gone_on_with(tmp_path):

@@ -1,11 +1,13 @@
 """The command line, run as a user would."""
 
+import errno
 import json
 
 import numpy as np
 import pytest
-from helpers import FAST, TINY_GLM, flags, log_softmax, read_jsonl, run, small_data
+from helpers import FAST, MINI, TINY_GLM, flags, log_softmax, main, read_jsonl, run, small_data
 
+import finetune_generation
 from glm.metrics import compute_metrics
 
 
@@ -240,3 +242,14 @@ def test_predict_alone_from_a_fine_tuned_folder(finished_run, tmp_path):
     (tmp_path / "predict.json").write_text(json.dumps(config))
     run(tmp_path / "predict.json", "--num_beams", 3)
     assert read_jsonl(out / "test_predictions.jsonl") == read_jsonl(folder / "out/test_predictions.jsonl")
+
+
+@pytest.mark.parametrize("name", ["ENOSPC", "EACCES", "EROFS", "EIO"])
+def test_what_can_t_be_written_is_a_line(tmp_path, monkeypatch, capsys, name):
+    def fine_tune(*args):
+        raise OSError(getattr(errno, name), "as the system says", "eval_results.json")
+
+    monkeypatch.setattr(finetune_generation, "fine_tune", fine_tune)
+    paths = ["--model_name_or_path", TINY_GLM, "--task_name", MINI, "--output_dir", tmp_path / "out"]
+    code, lines = main(monkeypatch, capsys, *paths, "--do_eval")
+    assert code == 1 and "error: can't write eval_results.json: as the system says: " in lines[-1]

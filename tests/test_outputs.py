@@ -13,7 +13,7 @@ import pytest
 from helpers import TINY_GLM, TRAIN, flags, run, run_folder, small_data
 from paddlenlp.transformers import GLMForConditionalGeneration
 
-from glm.errors import InputError
+from glm.errors import Fault, InputError
 from glm.files import dump_json
 from glm.outputs import layout, lock, replace
 from glm.outputs.folder import open_run_folder
@@ -364,6 +364,14 @@ def test_a_run_of_another_shape_is_a_line(tmp_path, text):
     with pytest.raises(InputError, match=f"{tmp_path}/{RUN} can't be read"):
         opened(tmp_path)
     assert names(tmp_path) == {RUN}
+
+
+@pytest.mark.parametrize("error", [OSError("no room"), InputError("x"), Fault("stopped by SIGTERM")])
+def test_what_was_staged_goes_where_it_is_not_completed(tmp_path, error):
+    with pytest.raises(type(error)), replace_together(tmp_path) as staging:
+        (staging / "model_state.pdparams").write_bytes(b"x" * 99)
+        raise error
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_lock_that_is_removed_meanwhile_is_taken_anew(tmp_path, monkeypatch):
