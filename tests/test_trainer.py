@@ -206,3 +206,16 @@ def test_the_first_step_after_a_resume_has_this_runs_rate(tmp_path, monkeypatch)
     trainer.resume = module.Resume(SimpleNamespace(parameters=None), step=4)
     trainer._load_optimizer_and_scheduler(str(tmp_path))
     assert trainer.lr_scheduler.get_lr() == pytest.approx(2e-3 * 0.6)
+
+
+def test_gradients_in_half_are_scaled(tmp_path, monkeypatch):
+    """Though there is no autocast in a step, of which a GradScaler looks for a trace."""
+    trainer = make_trainer(tmp_path, random_glm(num_layers=1))
+    trainer.enable_autocast_context_manager, trainer.amp_dtype = True, "float16"
+    monkeypatch.setattr(paddle.amp.auto_cast.__globals__["amp_global_state"](), "amp_dtype", "float32")
+    scaler = paddle.amp.GradScaler.__new__(paddle.amp.GradScaler)  # a CPU is refused
+    scaler._enable = scaler._use_dynamic_loss_scaling = True
+    scaler._scale = paddle.to_tensor([4096.0])
+    with trainer.autocast_smart_context_manager():
+        assert paddle.matmul(paddle.ones([2, 2]), paddle.ones([2, 2])).dtype == paddle.float32
+    assert scaler.scale(paddle.to_tensor(0.5)).item() == 2048

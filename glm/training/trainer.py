@@ -369,9 +369,11 @@ class ResumableTrainer(Trainer):
         super().create_optimizer_and_scheduler(num_training_steps - self.resume.steps_ahead)
         self.optimizer = flatten(self.optimizer, self.model, self.args)
 
-    # The forward pass casts what it has to. Autocast would look at each operator for it.
+    # The forward pass casts what it has to. Autocast would look at each operator for it, so it is left at
+    # once: a GradScaler that finds no trace of it scales nothing.
     def autocast_smart_context_manager(self):
-        return contextlib.nullcontext()
+        with super().autocast_smart_context_manager():
+            return contextlib.nullcontext()
 
     # PaddleNLP 3 waits here for the loss of every step. CheckFinite does when one is logged.
     def _check_loss_valid(self, loss):
