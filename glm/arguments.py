@@ -149,7 +149,7 @@ class GLMTrainingArguments(TrainingArguments):
         choices=("debug", "info", "train", "eval", "warning"),
     )
     # PaddleNLP's fields that take any text, and fail later or silently.
-    fp16_opt_level: str = argument("O1", "O1: autocast; O2: weights in half precision.", choices=("O1", "O2"))
+    fp16_opt_level: str = argument("O1", "O1: products in half; O2: the weights too.", choices=("O1", "O2"))
     lr_scheduler_type: str = argument(
         "linear",
         "The learning rate's course after the warm-up.",

@@ -53,6 +53,7 @@ DO_WITHOUT = "the runs here do without"
 # What PaddleNLP can do, but not with what is here: only the default is taken.
 REFUSED = {
     "to_static": "the training code here is dynamic",
+    **dict.fromkeys(("amp_custom_white_list", "amp_custom_black_list"), "each operator has its type here"),
     **dict.fromkeys(("past_index", "enable_auto_parallel"), NOT_FOR_GLM),
     "use_expert_parallel": "GLM has no experts",
     "unified_checkpoint": ANY_LAYOUT,

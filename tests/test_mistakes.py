@@ -231,6 +231,7 @@ ARGUMENT_FILES = [
     ('{"label_smoothing": 7}', "--label_smoothing is 7.0"),
     ('{"run_name": "\\ud800"}', "--run_name"),
     ('{"to_static": true}', "--to_static"),
+    ('{"amp_custom_black_list": ["softmax"]}', "--amp_custom_black_list"),
 ]
 
 
