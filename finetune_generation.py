@@ -308,7 +308,7 @@ def run():
         with contextlib.suppress(OSError):  # standard error is closed, or on a full disk
             print(error_line(message), file=sys.stderr, flush=True)
     if peers:
-        peers.leave(message)
+        peers.leave("" if reported else message)
     return code
 
 

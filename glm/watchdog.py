@@ -29,7 +29,7 @@ class Peers:
 
     The first process has a connection to each of the others. The system closes it when either end
     dies, and the first process sends the others the rank of the one that was gone. One that ends
-    early says why to the first, which tells it where it has not ended for the same reason.
+    early tells the first what it has left to that one to say.
 
     A thread does so, which needs Python's lock. Tensor.item() keeps it while it waits for a device:
     what may wait for another process is read by numpy() or tolist().
@@ -58,7 +58,12 @@ class Peers:
         barrier()
 
     def leave(self, reason: str):
-        """Wait, before this process ends early, until those that end for the same ``reason`` have said it."""
+        """Wait, before this process ends early, until those that end so too have said why.
+
+        Args:
+            reason: why, where this process has not said it, for the first one does: which may have
+                found nothing wrong.
+        """
         self.watching = False
         time.sleep(GRACE)
         for connection, rank in self.ranks.items():
