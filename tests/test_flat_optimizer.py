@@ -201,9 +201,10 @@ def test_weights_that_processes_split_are_apart():
 
 def test_master_weights_are_restored():
     """Those of half-precision weights, which are rounded: a CPU has no update of such."""
-    model, rng = make_model().astype("float16"), np.random.default_rng(5)
-    optimizer = FlatAdamW(make_optimizer(model), model)
-    optimizer._multi_precision = True
+    model, rng = make_model().to(dtype="bfloat16"), np.random.default_rng(5)
+    given = make_optimizer(model)
+    given._multi_precision = True
+    optimizer = FlatAdamW(given, model)
     state = {"LR_Scheduler": optimizer._learning_rate.state_dict(), "master_weights": {}}
     for weight in optimizer.weights:
         for kind in ("moment1", "moment2", "beta1_pow_acc", "beta2_pow_acc"):
