@@ -91,6 +91,7 @@ class Product(PyLayer):
     @staticmethod
     def backward(ctx, grad):
         """Return the gradient of the inputs."""
-        scale = ctx.weight.output_scale.astype(grad.dtype)
-        grad = paddle.matmul(grad * scale * INPUT_SCALE, ctx.weight.astype(grad.dtype), transpose_y=True)
+        # Gradients are small: in float16 many of them would lose their last bits by INPUT_SCALE.
+        weight = ctx.weight.astype(grad.dtype).scale_(INPUT_SCALE)
+        grad = paddle.matmul(grad * ctx.weight.output_scale.astype(grad.dtype), weight, transpose_y=True)
         return grad.astype(ctx.dtype)

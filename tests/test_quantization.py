@@ -125,6 +125,17 @@ def test_product_and_gradient_against_float64(adapter):
     assert layer.weight.grad is None and layer.weight.dtype == paddle.int8
 
 
+def test_small_gradients_keep_their_bits():
+    """Down to the smallest that has full precision, which those of float16 are near to."""
+    layer, rng = paddle.nn.Linear(2, 1), np.random.default_rng(0)
+    layer.bias.stop_gradient = True
+    quantization.set_quantized(layer, np.array([[127], [-127]], "int8"), np.array([1 / 127], "float32"))
+    inputs, grad = paddle.ones([64, 2]), rng.uniform(1, 2, [64, 1]).astype("float32") * 2.0**-126
+    inputs.stop_gradient = False
+    linears.compute_with_gradient(layer, inputs).backward(paddle.to_tensor(grad.astype("float32")))
+    np.testing.assert_allclose(inputs.grad.numpy() / 2.0**-126, grad * [1, -1] / 2.0**-126, rtol=1e-6)
+
+
 def test_no_cast_weight_is_kept_for_the_backward_pass():
     layer = paddle.nn.Linear(1024, 1024)
     layer.bias.stop_gradient = True
