@@ -49,7 +49,7 @@ def sort_optimizer_state(
     """
     moments, masters = {}, {}
 
-    def join(saved_name, key, table, power=False, squared=False):
+    def join(saved_name, key, table, power=False):
         """The weight's model_name, and its ``key`` in ``table`` of all processes, as this one's part."""
         model_name = model_names.get(saved_name)
         if model_name not in shapes:
@@ -61,7 +61,7 @@ def sort_optimizer_state(
         if list(value.shape) != ([1] if power else list(shapes[model_name])):
             raise ValueError(f"its optimizer's {printable(key, 80)} has the shape {list(value.shape)}")
         value = value if value.dtype == np.float32 else to_float32(value)
-        least, most = (0, BELOW_ONE) if power else (0 if squared else -LARGEST, LARGEST)
+        least, most = (0, BELOW_ONE) if power else (-LARGEST, LARGEST)
         if not (value.min() >= least and value.max() <= most):  # NaN, which either is then, is in no range
             raise ValueError(f"its optimizer's {printable(key, 80)} has values that no training gives it")
         return model_name, value
@@ -71,8 +71,7 @@ def sort_optimizer_state(
         # With sharding a process needs no other one's.
         if match is None or (match[1] in model_names and model_names[match[1]] not in updated):
             continue
-        power, squared = match[2].startswith("beta"), match[2].startswith("moment2")
-        model_name, value = join(match[1], key, lambda part: part, power, squared)
+        model_name, value = join(match[1], key, lambda part: part, match[2].startswith("beta"))
         moments.setdefault(model_name, {})[match[2]] = value
     if updated and not moments:
         raise ValueError("its optimizer has no moments of the weights that this run trains")
