@@ -333,7 +333,7 @@ ROWS = [
     Row("python tests/benchmarks/memory.py", check=memory_tables, slow=False),
     Row(
         "python tests/benchmarks/memory.py --check",
-        f"{TINY} --source 32 --target 16",
+        f"{TINY} --source 32 --target 16 --batch_sizes 2",
         prints("ratio", "evaluate"),
     ),
     Row(

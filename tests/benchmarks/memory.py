@@ -173,6 +173,7 @@ def check(args):
 def main():
     arguments = parser(__doc__)
     arguments.add_argument("--check", action="store_true")
+    arguments.add_argument("--batch_sizes", type=int, nargs="+", default=[2, 4])
     arguments.add_argument("--setting", help="of one worker")
     arguments.add_argument("--source", type=int, default=SRC_LENGTH)
     arguments.add_argument("--target", type=int, default=TGT_LENGTH)
@@ -189,7 +190,7 @@ def main():
     workers = {
         f"batch {size} {setting}": ["--setting", setting]
         for setting in [*settings, "evaluate"]
-        for size in (2, 4)
+        for size in args.batch_sizes
     }
     rows = []
     for name, result in children(args, workers).items():
