@@ -65,15 +65,15 @@ from utils import GLMTrainer, prediction_row, shown_fields
 UNWRITABLE = tuple(getattr(errno, f"E{name}") for name in "NOSPC DQUOT FBIG ROFS ACCES PERM IO".split())
 
 
-def fine_tune(model_args, data_args, generation, args, folder):
+def fine_tune(pretrained, folder, model_args, data_args, generation, args):
     """Train, evaluate and predict as the arguments say, and write the model and the results.
 
     Args:
-        model_args, data_args, generation, args: the groups that ``parse_arguments`` returns.
+        pretrained (Pretrained): the model to begin with.
         folder (RunFolder): output_dir.
+        model_args, data_args, generation, args: the groups that ``parse_arguments`` returns.
     """
     # Check: what can be wrong is found before the weights are loaded.
-    pretrained = find_pretrained(model_args)
     _, degree = tensor_parallel_part(args)
     check_lengths(pretrained, data_args.src_length, generation, degree)
     if args.do_train:
@@ -275,7 +275,7 @@ def run():
     try:
         watch_launcher()
         groups = parse_arguments()
-        _, data_args, _, args = groups
+        model_args, data_args, _, args = groups
         use_the_whole_cpu()
         if args.world_size > 1:
             peers = Peers()
@@ -285,7 +285,8 @@ def run():
             with open_run_folder(args) as folder:
                 if peers:
                     peers.advice = folder.resume_hint
-                fine_tune(*groups, folder)
+                pretrained = find_pretrained(model_args)
+                fine_tune(pretrained, folder, *groups)
                 logger.eval(f"done: in {folder.path} are {', '.join(sorted(folder.written))}")
         if peers:
             peers.close()
