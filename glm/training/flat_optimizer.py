@@ -137,20 +137,17 @@ class FlatAdamW(paddle.optimizer.AdamW):
     def gather_gradients(self, master: bool):
         """Move the weights' gradients to the flat ones, as float32 if ``master``."""
         for group in self.groups:
-            gradient = self._gather(group, master)
-            # To set .grad would copy it, and wait for the device.
-            group.gradient.get_tensor()._share_data_with(gradient.get_tensor())
+            self._gather(group, master)
 
     @paddle.no_grad()
     def accumulate_gradients(self):
         """Add the copies' gradients to the flat ones, to which another pass would add in half precision."""
         for group in self.groups:
             if group.copy is not None:
-                gradient = self._gather(group, True)
-                group.gradient.get_tensor()._share_data_with(gradient.get_tensor())
+                self._gather(group, True)
 
-    def _gather(self, group: Group, master: bool) -> Tensor:
-        """Return the flat gradient of a group, what was accumulated before included; free its parts."""
+    def _gather(self, group: Group, master: bool):
+        """Move a group's gradients to the flat one, beside what was accumulated before; free them."""
         pieces = []
         for leaf, padding in zip(group.leaves, group.padding):
             pieces.append(leaf._grad_ivar().reshape([-1]))
@@ -163,7 +160,9 @@ class FlatAdamW(paddle.optimizer.AdamW):
         if (master or group.copy is not None) and gradient.dtype != paddle.float32:
             gradient = gradient.astype("float32")
         accumulated = group.flat._grad_ivar()
-        return gradient if accumulated is None else accumulated.add_(gradient)
+        gradient = gradient if accumulated is None else accumulated.add_(gradient)
+        # To set .grad would copy it, and wait for the device.
+        group.gradient.get_tensor()._share_data_with(gradient.get_tensor())
 
     def _states(self, group: Group) -> Iterator[tuple[str, Tensor]]:
         """Yield the names, as of a weight, and the tensors that the optimizer has of a group."""
