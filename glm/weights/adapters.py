@@ -297,14 +297,15 @@ def merged_arrays(pretrained, dtype: Optional[str] = None) -> Iterator[tuple[str
     arrays = converted_arrays(pretrained.config, parts, len(parts), weight_shapes(pretrained.config))
     advice = "give other weights, or have another type: --bf16 True, or none of --fp16 and --bf16"
     with as_input_error(f"{pretrained.location}: its weights can't be written", advice, ValueError):
-        for name, array in arrays:
-            linear, saved = name.removesuffix(".weight"), dtype or saved_dtype(array)
+        for name, of_file in arrays:
+            array, linear, saved = of_file, name.removesuffix(".weight"), dtype or saved_dtype(of_file)
             if saved != saved_dtype(array):
                 array = cast(to_float32(array), saved)
             if f"{linear}.lora_A" in changes:
                 a, b = (to_float32(changes[f"{linear}.lora_{matrix}"]) for matrix in "AB")
                 array = cast(to_float32(array) + adapter.config.scaling * (a @ b), saved)
-            check_finite(name, array)
+            if array is not of_file:
+                check_finite(name, array)
             yield name, array
 
 
