@@ -124,7 +124,8 @@ def fine_tune(pretrained, folder, model_args, data_args, generation, args):
                 trainer.save_merged(staging)
 
     # Evaluate.
-    merge_for_decoding(trainer.model, pretrained)
+    if args.do_eval or args.do_predict:
+        merge_for_decoding(trainer.model, pretrained)
     if args.do_eval:
         metrics = trainer.evaluate()
         with folder.replacing() as staging:
