@@ -28,8 +28,8 @@ class Peers:
     """Ends this process when another one of the run is gone, so that it waits for none in vain.
 
     The first process has a connection to each of the others. The system closes it when either end
-    dies, and the first process sends the others the rank of the one that was gone. One that ends
-    early tells the first what it has left to that one to say.
+    dies, and the first process sends the others the rank of the one that was gone. A process that
+    ends early without a line of its own sends the first one its reason.
 
     A thread does so, which needs Python's lock. Tensor.item() keeps it while it waits for a device:
     what may wait for another process is read by numpy() or tolist().
@@ -61,8 +61,8 @@ class Peers:
         """Wait, before this process ends early, until those that end so too have said why.
 
         Args:
-            reason: why, where this process has not said it, for the first one does: which may have
-                found nothing wrong.
+            reason: what the first process says where it has found nothing wrong itself; empty where
+                this one has said it.
         """
         self.watching = False
         time.sleep(GRACE)
