@@ -81,7 +81,7 @@ class Peers:
 
     def _watch(self):
         connection = wait(list(self.ranks))[0]
-        rank, message, reason = self.ranks.pop(connection), b"", ""
+        rank, message, reason = self.ranks[connection], b"", ""
         with contextlib.suppress(OSError):
             message = connection.recv(LONGEST_REASON)
         if message and rank == 0:  # which knows who is gone
@@ -90,7 +90,7 @@ class Peers:
             reason = f" ({message.decode(errors='replace')})"
         if not self.watching:
             return
-        for other in self.ranks:
+        for other in self.ranks.keys() - {connection}:
             with contextlib.suppress(OSError):
                 other.sendall(rank.to_bytes(NUMBER, "big"))
         gone = f"process {rank} is gone{reason}, so this one of {dist.get_world_size()} ends too"

@@ -107,6 +107,26 @@ def test_which_process_is_gone_is_said_to_all_others(monkeypatch, capsys):
         theirs.close()
 
 
+def test_the_first_process_may_end_while_another_says_why_it_leaves(monkeypatch):
+    """The thread that watches the connection is then done with it: both end in silence."""
+    ours, theirs = socket.socketpair()
+
+    class Connection:
+        fileno, recv = ours.fileno, ours.recv
+
+        def sendall(self, message):
+            theirs.close()
+            peers._watch()
+            ours.sendall(message)  # which fails
+
+    peers = watchdog.Peers.__new__(watchdog.Peers)
+    peers.ranks = {Connection(): 0}
+    monkeypatch.setattr(watchdog.time, "sleep", lambda seconds: None)
+    monkeypatch.setattr(watchdog.os, "_exit", lambda code: pytest.fail(f"ended by {code}"))
+    peers.leave("dev.json:3 is no JSON")
+    ours.close()
+
+
 @pytest.mark.parametrize("ignored, sent", [((), "SIGHUP"), (("SIGHUP",), "SIGTERM")])
 def test_a_process_whose_launcher_is_gone_stops_by_a_signal(monkeypatch, ignored, sent):
     """By one that it does not ignore: nohup ignores SIGHUP."""
