@@ -30,6 +30,11 @@ def is_first_of_machine() -> bool:
     return place_on_machine()[0] == 0
 
 
+def are_several_machines() -> bool:
+    """Return whether the processes of this run are on more than one machine."""
+    return dist.get_world_size() > place_on_machine()[1]
+
+
 def tensor_parallel_part(settings):
     """Return which part of the model is this process's.
 

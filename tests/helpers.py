@@ -204,8 +204,10 @@ def launcher(processes, log_dir):
     return [*launch, "--log_dir", log_dir, "tests/parallel_worker.py"]
 
 
-def run_parallel(processes, *args, code=0, hook=("nothing",)):
+def run_parallel(processes, *args, code=0, hook=("nothing",), machines=()):
     """Run the script on several CPU processes to its end, as Paddle's launcher would start them.
+
+    Each is on a machine of its own where ``machines`` gives the folders that they start in.
 
     Returns the lines of their standard error.
     """
@@ -214,17 +216,18 @@ def run_parallel(processes, *args, code=0, hook=("nothing",)):
         "PADDLE_MASTER": f"127.0.0.1:{free_port()}",
         "PADDLE_TRAINER_ENDPOINTS": ",".join(endpoints),
         "PADDLE_TRAINERS_NUM": str(processes),
-        "PADDLE_LOCAL_SIZE": str(processes),
+        "PADDLE_LOCAL_SIZE": "1" if machines else str(processes),
         "PADDLE_DISTRI_BACKEND": "gloo",
     }
     runs = []
     for rank, endpoint in enumerate(endpoints):
         own = {
             "PADDLE_TRAINER_ID": str(rank),
-            "PADDLE_RANK_IN_NODE": str(rank),
+            "PADDLE_RANK_IN_NODE": "0" if machines else str(rank),
             "PADDLE_CURRENT_ENDPOINT": endpoint,
         }
-        runs.append(Run(*args, hook=hook, **common, **own))
+        folder = machines[rank] if machines else ROOT
+        runs.append(Run(*args, hook=hook, folder=folder, **common, **own))
     results = [run.finish(240) for run in runs]
     lines = [line for _, lines in results for line in lines]
     codes = [found for found, _ in results]
@@ -348,8 +351,8 @@ def lora_config(modules=LORA_MODULES, **changes):
     return LoRAConfig(**{"r": 2, "lora_alpha": 6, "dtype": "float32", "target_modules": targets, **changes})
 
 
-def run_folder(folder, **changes):
-    """A RunFolder that knows whose it is, as open_run_folder makes it, without a lock."""
+def folder_arguments(folder, **changes):
+    """What a RunFolder takes of a run's arguments, in a run that trains into ``folder``."""
     values = {
         "output_dir": str(folder),
         "do_train": True,
@@ -362,8 +365,15 @@ def run_folder(folder, **changes):
         "world_size": 1,
         "evaluation_strategy": "no",
         "save_strategy": "steps",
+        "save_on_each_node": False,
+        "should_save": True,
     }
-    made = RunFolder(SimpleNamespace(**{**values, **changes}))
+    return SimpleNamespace(**{**values, **changes})
+
+
+def run_folder(folder, **changes):
+    """A RunFolder that knows whose it is, as open_run_folder makes it, without a lock."""
+    made = RunFolder(folder_arguments(folder, **changes))
     made.run = read_run(folder)
     return made
 

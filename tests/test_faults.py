@@ -7,10 +7,9 @@ import shutil
 import signal
 import socket
 import time
-from types import SimpleNamespace
 
 import pytest
-from helpers import TINY_GLM, TRAIN, Run, flags, last_checkpoint, losses, run
+from helpers import TINY_GLM, TRAIN, Run, flags, folder_arguments, last_checkpoint, losses, run
 
 from glm.outputs.folder import open_run_folder
 from glm.outputs.layout import LOCK, MANIFEST, UNFINISHED
@@ -81,7 +80,7 @@ def test_a_kill_in_the_final_save(tmp_path, hook):
 def test_two_runs_in_one_folder(tmp_path):
     out = tmp_path / "out"
     args = [*TRAIN, *flags(output_dir=out, max_steps=1)]
-    with open_run_folder(SimpleNamespace(output_dir=str(out))):
+    with open_run_folder(folder_arguments(out)):
         lines = run(*args, code=2)
         lock = (out / LOCK).read_bytes()
     assert lines[-1] == (

@@ -12,19 +12,17 @@ import time
 import tracemalloc
 import zipfile
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import paddle
 import pytest
-from helpers import FAST, MINI, ROOT, TINY_GLM, pretrained_in, random_glm, read_jsonl, run
+from helpers import FAST, MINI, ROOT, TINY_GLM, pretrained_in, random_glm, read_jsonl, run, run_folder
 from paddlenlp.transformers import AutoConfig, GLMConfig
 from test_lora import lora_config, random_adapter
 from test_pickles import call, named, number, shape, text
 from test_weights import bfloat16_bits
 
 from glm.errors import InputError
-from glm.outputs.folder import RunFolder
 from glm.weights import adapters as lora
 from glm.weights import formats
 from glm.weights import loading as weights
@@ -327,10 +325,6 @@ def test_beside_the_model_there_is_one_weight_in_memory(tmp_path, form):
     assert result.returncode == 0, result.stderr[-2000:]
     peak, size, largest = map(int, result.stdout.split()[-3:])
     assert size <= peak <= size + largest
-
-
-def run_folder(path):
-    return RunFolder(SimpleNamespace(output_dir=path))
 
 
 def read_export(folder):

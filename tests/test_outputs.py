@@ -6,11 +6,10 @@ import shutil
 import signal
 import sys
 import unicodedata
-from types import SimpleNamespace
 
 import paddle
 import pytest
-from helpers import TINY_GLM, TRAIN, flags, run, run_folder, small_data
+from helpers import TINY_GLM, TRAIN, flags, folder_arguments, run, run_folder, small_data
 from paddlenlp.transformers import GLMForConditionalGeneration
 
 from glm.errors import Fault, InputError
@@ -266,7 +265,7 @@ def test_a_kill_between_the_moves_is_made_good_by_who_writes_there(tmp_path, dat
 
 def opened(folder):
     """Open and leave ``folder`` as a run's output_dir. Returns what it says of its run."""
-    with open_run_folder(SimpleNamespace(output_dir=str(folder), do_train=False)) as made:
+    with open_run_folder(folder_arguments(folder, do_train=False)) as made:
         return made.run
 
 

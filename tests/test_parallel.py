@@ -231,6 +231,59 @@ def test_drawn_tokens_are_the_same_on_all_processes(data, tmp_path):
     assert all(row["token_ids"] for row in read_jsonl(tmp_path / "out/eval_predictions.jsonl"))
 
 
+def on_two_machines(folder, data, *args, shared=False, code=0):
+    """Train on two machines of one process each, into their folders one/out and two/out."""
+    machines = [folder / "one", folder / "two"]
+    for machine in machines:
+        machine.mkdir(exist_ok=True)
+    if shared:
+        (folder / "one/out").mkdir()
+        (folder / "two/out").symlink_to(folder / "one/out")
+    common = [*COMMON, *flags(model_name_or_path=TINY_GLM, task_name=data, output_dir="out", save_steps=1)]
+    return run_parallel(2, *common, *args, machines=machines, code=code)
+
+
+def names(folder):
+    return {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
+
+
+def test_machines_share_a_folder(data, tmp_path):
+    on_two_machines(tmp_path, data, *flags(max_steps=3, per_device_train_batch_size=2), shared=True)
+    losses, predictions, _ = outcome(tmp_path / "one/out")
+    alone = flags(model_name_or_path=TINY_GLM, task_name=data, output_dir=tmp_path / "alone", max_steps=3)
+    run(*COMMON, *alone, "--per_device_train_batch_size", 4)
+    expected = outcome(tmp_path / "alone")
+    np.testing.assert_allclose(losses, expected[0], atol=2e-4)
+    assert predictions == expected[1]
+    assert all((tmp_path / f"one/out/checkpoint-{step}" / MANIFEST).exists() for step in (1, 2, 3))
+
+
+def test_machines_have_folders_of_their_own(data, tmp_path):
+    """Each gets the checkpoints and the model, and goes on from its own; the first alone has results."""
+    on_two_machines(tmp_path, data, "--save_on_each_node", "--max_steps", 2)
+    on_two_machines(tmp_path, data, "--save_on_each_node", "--max_steps", 3)
+    one, two = names(tmp_path / "one/out"), names(tmp_path / "two/out")
+    assert all(f"checkpoint-{step}/{MANIFEST}" in two for step in (1, 2, 3)) and two < one
+    results = {"all_results.json", "eval_predictions.jsonl", "eval_results.json", "train_results.json"}
+    assert {name for name in one - two if not name.startswith("runs")} == results
+    model, other = (tmp_path / machine / "out/model_state.pdparams" for machine in ("one", "two"))
+    assert model.read_bytes() == other.read_bytes()
+
+
+@pytest.mark.parametrize(
+    "shared, args, line",
+    [
+        (False, [], "is not the folder that the first of this run has locked"),
+        (True, ["--save_on_each_node"], "is one folder for all machines: leave --save_on_each_node out"),
+    ],
+)
+def test_whether_machines_share_a_folder_is_said_before_they_train(data, tmp_path, shared, args, line):
+    lines = on_two_machines(tmp_path, data, *args, shared=shared, code=2)
+    errors = [error for error in lines if error.startswith("finetune_generation.py: error:")]
+    assert len(errors) == 2 and all(line in error for error in errors)
+    assert not names(tmp_path)
+
+
 def test_a_degree_that_does_not_divide(data, tmp_path):
     model = tiny_glm(tmp_path / "model", num_attention_heads=1, num_layers=1)
     args = flags(

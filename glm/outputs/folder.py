@@ -21,10 +21,10 @@ from glm.files import dump_json, parse_json, write_atomically
 from glm.outputs import layout, resuming
 from glm.outputs.checkpoints import Checkpoint, Run, checkpoint_paths, number_of, open_checkpoint, read_run
 from glm.outputs.layout import ALL_RESULTS, MANIFEST, MODEL, RESULTS, RUN, find
-from glm.outputs.lock import check_writable, is_own_output, take_lock
-from glm.outputs.replace import finish_interrupted_replace, replace_together
+from glm.outputs.lock import check_writable, hold_together, is_own_output
+from glm.outputs.replace import replace_together
 from glm.outputs.results import read_results
-from glm.processes import barrier, gather_objects, is_first_of_machine, is_first_of_run, tensor_parallel_part
+from glm.processes import barrier, gather_objects, is_first_of_run, tensor_parallel_part
 
 
 class RunFolder:
@@ -289,7 +289,7 @@ class RunFolder:
         kept = self.run and self.run.id == self.new_run.id and not self.to_move
         model = self.run.model if kept else None
         self.run = self.new_run = self.new_run._replace(model=model)
-        if is_first_of_machine():
+        if self.args.should_save:
             with as_input_error(f"--output_dir {self.path} can't be used", "give another one", OSError):
                 self.path.mkdir(parents=True, exist_ok=True)
                 self.move_aside(self.to_move)
@@ -304,8 +304,7 @@ class RunFolder:
             raise InputError(f"{self.aside} is no folder, and in the way of one: remove it")
         for path in paths:
             self.aside.mkdir(exist_ok=True)
-            with contextlib.suppress(FileNotFoundError):  # moved by the first process of another machine
-                path.rename(self.aside / path.name)
+            path.rename(self.aside / path.name)
         if paths:
             names = ", ".join(path.name for path in sorted(paths, key=number_of))
             logger.train(f"moved {names} to {self.aside}, which you may remove: this run goes on without")
@@ -320,12 +319,12 @@ class RunFolder:
             patterns: of what goes in the same move. run: what the folder is of afterwards, if it
                 changes.
         """
-        first = is_first_of_run()
-        with replace_together(self.path, patterns) as staging:
-            if first and ALL_RESULTS not in patterns:  # results are added to it
+        writes = self.args.should_save
+        with replace_together(self.path, patterns, writes) as staging:
+            if writes and ALL_RESULTS not in patterns:  # results are added to it
                 if results := read_results(self.path):
                     (staging / ALL_RESULTS).write_text(dump_json(results, indent=4, sort_keys=True))
-            if first and run:
+            if writes and run:
                 write_atomically(staging / RUN, dump_json(run._asdict()))
             yield staging
             self.written |= {path.name for path in staging.iterdir()} - {RUN}
@@ -353,16 +352,13 @@ class RunFolder:
 
 @contextlib.contextmanager
 def open_run_folder(args):
-    """Hold output_dir for this run, make it if need be, and finish what a killed run had left to move.
-
-    The first process holds its lock for all; the system takes it from a process that ends, however it
-    does. All processes have to enter and leave.
+    """Hold output_dir for this run by ``hold_together``. All processes have to enter and leave.
 
     Yields:
         RunFolder.
 
     Raises:
-        InputError: where it can't be written, another run holds it, or what it says of its run is wrong.
+        InputError: where it can't be written or held, or what it says of its run is wrong.
     """
     if not args.output_dir:
         raise InputError(
@@ -371,30 +367,8 @@ def open_run_folder(args):
     check_writable("--output_dir", args.output_dir)
     if getattr(args, "logging_dir", None):
         check_writable("--logging_dir", args.logging_dir)
-    folder, file, problem = RunFolder(args), None, None
-    lock, made = folder.path / layout.LOCK, not folder.path.exists()
-    try:
-        if is_first_of_run():
-            what = "lock can't be taken"
-            try:
-                folder.path.mkdir(parents=True, exist_ok=True)
-                file, problem = take_lock(lock)
-                what = f"{layout.UNFINISHED} can't be moved"
-                if file:
-                    finish_interrupted_replace(folder.path)
-            except (OSError, ValueError) as error:
-                problem = f"can't be used, its {what} ({error}): remove that, or give another folder"
-        problem = gather_objects(problem)[0]
-        if problem:
-            raise InputError(f"--output_dir {folder.path} {problem}")
+    folder = RunFolder(args)
+    with hold_together(folder.path, args.save_on_each_node, args.should_save):
         with as_input_error(f"{folder.path / RUN} can't be read", "remove it, or give another --output_dir"):
             folder.run = read_run(folder.path)
         yield folder
-    finally:
-        if file:
-            with contextlib.suppress(OSError):
-                lock.unlink()
-            file.close()
-            if made:
-                with contextlib.suppress(OSError):  # something was written
-                    folder.path.rmdir()

@@ -1,5 +1,6 @@
 """Who may write to a folder: one run at a time, where the system lets it."""
 
+import contextlib
 import fcntl
 import os
 import socket
@@ -8,9 +9,13 @@ import tempfile
 from pathlib import Path
 
 from glm.errors import InputError, printable
-from glm.outputs.layout import LOCK
+from glm.files import open_regular
+from glm.outputs.layout import LOCK, UNFINISHED
+from glm.outputs.replace import finish_interrupted_replace
+from glm.processes import are_several_machines, gather_objects, is_first_of_run
 
 NAME_MAX = 255  # bytes of a folder's name
+LONGEST_NAME = 200  # characters of a process's
 
 
 def check_writable(flag: str, folder: str):
@@ -28,6 +33,65 @@ def check_writable(flag: str, folder: str):
         raise InputError(
             f"{flag} {folder}: {existing} can't be written to ({error.strerror}): give another one"
         ) from error
+
+
+@contextlib.contextmanager
+def hold_together(folder: Path, own: bool, writes: bool):
+    """Hold a ``folder`` for this run within the block, and finish what a killed run had left to move there.
+
+    The processes of all machines share it, and the first of the run holds its lock. Or each machine has
+    its own, and the process that writes there holds that. The system takes a lock from a process that
+    ends, however it does. All processes have to enter and leave.
+
+    Args:
+        own: whether machines have their own. writes: whether this process is the one that writes.
+
+    Raises:
+        InputError: where another run holds it, or machines share it or not, other than ``own`` says.
+    """
+    first = is_first_of_run()
+    with contextlib.ExitStack() as held:
+        problem = held.enter_context(_hold(folder)) if first else None
+        problem, owner = gather_objects((problem, name_this_process()))[0]
+        if problem is None:
+            shared = all(gather_objects(first or is_locked_by(folder, owner)))
+            if not (shared or own):
+                problem = (
+                    f"is not the folder that the first of this run has locked ({owner}): give one that all "
+                    "machines share, or --save_on_each_node, by which each has its own"
+                )
+            elif shared and own and are_several_machines():
+                problem = "is one folder for all machines: leave --save_on_each_node out"
+            elif not shared:
+                problems = gather_objects(held.enter_context(_hold(folder)) if writes and not first else None)
+                problem = next(filter(None, problems), None)
+        if problem:
+            raise InputError(f"--output_dir {folder} {problem}")
+        yield
+
+
+@contextlib.contextmanager
+def _hold(folder):
+    """Yield None while this process holds ``folder``, made if need be; or why it can't, str."""
+    file, path, made, what = None, Path(folder, LOCK), not folder.exists(), "lock can't be taken"
+    try:
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            file, problem = take_lock(path)
+            what = f"{UNFINISHED} can't be moved"
+            if file:
+                finish_interrupted_replace(folder)
+        except (OSError, ValueError) as error:
+            problem = f"can't be used, its {what} ({error}): remove that, or give another folder"
+        yield problem
+    finally:
+        if file:
+            with contextlib.suppress(OSError):
+                path.unlink()
+            file.close()
+            if made:
+                with contextlib.suppress(OSError):  # something was written
+                    folder.rmdir()
 
 
 def take_lock(path: Path):
@@ -48,15 +112,31 @@ def take_lock(path: Path):
         try:
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except (BlockingIOError, PermissionError):
-            owner = printable(file.read(200).strip(), 200) or "one that has just begun"
+            owner = printable(file.read(LONGEST_NAME).strip(), LONGEST_NAME) or "one that has just begun"
             return None, f"is in use by another run, {owner}: wait for its end, or give another folder"
         except OSError:  # a file system without locks
-            return file, None
+            break
         if os.fstat(file.fileno()).st_nlink:  # else a run that ended meanwhile has removed it
             break
     file.truncate(0)
-    print(f"process {os.getpid()} on {socket.gethostname()}", file=file, flush=True)
+    print(name_this_process(), file=file, flush=True)
+    os.fsync(file.fileno())  # another machine is about to read it
     return file, None
+
+
+def name_this_process() -> str:
+    """Return what the owner of a lock writes into it."""
+    return f"process {os.getpid()} on {socket.gethostname()}"
+
+
+def is_locked_by(folder: Path, name: str) -> bool:
+    """Return whether another process of that ``name`` holds the lock of ``folder``, as this one sees it.
+
+    The owner itself must not ask: the system would take it from a process that closes the file.
+    """
+    with contextlib.suppress(OSError, ValueError), open_regular(folder / LOCK) as file:
+        return file.read(LONGEST_NAME).decode().strip() == name
+    return False
 
 
 def is_own_output(path: Path) -> bool:

@@ -15,7 +15,7 @@ from pathlib import Path
 from glm.errors import InputError
 from glm.files import check_plain_name, dump_json, open_regular, parse_json, write_atomically
 from glm.outputs.layout import LOCK, MODEL, REPLACED, RESULTS, TORCH, UNFINISHED, find
-from glm.processes import barrier, is_first_of_run
+from glm.processes import barrier
 
 
 def remove(path: Path):
@@ -27,14 +27,17 @@ def remove(path: Path):
 
 
 @contextlib.contextmanager
-def replace_together(folder: Path, patterns: Collection[str] = ()):
+def replace_together(folder: Path, patterns: Collection[str] = (), moves: bool = True):
     """Yield the path of an empty staging folder, whose files move into ``folder`` when the block ends.
 
     What matches the ``patterns`` in ``folder``, and is not among them, goes in the same move. An
     exception within the block takes the staging folder away. All processes have to enter and leave.
+
+    Args:
+        moves: whether this process is the one that makes and moves, one for each folder.
     """
-    staging, first = Path(folder, UNFINISHED), is_first_of_run()
-    if first:
+    staging = Path(folder, UNFINISHED)
+    if moves:
         remove(staging)
         staging.mkdir(parents=True)
     barrier()
@@ -44,7 +47,7 @@ def replace_together(folder: Path, patterns: Collection[str] = ()):
         shutil.rmtree(staging, ignore_errors=True)
         raise
     barrier()
-    if first:
+    if moves:
         written = {path.name for path in staging.iterdir()}
         replaced = sorted({path.name for path in find(folder, patterns)} - written)
         write_atomically(staging / REPLACED, dump_json(replaced))

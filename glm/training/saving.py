@@ -22,7 +22,7 @@ from glm.outputs.checkpoints import (
 )
 from glm.outputs.folder import RunFolder
 from glm.outputs.layout import CHECKPOINT, INCOMPLETE, MANIFEST, TRAINER_STATE
-from glm.processes import barrier, is_first_of_machine
+from glm.processes import barrier
 
 
 class SaveCheckpoints(TrainerCallback):
@@ -115,7 +115,7 @@ class SaveCheckpoints(TrainerCallback):
             return
         # As the Trainer calls it.
         path = self.saving = Path(args.output_dir, f"checkpoint-{state.global_step}")
-        if is_first_of_machine():
+        if args.should_save:
             if self._is_mine(path):
                 (path / MANIFEST).unlink(missing_ok=True)
                 shutil.rmtree(path)
@@ -128,8 +128,8 @@ class SaveCheckpoints(TrainerCallback):
     on_epoch_end = on_step_end
 
     def on_save(self, args, state, control, model=None, **kwargs):
-        path, first = self.saving, is_first_of_machine()
-        if first:
+        path = self.saving
+        if args.should_save:
             make_state_readable(path / TRAINER_STATE)
         barrier()  # all have written theirs
         run = self.folder.new_run
@@ -147,7 +147,7 @@ class SaveCheckpoints(TrainerCallback):
         if best != path:
             with contextlib.suppress(OSError, ValueError):
                 manifest["best_run"] = open_checkpoint(best).run.id
-        if first:
+        if args.should_save:
             write_atomically(path / MANIFEST, dump_json(manifest))
             (path / INCOMPLETE).unlink()
             self._remove_old_ones(best)

@@ -293,7 +293,7 @@ class ResumableTrainer(Trainer):
     def save_trained(self, folder):
         """Write the trained model, or the adapter alone, and the Trainer's state."""
         self.save_model(str(folder), merge_tensor_parallel=self.args.tensor_parallel_degree > 1)
-        if self.is_world_process_zero():
+        if self.args.should_save:
             self.state.save_to_json(folder / TRAINER_STATE)
             make_state_readable(folder / TRAINER_STATE)
 
