@@ -113,7 +113,7 @@ def encode_target(tokenizer, text, tgt_length):
         labels, list[int], which end with ``<|endofpiece|>`` and are ``tgt_length`` at most, and what the
         text lost, list[str] for ``build_dataset``.
     """
-    ids, losses = encode_text(tokenizer, get_opening(tokenizer) + text), []
+    ids, losses = encode_text(tokenizer, get_templates(tokenizer).target.parts[0] + text), []
     if len(ids) >= tgt_length:
         losses.append(f"targets are cut at --tgt_length {tgt_length}")
     labels = ids[: tgt_length - 1] + [tokenizer.eop_token_id]
@@ -122,9 +122,9 @@ def encode_target(tokenizer, text, tgt_length):
     return labels, losses
 
 
-def get_opening(tokenizer):
-    """Returns the fixed opening of a target, str, which may be empty."""
-    return get_templates(tokenizer).target.parts[0]
+def encode_opening(tokenizer):
+    """Returns the ids of a target's fixed opening, list[int], which may be empty."""
+    return encode_text(tokenizer, get_templates(tokenizer).target.parts[0])
 
 
 def decode_target(tokenizer, token_ids):
@@ -136,9 +136,7 @@ def decode_target(tokenizer, token_ids):
         ids = [int(i) for i in token_ids if i < len(tokenizer) and int(i) not in special]
         return tokenizer.convert_tokens_to_string(tokenizer.convert_ids_to_tokens(ids)) if ids else ""
 
-    # The opening as the tokenizer writes it.
-    opening = decode(encode_text(tokenizer, get_opening(tokenizer)))
-    return decode(token_ids).removeprefix(opening).strip()
+    return decode(token_ids).removeprefix(decode(encode_opening(tokenizer))).strip()
 
 
 def build_features(tokenizer, source_ids, labels):
@@ -153,14 +151,10 @@ def build_features(tokenizer, source_ids, labels):
         and as narrow as the ids allow, for millions of records. The collator makes the rest.
     """
     input_ids = source_ids + ([tokenizer.sop_token_id] + labels[:-1] if labels else [])
-    ids = [*input_ids, *labels]
+    ids, length = [*input_ids, *labels], len(input_ids)
     # One array, of which the two are views.
     ids = np.array(ids, dtype=np.min_scalar_type(max(ids)))
-    return {
-        "input_ids": ids[: len(input_ids)],
-        "labels": ids[len(input_ids) :],
-        "source_length": len(source_ids),
-    }
+    return {"input_ids": ids[:length], "labels": ids[length:], "source_length": len(source_ids)}
 
 
 def build_position_ids(source_length, length, padded_length):
@@ -186,7 +180,7 @@ def build_position_ids(source_length, length, padded_length):
 
 def check_target_length(tokenizer, tgt_length):
     """Raise InputError unless ``tgt_length`` has room for the opening and a text behind it."""
-    opening = len(encode_text(tokenizer, get_opening(tokenizer)))
+    opening = len(encode_opening(tokenizer))
     if tgt_length < opening + 2:
         raise InputError(
             f"--tgt_length {tgt_length} has no room for a text: its fixed opening takes "
@@ -201,7 +195,7 @@ def describe_generation(tokenizer, generation, dataset):
         generation (GenerationArguments): how it generates.
         dataset (list[dict]): the features of records with targets, if there are any.
     """
-    opening, least = len(encode_text(tokenizer, get_opening(tokenizer))), generation.min_tgt_length
+    opening, least = len(encode_opening(tokenizer)), generation.min_tgt_length
     # Of the labels, the end token is not counted: the minimum is of tokens before it.
     longest = max((len(features["labels"]) - 1 for features in dataset), default=0)
     if 0 < longest < least:
@@ -223,9 +217,8 @@ def describe_generation(tokenizer, generation, dataset):
 def build_dataset(tokenizer, records, src_length, tgt_length, truncation="end", quiet=True):
     """Build the features of every record, before training starts.
 
-    So a mistake in the last record shows at once. What the features lose of the records is
-    counted in a line for each kind. Unless ``quiet``, there is a bar if it takes longer than
-    two seconds.
+    So a mistake in the last record shows at once. What the features lose of the records is counted in a line
+    for each kind. Unless ``quiet``, there is a bar if it takes longer than two seconds.
 
     Returns:
         list[dict]: see ``build_features``, and ``record`` and its ``index`` in the list.

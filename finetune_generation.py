@@ -257,9 +257,8 @@ def predict_rows(model, tokenizer, features, generation):
     input_ids = paddle.to_tensor(batch["input_ids"][:, : source_length.max()])
     start, end = tokenizer.sop_token_id, tokenizer.eop_token_id
     hypotheses = beam_search(model, input_ids, source_length, generation, start, end)
-    candidates = generation.num_return_sequences > 1
     pairs = zip(features, hypotheses)
-    return [prediction_row(tokenizer, item["record"], best, candidates)[0] for item, best in pairs]
+    return [prediction_row(tokenizer, item["record"], best, generation)[0] for item, best in pairs]
 
 
 def main():

@@ -23,12 +23,12 @@ from glm.training.progress import Curves, memory_metrics
 from glm.training.trainer import ResumableTrainer
 
 
-def prediction_row(tokenizer, record, hypotheses, candidates=False):
+def prediction_row(tokenizer, record, hypotheses, generation):
     """What a predictions file holds of a record.
 
     Args:
         hypotheses: list of (token ids, score), the best first.
-        candidates (bool): whether to show them all.
+        generation (GenerationArguments): whether it shows more than one.
 
     Returns:
         the row, dict, and what ``rouge`` says of it, dict; None without a reference.
@@ -45,7 +45,7 @@ def prediction_row(tokenizer, record, hypotheses, candidates=False):
     if row["reference"] is not None:
         scores = rouge(row["prediction"], row["reference"])
         row["rougel"] = scores["rougel"]
-    return ({**row, "candidates": shown} if candidates else row), scores
+    return ({**row, "candidates": shown} if generation.num_return_sequences > 1 else row), scores
 
 
 def shown_fields(tokenizer):
@@ -84,9 +84,8 @@ class GLMTrainer(ResumableTrainer):
     def compute_loss(self, model, inputs, return_outputs=False):
         """The mean over the batch's target tokens, the end token included.
 
-        In training the batch is the global one. Every process knows the number of its
-        target tokens, and divides its own sum by it, times the processes and passes that
-        gradients are averaged over afterwards.
+        In training the batch is the global one. Every process knows the number of its target tokens, and
+        divides its own sum by it, times the processes and passes that gradients are averaged over afterwards.
         """
         losses = self.target_losses(model, inputs)
         loss_weight = 1 / len(losses)
@@ -100,8 +99,7 @@ class GLMTrainer(ResumableTrainer):
     def create_scheduler(self, num_training_steps):
         """The Trainer's, but for linear.
 
-        That goes from 0 up to learning_rate, then straight down to lr_decay_ratio of it
-        at the last step.
+        That goes from 0 up to learning_rate, then straight down to lr_decay_ratio of it at the last step.
         """
         args = self.args
         if args.lr_scheduler_type != SchedulerType.LINEAR or self.lr_scheduler is not None:
@@ -124,23 +122,14 @@ class GLMTrainer(ResumableTrainer):
         inputs = self._prepare_inputs(inputs)
         source_length = inputs["source_length"].numpy()
         input_ids = inputs["input_ids"][:, : source_length.max()]
-        losses = np.zeros(0)
-        # Without autocast, which would cast all weights and the whole cache again at each
-        # token.
+        start, end, losses = self.tokenizer.sop_token_id, self.tokenizer.eop_token_id, np.zeros(0)
+        rules, group = self.generation, self.tensor_parallel_group
+        # Without autocast, which would cast all weights and the whole cache again at each token.
         with paddle.no_grad():
-            hypotheses = beam_search(
-                model,
-                input_ids,
-                source_length,
-                self.generation,
-                self.tokenizer.sop_token_id,
-                self.tokenizer.eop_token_id,
-                group=self.tensor_parallel_group,
-            )
+            hypotheses = beam_search(model, input_ids, source_length, rules, start, end, group)
             if len(inputs["labels"]):
                 losses = self.target_losses(model, inputs).numpy()
-        # The targets of a record stand side by side in the flattened batch, records in
-        # order.
+        # The targets of a record stand side by side in the flattened batch, records in order.
         rows = inputs["target_positions"].numpy() // inputs["input_ids"].shape[1]
         for row, (index, best) in enumerate(zip(inputs["index"].tolist(), hypotheses)):
             self.outputs[index] = {"hypotheses": best, "losses": losses[rows == row]}
@@ -192,18 +181,15 @@ class GLMTrainer(ResumableTrainer):
 
         Args: seconds (float): how long it took to generate ``self.outputs``.
         """
-        rows, scores, losses, generated_tokens = [], [], [], 0
-        candidates = self.generation.num_return_sequences > 1
+        rows, scores, losses = [], [], []
         for index, result in sorted(self.outputs.items()):
-            hypotheses = result["hypotheses"]
-            record = dataset[index]["record"]
-            row, rouges = prediction_row(self.tokenizer, record, hypotheses, candidates)
+            record, hypotheses = dataset[index]["record"], result["hypotheses"]
+            row, rouges = prediction_row(self.tokenizer, record, hypotheses, self.generation)
             rows.append(row)
             scores += [rouges] if rouges else []
             losses.append(result["losses"])
-            generated_tokens += len(hypotheses[0][0])
-        speed = round(generated_tokens / seconds, 2)
-        metrics = {"samples": len(rows), "tokens_per_second": speed}
+        generated_tokens = sum(len(row["token_ids"]) for row in rows)
+        metrics = {"samples": len(rows), "tokens_per_second": round(generated_tokens / seconds, 2)}
         scored = [row for row in rows if row["reference"] is not None]
         if scored:
             metrics["loss"] = float(np.concatenate(losses).mean())

@@ -24,7 +24,7 @@ from glm.templates import DEFAULTS
 METRICS = ("loss", "rouge1", "rouge2", "rougel", "bleu4")
 LARGEST_FILE = 1 << 20  # bytes of an argument file
 # The linears of a layer that can get an adapter.
-LORA_MODULES = ("query_key_value", "dense", "dense_h_to_4h", "dense_4h_to_h")  # the linears of a layer
+LORA_MODULES = ("query_key_value", "dense", "dense_h_to_4h", "dense_4h_to_h")
 
 
 def argument(default, text, **metadata):
@@ -268,7 +268,8 @@ class ArgumentParser(PdArgumentParser):
         values.do_predict = values.do_predict or bool(values.predict_file)
         for name, value in vars(values).items():
             check_argument(name, value, self.get_default(name), LIMITS[name])
-        check_together(values)
+        for check in (check_tasks, check_generation, check_steps, check_processes):
+            check(values)
         return values, unknown
 
 
@@ -287,18 +288,6 @@ def parse_arguments():
         if len(sys.argv) >= 2 and not sys.argv[1].startswith("-"):
             return parser.common_parse(parser.read_json(sys.argv[1]) + sys.argv[2:], False)
         return parser.parse_args_into_dataclasses()
-
-
-def check_together(values):
-    """Raise InputError where arguments do not fit each other.
-
-    Args:
-        values (argparse.Namespace): the arguments of all groups by name.
-    """
-    check_tasks(values)
-    check_generation(values)
-    check_steps(values)
-    check_processes(values)
 
 
 def check_tasks(values):

@@ -18,8 +18,7 @@ from paddlenlp.utils.log import logger
 
 from glm.errors import Fault, InputError, is_out_of_memory, paddle_reason
 
-# The compute capabilities that PyPI's wheel of 2.6.2 has code for, which it can't be
-# asked.
+# The compute capabilities that PyPI's wheel of 2.6.2 has code for, which it can't be asked.
 PADDLE_2_ARCHS = (61, 70, 75, 80, 86)
 
 
@@ -27,8 +26,7 @@ def use_device(name=""):
     """Make ``name`` the device in use, or the CPU where Paddle can use no GPU.
 
     Args:
-        name (str): gpu, gpu:N, cpu, xpu or npu; "" takes a GPU if there is one, else
-        the CPU.
+        name (str): gpu, gpu:N, cpu, xpu or npu; "" takes a GPU if there is one, else the CPU.
 
     Returns:
         the device in use, str.
@@ -170,10 +168,9 @@ def upload(array, tensor):
 def use_the_whole_cpu():
     """Let Paddle use the whole of a CPU. Must be called before the first product.
 
-    Paddle starts with one thread, and its MKL takes a slow path on processors that are
-    not Intel's. glibc returns each large tensor to the system, and the page faults of
-    the next one take longer than many an operator. A thread count that the user set
-    stays. Processes of one launch divide the cores.
+    Paddle starts with one thread, and its MKL takes a slow path on processors that are not Intel's. glibc
+    returns each large tensor to the system, and the page faults of the next one take longer than many an
+    operator. A thread count that the user set stays. Processes of one launch divide the cores.
     """
     os.environ.setdefault("MKL_DEBUG_CPU_TYPE", "5")
     libc = ctypes.CDLL(None)
@@ -181,8 +178,7 @@ def use_the_whole_cpu():
     if on_cpu() and hasattr(libc, "mallopt"):  # glibc
         libc.mallopt(-4, 0)  # M_MMAP_MAX: large blocks come from the heap
         libc.mallopt(-1, -1)  # M_TRIM_THRESHOLD: and stay there for the next ones
-    # Importing paddle sets OMP_NUM_THREADS to 1 in os.environ. /proc has what the user
-    # gave.
+    # Importing paddle sets OMP_NUM_THREADS to 1 in os.environ. /proc has what the user gave.
     environment = b""
     with contextlib.suppress(OSError):
         environment = b"\0" + Path("/proc/self/environ").read_bytes()

@@ -15,17 +15,6 @@ class Limits(NamedTuple):
     most: float = 2**63 - 1  # which is what logs and files hold
     under: float = inf
 
-    def check(self, value, name):
-        """Raise InputError, which calls ``value`` by its ``name``, unless it is in the range."""
-        number = isinstance(value, (int, float))
-        if number and self.least <= value <= self.most and value < self.under:
-            return
-        upper = f" and under {self.under}" if self.under < inf else ""
-        if self.most < 2**63 - 1 or number and value > self.most:
-            upper = f" and at most {self.most}"
-        expected = f"a finite number of at least {self.least}{upper}"
-        raise InputError(f"{name} is {value}: it must be {expected}")
-
 
 ANY, COUNT, POSITIVE, NOT_NEGATIVE = Limits(-(2**63)), Limits(1), Limits(1e-30), Limits(0)
 FRACTION = Limits(0, most=1)
@@ -73,8 +62,12 @@ def check_argument(name, value, default, limits):
     """
     if value == default:
         return
-    if isinstance(value, (int, float)):
-        limits.check(value, f"--{name}")
+    least, most, under = limits
+    if isinstance(value, (int, float)) and not (least <= value <= most and value < under):
+        upper = f" and under {under}" if under < inf else ""
+        if most < 2**63 - 1 or value > most:
+            upper = f" and at most {most}"
+        raise InputError(f"--{name} is {value}: it must be a finite number of at least {least}{upper}")
     if name in REFUSED:
         raise InputError(f"--{name}: {REFUSED[name]}, leave it out")
     for text in value if isinstance(value, list) else [value]:

@@ -85,9 +85,8 @@ def _product(inputs, weight, bias):
 def compute_without_gradient(layer: paddle.nn.Layer, inputs: Tensor) -> Tensor:
     """Compute a linear, with its adapter if it has one, or the word embeddings; without dropout.
 
-    The layers' own ways take the host longer than the operators take a card: PaddleNLP 3 puts a
-    choice of precisions before F.linear, and fleet's layers put collectives without effect around
-    theirs.
+    The layers' own ways take the host longer than the operators take a card: PaddleNLP 3 puts a choice of
+    precisions before F.linear, and fleet's layers put collectives without effect around theirs.
     """
     if type(layer) is paddle.nn.Linear:
         return linear(inputs, layer.weight, layer.bias)

@@ -17,8 +17,7 @@ def _basic_tokenizer():
 def _words(text):
     """Split a text, in NFKC as the tokenizer has it, into the words that metrics count, list[str].
 
-    A word is a Chinese character, a run of Latin letters or digits, or a punctuation
-    mark.
+    A word is a Chinese character, a run of Latin letters or digits, or a punctuation mark.
     """
     return _basic_tokenizer().tokenize(unicodedata.normalize("NFKC", text))
 
@@ -57,7 +56,6 @@ def compute_metrics(predictions, references, scores=None):
     for prediction, reference in zip(predictions, references):
         bleu.add_inst(_words(prediction), [_words(reference)])
     metrics = {name: sum(score[name] for score in scores) / len(scores) for name in scores[0]}
-    # Without a single generated word BLEU's brevity penalty has no value, and its limit
-    # is 0.
+    # Without a single generated word BLEU's brevity penalty has no value, and its limit is 0.
     metrics["bleu4"] = bleu.score() if bleu.bp_c else 0.0
     return metrics

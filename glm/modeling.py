@@ -156,8 +156,7 @@ def _transpose_rows(inputs, order):
     """Return ``inputs.transpose([*order, last])``, where ``last`` is the last dimension."""
     if not on_cpu():
         return inputs.transpose([*order, len(order)])
-    # An embedding of whole rows takes a CPU a tenth of a transposition's time, and so
-    # does its gradient.
+    # An embedding of whole rows takes a CPU a tenth of a transposition's time, and so does its gradient.
     rows = inputs.reshape([-1, inputs.shape[-1]])
     return F.embedding(_row_order(tuple(inputs.shape[:-1]), tuple(order)), rows)
 

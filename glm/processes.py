@@ -36,13 +36,10 @@ def are_several_machines() -> bool:
 
 
 def tensor_parallel_part(settings):
-    """Return which part of the model is this process's.
+    """Return the number of this process's part of the model, from 0, and the number of parts, ints.
 
     Args:
         settings: a run's arguments, or a model's config.
-
-    Returns:
-        tuple: the number of the part, from 0, and the number of parts, 1 where the model is not split.
     """
     return max(settings.tensor_parallel_rank, 0), max(settings.tensor_parallel_degree, 1)
 

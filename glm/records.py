@@ -144,25 +144,17 @@ def join_document(lines):
 
 
 def parse_lines(lines, name, require_target=True, templates=DEFAULT_TEMPLATES):
-    """Parse JSON lines; blank ones, and questions without an answer, are left out.
-
-    Args:
-        lines: iterable of bytes, such as a file.
-        name (str): what messages call it.
-        require_target, templates: as ``read_records`` has them.
-
-    Returns:
-        list of dicts: see ``parse_record``.
+    """Parse JSON lines, as ``parse_each_line`` does. Returns the records, list of dicts.
 
     Raises:
-        InputError: with file and line, for a line that is not UTF-8 or not a JSON object, or a
-            field that is missing, empty or of another type.
+        InputError: with file and line, for a line that is not UTF-8 or not a JSON object, or a field that
+            is missing, empty or of another type.
     """
     return take_records(parse_each_line(lines, name, require_target, templates))
 
 
 def parse_each_line(lines, name, require_target=True, templates=DEFAULT_TEMPLATES):
-    """Parse JSON lines, and go on behind a mistake.
+    """Parse JSON ``lines``, bytes, of what messages call ``name``, and go on behind a mistake.
 
     Yields:
         dict or InputError: for each line its record (or those of its questions), or what is wrong with

@@ -556,11 +556,12 @@ def test_when_everything_is_banned_what_there_is_comes_out():
         assert sorted(tokens) == [0, 1, 3] and np.isfinite(score)
 
 
-def draw(logits, select, *filters, bans=(), **named):
+def draw(logits, select, temperature=1.0, bans=(), **filters):
     """What ``draw_tokens`` gives for logits [N, V], as Candidates of one row."""
     bans = paddle.to_tensor(np.array([*bans, logits.size], dtype="int64"))
     noise = paddle.uniform(logits.shape, min=1e-20, max=1.0)
-    keys, log_probabilities, token_ids = draw_tokens(logits, noise, bans, select, *filters, **named).numpy()
+    generation = generation_arguments(temperature=temperature, **filters)
+    keys, log_probabilities, token_ids = draw_tokens(logits, noise, bans, select, generation).numpy()
     return Candidates(keys, log_probabilities, token_ids.astype("int64"))
 
 

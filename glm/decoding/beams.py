@@ -124,10 +124,6 @@ class Beams:
         live = np.argsort(ends, axis=1, kind="stable")[:, :num_beams]
         sums = np.where(ends, -np.inf, sums)[row, live]
         token_ids, parents = token_ids[row, live], parents[row, live]
-        if sums.shape[1] < num_beams:  # a vocabulary smaller than the beam
-            pad = [(0, 0), (0, num_beams - sums.shape[1])]
-            sums = np.pad(sums, pad, constant_values=-np.inf)
-            token_ids, parents = np.pad(token_ids, pad), np.pad(parents, pad)
         stuck = (sums == -np.inf).all(axis=1)
         self._finish_running(stuck & (self.finished_scores == -np.inf).all(axis=1))
         beam = np.arange(num_beams)

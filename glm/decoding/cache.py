@@ -15,9 +15,8 @@ from glm.modeling import MASKED, additive_mask, attend, forward, qkv_per_head, s
 class Cache:
     """Keep the keys and values of a batch, and which of them each beam sees.
 
-    A: examples; K: beams; H: heads; D: a head's size. A layer's tensor has rows of D
-    numbers, in three parts. In the first two, each head of an example has a row for
-    every slot:
+    A: examples; K: beams; H: heads; D: a head's size. A layer's tensor has rows of D numbers, in three parts.
+    In the first two, each head of an example has a row for every slot:
 
         | keys [A, H, slots] | values [A, H, slots] | queries [A, H, K] |
 
@@ -35,8 +34,7 @@ class Cache:
             [1, A, H, slots, D] twice and [1, A, H, K, D].
         mask: 0 where a beam sees a slot, else MASKED, [A, 1, K, slots].
         indices: int64, what a step adds ``increments`` to. Its parts are views:
-        new_rows: The addresses of what query_key_value gives, rows of a layer's tensor,
-            [A * K * 3 * H];
+        new_rows: The addresses of what query_key_value gives, rows of a layer's tensor, [A * K * 3 * H];
         new_slots: Those of the beams' slots of this step in the flat mask, [A * K];
         position_ids: The two positions of the examples' tokens, [A, 2, 1].
     """
@@ -111,9 +109,8 @@ class Cache:
     def _place_indices(self, used, step):
         """Make ``indices`` of the step before the next one, whose slots begin at ``used``.
 
-        The address of a key is (example * H + head) * slots + slot. Its value stands as many rows
-        behind it as there are keys, and behind all values the query, in row (example * H + head) * K
-        + beam of theirs.
+        The address of a key is (example * H + head) * slots + slot. Its value stands as many rows behind it
+        as there are keys, and behind all values the query, in row (example * H + head) * K + beam of theirs.
 
         One example of one head and two beams, a source of 3 tokens, capacity for 2 steps: of 7 slots
         keys have the addresses 0 to 6, values 7 to 13, queries 14 and 15. The first step takes slots

@@ -9,6 +9,7 @@ from numpy import ndarray
 from paddle import Tensor
 from paddle.distributed.collective import Group
 
+from glm.arguments import GenerationArguments
 from glm.graphs import all_gather
 from glm.modeling import log_sum_exp
 
@@ -16,8 +17,7 @@ from glm.modeling import log_sum_exp
 class Candidates(NamedTuple):
     """Hold the likely next tokens of every beam, numpy [A, K, M].
 
-    A beam with fewer than M possible tokens has keys and log-probabilities of -inf, with some valid
-    token id.
+    A beam with fewer than M possible tokens has keys and log-probabilities of -inf, with some valid token id.
     """
 
     sort_keys: ndarray  # float64: those with the largest keys are chosen
@@ -67,13 +67,7 @@ def without_banned(table: ndarray, banned: ndarray) -> Candidates:
 
 
 def draw_tokens(
-    logits: Tensor,
-    noise: Tensor,
-    bans: Tensor,
-    count: int,
-    temperature: float = 1.0,
-    top_k: int = 0,
-    top_p: float = 0.0,
+    logits: Tensor, noise: Tensor, bans: Tensor, count: int, generation: GenerationArguments
 ) -> Tensor:
     """Draw ``count`` next tokens of every beam, without replacement.
 
@@ -86,24 +80,22 @@ def draw_tokens(
         bans: int64 [any number], the impossible tokens, by their numbers among the N * V; that number
             itself bans nothing.
         count: Of each beam.
-        temperature: Divides the logits that are drawn by. The log-probabilities, and so the scores,
-            stay the model's.
-        top_k: A filter of the tempered probabilities, see GenerationArguments. A token that it
-            leaves out is impossible.
-        top_p: Another one.
+        generation: Its temperature divides the logits that are drawn by; the log-probabilities, and so the
+            scores, stay the model's. A token that its top_k and top_p then leave out is impossible.
 
     Returns:
         float64 [3, N, M], keys, log-probabilities and token ids: one tensor, see ``likeliest_tokens``.
     """
     logits = logits.astype("float32")
-    tempered = paddle.scale(logits, 1 / temperature)  # which every device has, other than a division
+    # Every device has paddle.scale, other than a division.
+    tempered = paddle.scale(logits, 1 / generation.temperature)
     log_sum, tempered_log_sum = (_log_sum_exp(x, *paddle.topk(x, 1)) for x in (logits, tempered))
     minus_infinity = paddle.full([1], -float("inf"))
     numbers = paddle.concat([tempered.reshape([-1]), minus_infinity])  # one more, for what bans nothing
     numbers = paddle.scatter(numbers, bans, minus_infinity.expand(bans.shape))
     tempered = numbers[:-1].reshape(logits.shape)
     gumbel = -paddle.log(-paddle.log(noise))
-    possible = tempered >= _lowest_logit_to_draw(tempered, top_k, top_p)
+    possible = tempered >= _lowest_logit_to_draw(tempered, generation.top_k, generation.top_p)
     noisy = paddle.where(possible, tempered + gumbel, minus_infinity)
     keys, token_ids = paddle.topk(noisy, min(count, logits.shape[-1]))
     # On a GPU topk gives an entry of -inf any number for an index.

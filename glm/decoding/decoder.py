@@ -141,8 +141,7 @@ def _step(model, cache, inputs, noise, generation, group):
         return logits, likeliest_tokens(logits, 2 * generation.num_beams + SPARE, group)
     if group is not None:  # the filters need complete rows
         logits = all_gather(logits, group)
-    filters = generation.temperature, generation.top_k, generation.top_p
-    table = draw_tokens(logits, noise, inputs[2:].reshape([-1]), 2 * generation.num_beams, *filters)
+    table = draw_tokens(logits, noise, inputs[2:].reshape([-1]), 2 * generation.num_beams, generation)
     return table.reshape([3, *inputs.shape[1:], -1])
 
 

@@ -213,9 +213,7 @@ def open_checkpoint(path: Path, named: bool = False) -> Checkpoint:
         files=files,
         parameters=parameters,
         global_batch_size=get_typed(values, "records", int, least=1, most=MOST),
-        evaluations_without_better=get_typed(
-            values, "evaluations_without_better", int, 0, least=0, most=MOST
-        ),
+        evaluations_without_better=get_typed(values, "evaluations_without_better", int, 0, 0, MOST),
         evaluation_is_due=get_typed(values, "evaluation_is_due", bool, False),
         best_of=best_of,
         steps_ahead=get_typed(values, "steps_ahead", int, 0, least=-MOST, most=MOST),

@@ -138,9 +138,8 @@ class RunFolder:
                 raise InputError(f"{where} is damaged: {damage}: give another one")
         if checkpoint is None:
             return None
-        resuming.check_files(checkpoint, lora, weights_alone, given is not None)
-        if not weights_alone:
-            resuming.check_layout(checkpoint, tensor_parallel_part(args)[1])
+        degree = tensor_parallel_part(args)[1]
+        resuming.check_files(checkpoint, lora, degree, weights_alone, given is not None)
         resuming.keep_global_batch_size(args, checkpoint.global_batch_size)
         logger.train(f"resuming from {checkpoint}; --overwrite_output_dir starts anew")
         return checkpoint

@@ -100,10 +100,10 @@ def _move(staging, names):
     (staging / REPLACED).unlink()
 
 
-def check_complete(folder: str, flag: str = "--model_name_or_path"):
+def check_complete(folder: str):
     """Raise InputError where a run was killed while it moved files into a ``folder`` that is only read."""
     if os.path.lexists(Path(folder, UNFINISHED, REPLACED)):
         raise InputError(
-            f"{flag} {folder}: a run was killed while it replaced the model there: start it again, or any "
-            f"other with --output_dir {folder}, which finishes that"
+            f"--model_name_or_path {folder}: a run was killed while it replaced the model there: start it "
+            f"again, or any other with --output_dir {folder}, which finishes that"
         )

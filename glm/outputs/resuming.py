@@ -29,11 +29,12 @@ ADAPTER_FLAGS = {
 }
 
 
-def check_files(checkpoint: Checkpoint, lora: bool, weights_alone: bool, given: bool):
+def check_files(checkpoint: Checkpoint, lora: bool, degree: int, weights_alone: bool, given: bool):
     """Raise InputError where a file is missing, or is none, that the run goes on with.
 
     Args:
         lora: whether this run trains an adapter.
+        degree: of this run's tensor parallelism.
         weights_alone: whether it takes the weights alone.
         given: whether the user named the checkpoint.
     """
@@ -59,16 +60,7 @@ def check_files(checkpoint: Checkpoint, lora: bool, weights_alone: bool, given: 
     if not os.path.lexists(checkpoint.path / TRAINER_STATE):
         raise InputError(f"{where} has no {TRAINER_STATE}: give a run's checkpoint-N folder")
     checkpoint.read_state()
-
-
-def check_layout(checkpoint: Checkpoint, degree: int):
-    """Raise InputError where it is not known which weights an optimizer's state is of.
-
-    Without ``parameters`` they are known by the names that Paddle gave them, which depend on the layout.
-
-    Args:
-        degree: of this run's tensor parallelism.
-    """
+    # Without ``parameters`` weights are known by the names that Paddle gave them, which depend on the layout.
     saved = len({path.name[:14] for path in checkpoint.path.glob("optimizer.tp*")}) or 1
     if saved != degree and checkpoint.parameters is None:
         raise InputError(

@@ -196,9 +196,8 @@ def training_memory(setting: Setting) -> dict[str, float]:
 def evaluation_memory(setting: Setting) -> dict[str, float]:
     """Estimate the bytes of a process at the peak of an evaluation by beam search, by what they are for.
 
-    The cache (glm/decoding/cache.py) has slots for all tokens at once where CUDA graphs are
-    captured. Elsewhere it grows, and half of the slots for generated tokens are taken to hold keys
-    and values.
+    The cache (glm/decoding/cache.py) has slots for all tokens at once where CUDA graphs are captured.
+    Elsewhere it grows, and half of the slots for generated tokens are taken to hold keys and values.
 
     Returns:
         weights, caches (keys and values), activations, and their total.
@@ -365,35 +364,30 @@ def longest(dataset: list[dict]) -> dict[str, int]:
 
 def estimate_memory(args, pretrained, generation, train_dataset, test_dataset) -> MemoryEstimate:
     """Estimate and say what memory this run is about to take."""
-    config, lora_config = pretrained.config, pretrained.adapter and pretrained.adapter.config
-    degree, settings = max(args.tensor_parallel_degree, 1), {}
+    config, settings = pretrained.config, {}
+    common = {
+        "degree": max(args.tensor_parallel_degree, 1),
+        "lora_config": pretrained.adapter and pretrained.adapter.config,
+        "quantized": pretrained.quantized,
+    }
     if train_dataset:
         settings["train"] = Setting(
             config,
             args.per_device_train_batch_size,
             **longest(train_dataset),
+            **common,
             precision=args.fp16_opt_level if args.fp16 or args.bf16 else "float32",
-            degree=degree,
             sharding_degree=max(args.sharding_parallel_degree, 1),
-            lora_config=lora_config,
             recompute=args.recompute,
-            quantized=pretrained.quantized,
             master_grad=args.amp_master_grad,
             accumulates=args.gradient_accumulation_steps > 1,
         )
     if test_dataset:
         lengths = longest(test_dataset)
         lengths["target_length"] = max(lengths["target_length"], generation.tgt_length)
-        settings["eval"] = Setting(
-            config,
-            args.per_device_eval_batch_size,
-            **lengths,
-            precision="float32" if args.weights_dtype() == "float32" else "O2",
-            degree=degree,
-            lora_config=lora_config,
-            num_beams=generation.num_beams,
-            quantized=pretrained.quantized,
-        )
+        size, beams = args.per_device_eval_batch_size, generation.num_beams
+        precision = "float32" if args.weights_dtype() == "float32" else "O2"
+        settings["eval"] = Setting(config, size, **lengths, **common, precision=precision, num_beams=beams)
     estimate = MemoryEstimate(settings, len(test_dataset))
     estimate.log()
     return estimate

@@ -31,9 +31,9 @@ class GroupedBatchSampler(DistributedBatchSampler):
         num_replicas: int,
         rank: int,
         global_batch_size: int,
-        shuffle: bool,
-        group_by_length: bool,
-        seed: int,
+        shuffle: bool = False,
+        group_by_length: bool = False,
+        seed: int = 0,
         steps_ahead: int = 0,
     ):
         layout = {"num_replicas": num_replicas, "rank": rank}

@@ -23,10 +23,6 @@ class EarlyStopping(EarlyStoppingCallback):
     def on_train_begin(self, args, state, control, **kwargs):
         pass  # PaddleNLP's demands load_best_model_at_end, which the Trainer here takes over
 
-    def is_due(self) -> bool:
-        """Return whether it has ended training."""
-        return self.early_stopping_patience_counter >= self.early_stopping_patience
-
 
 class EvaluationCancelled(BaseException):
     """What a signal raises in an evaluation within training: the step is saved without its evaluation."""

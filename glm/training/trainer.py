@@ -78,10 +78,9 @@ class ResumableTrainer(Trainer):
         self.check_finite = CheckFinite(self.folder.resume_hint)
         self.checkpoints = SaveCheckpoints(self.folder, save_total_limit, self.describe)
         self.stop_by_signal = StopBySignal(self.folder.resume_hint)
-        for callback in (TrainingProgress(), SeedEachStep(), Gradients(master_grad), self.check_finite):
+        callbacks = (TrainingProgress(), SeedEachStep(), Gradients(master_grad), self.check_finite)
+        for callback in (*callbacks, self.checkpoints, self.stop_by_signal):
             self.add_callback(callback)
-        self.add_callback(self.checkpoints)
-        self.add_callback(self.stop_by_signal)
 
     # Training, and going on with it.
 
@@ -159,9 +158,9 @@ class ResumableTrainer(Trainer):
                 records = f"over {len(self.train_dataset)} records end"
                 given = f"--num_train_epochs {args.num_train_epochs:g} {records}"
             return f"is of step {step}, and {given} this run at step {last_step}"
-        if self.early_stopping and self.early_stopping.is_due():
-            patience = f"--early_stopping_patience {args.early_stopping_patience}"
-            return f"is of step {step}, where {patience} ended this run"
+        patience, early_stopping = args.early_stopping_patience, self.early_stopping
+        if early_stopping and early_stopping.early_stopping_patience_counter >= patience:
+            return f"is of step {step}, where --early_stopping_patience {patience} ended this run"
         return None
 
     def load_finished(self) -> TrainOutput:
@@ -333,13 +332,7 @@ class ResumableTrainer(Trainer):
         # From long to short, so that a batch has little padding, and of no more records than are.
         replicas, batch_size = self.args.dataset_world_size, self.args.per_device_eval_batch_size
         batch_size = min(batch_size, -(-len(eval_dataset) // replicas))
-        return self.make_sampler(
-            eval_dataset,
-            batch_size=batch_size,
-            global_batch_size=batch_size * replicas,
-            shuffle=False,
-            group_by_length=True,
-        )
+        return self.make_sampler(eval_dataset, batch_size=batch_size, global_batch_size=batch_size * replicas)
 
     # A checkpoint may be of another precision and layout than this run, and theirs know the current
     # layout alone.

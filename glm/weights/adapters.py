@@ -19,10 +19,9 @@ from glm.device import on_cpu
 from glm.errors import InputError, as_input_error
 from glm.files import get_typed, read_json, take_known, write_atomically
 from glm.processes import is_first_of_run, tensor_parallel_part
-from glm.weights.formats import find_forms, read_arrays
+from glm.weights.formats import Arrays, find_forms, read_arrays
 from glm.weights.loading import (
     LORA_WEIGHTS,
-    Arrays,
     cast,
     check_array,
     check_finite,
@@ -89,10 +88,6 @@ class LoRA(LoRAModel):
             if split
         }
 
-    def get_tensor_parallel_convert_actions(self, config, names, is_split):
-        """Return, as a model does, functions by the names of the weights that processes split."""
-        return self._get_tensor_parallel_convert_actions(names, is_split, config=config)
-
     def state_dict(self, *args, **kwargs):
         """Return the weights by the names that files have, without this wrapper's prefix."""
         return self.model.state_dict(*args, **kwargs)
@@ -136,12 +131,8 @@ def resolve_adapter(arguments) -> tuple[str, Optional[Adapter]]:
             )
         return name, None
     else:
-        base, config = (
-            name,
-            new_lora_config(
-                arguments.lora_rank, arguments.lora_alpha, arguments.lora_target_modules, arguments.rslora
-            ),
-        )
+        flags = arguments.lora_rank, arguments.lora_alpha, arguments.lora_target_modules, arguments.rslora
+        base, config = name, new_lora_config(*flags)
         adapter = Adapter(None, config)
     # An absolute path is found from any working directory.
     config.base_model_name_or_path = os.path.abspath(base) if os.path.isdir(base) else base
@@ -202,12 +193,7 @@ def target_modules(modules: Optional[list[str]] = None) -> list[str]:
 
 
 def read_adapter_weights(folder: str, config: GLMConfig, lora_config: LoRAConfig) -> Arrays:
-    """Return the weights of the adapter in ``folder``, those of one process, numpy by name.
-
-    Args:
-        folder: of the adapter.
-        config: of the base.
-        lora_config: of the adapter.
+    """Return the weights of the adapter in ``folder``, beside a base of ``config``, those of one process.
 
     Raises:
         InputError: where the file can't be read or doesn't fit the base.
@@ -218,14 +204,13 @@ def read_adapter_weights(folder: str, config: GLMConfig, lora_config: LoRAConfig
             raise ValueError(f"its target_modules are no linears of a GLM: {', '.join(LORA_MODULES)}")
         weights = read_arrays(path)
         found = {name: list(weight.shape) for name, weight in weights.items()}
-    for name in sorted({*shapes, *found}):
-        if found.get(name) != shapes.get(name):
-            raise InputError(
-                f"the adapter in {folder} is of another base: its {name} is "
-                f"{found.get(name, 'missing')}, where {shapes.get(name, 'none')} would fit: "
-                "give its own base by --lora_base"
-            )
-    with as_input_error(f"{path} can't be loaded", "give the folder of a complete adapter"):
+        for name in sorted({*shapes, *found}):
+            if found.get(name) != shapes.get(name):
+                raise InputError(
+                    f"the adapter in {folder} is of another base: its {name} is "
+                    f"{found.get(name, 'missing')}, where {shapes.get(name, 'none')} would fit: "
+                    "give its own base by --lora_base"
+                )
         for name, shape in shapes.items():
             check_array(name, weights[name], shape)
             check_finite(name, weights[name])
@@ -333,13 +318,9 @@ def merge_lora(lora: LoRA) -> GLMForConditionalGeneration:
 
 
 def merge_for_decoding(model: LoRA, pretrained):
-    """Merge the adapter of ``model``, which is trained no more: decoding then takes fewer products.
+    """Merge the adapter of ``model``, made of a Pretrained: decoding then takes fewer products.
 
     On a card they take a third of the time of a token. A CPU gains little, and int8 can't be merged into.
-
-    Args:
-        model: made from ``pretrained``.
-        pretrained (Pretrained): what the run began with.
     """
     if pretrained.adapter and not (pretrained.quantized or on_cpu()):
         merge_lora(model)

@@ -27,7 +27,7 @@ from tqdm import tqdm
 from glm.device import on_cpu
 from glm.processes import tensor_parallel_part
 from glm.quantization import LARGEST, largest_weights, quantize, set_quantized
-from glm.weights.formats import LINEAR, read_arrays, release_pages
+from glm.weights.formats import LINEAR, Arrays, read_arrays, release_pages
 from glm.weights.shapes import get_split, shard, unshard, weight_shapes
 
 LORA_WEIGHTS = "lora_model_state.pdparams"  # as PaddleNLP calls the file
@@ -37,8 +37,6 @@ LARGE = 2e9  # bytes that take a while to read
 # The bits of an exponent: all of them are set in NaN and infinity alone.
 EXPONENTS = {"float32": 0xFF << 23, "float16": 0x1F << 10, "bfloat16": 0xFF << 7}
 PIECE = 1 << 17  # numbers that are looked at together
-
-Arrays = dict[str, np.ndarray]
 
 
 @contextlib.contextmanager

@@ -6,7 +6,7 @@ glm.transformer.layers.0.mlp.dense_h_to_4h.weight. A ``paddle_name`` is what Pad
 """
 
 import re
-from typing import Callable, NamedTuple, Optional
+from typing import Callable, Optional
 
 import numpy as np
 import paddle
@@ -19,20 +19,13 @@ LARGEST = np.finfo("float32").max
 BELOW_ONE = np.nextafter(np.float32(1), np.float32(0))  # AdamW divides by what a beta's power lacks of 1
 
 
-class OptimizerState(NamedTuple):
-    """This process's part of an AdamW's state in a checkpoint, by model_names."""
-
-    moments: dict  # {model_name: {"moment1_0": float32 array, "beta1_pow_acc_0": array, ...}}
-    masters: dict  # float32 master weights, {model_name: array}; empty where the run had none
-
-
 def sort_optimizer_state(
     parts: list[dict],
     model_names: dict[str, str],
     convert: Callable,
     shapes: dict[str, list[int]],
     updated: set[str],
-) -> OptimizerState:
+) -> tuple[dict, dict]:
     """Return what a checkpoint holds of an optimizer, sorted by weights.
 
     Args:
@@ -42,6 +35,10 @@ def sort_optimizer_state(
         convert: as ``convert_layout`` gives it.
         shapes: of this process's weights, by model_name.
         updated: the model_names of the weights whose moments this process needs.
+
+    Returns:
+        This process's part, by model_name: {"moment1_0": float32 array, "beta1_pow_acc_0": array, ...}; and
+        the float32 master weights, none where the run had none.
 
     Raises:
         ValueError: where a moment or a master weight is none of its weight, or has values that training
@@ -78,35 +75,7 @@ def sort_optimizer_state(
     for saved_name in parts[0].get("master_weights", ()):
         model_name, value = join(saved_name, saved_name, lambda part: part.get("master_weights", {}))
         masters[model_name] = value
-    return OptimizerState(moments, masters)
-
-
-def name_optimizer_state(saved: OptimizerState, model, masters: dict, updated: set[str]) -> dict:
-    """Return an OptimizerState by paddle_names, as the optimizer's set_state_dict takes it.
-
-    Moments are float32 in every precision, but an optimizer calls them by its master weight where it has
-    one.
-
-    Args:
-        saved: of a checkpoint.
-        model: whose weights they are.
-        masters: arrays by model_name, of the weights with a master here.
-        updated: the model_names of the weights that this process's optimizer updates.
-    """
-    state, master_weights = {}, {}
-    for model_name, weight in model.state_dict().items():
-        if model_name not in updated:
-            continue
-        paddle_name = weight.name
-        if model_name in masters:
-            paddle_name = f"{weight.name}_fp32_master_0"  # as the optimizer would call it
-            master_weights[weight.name] = paddle.to_tensor(to_float32(masters[model_name]))
-            master_weights[weight.name].name = paddle_name
-        for kind, moment in saved.moments.get(model_name, {}).items():
-            state[f"{paddle_name}_{kind}"] = moment
-    if master_weights:
-        state["master_weights"] = master_weights
-    return state
+    return moments, masters
 
 
 def read_optimizer_state(
@@ -136,11 +105,11 @@ def read_optimizer_state(
     shapes = {name: weight.shape for name, weight in weights.items()}
 
     parts, degree = read_parts(checkpoint, "optimizer", ".pdopt", model)
-    saved = sort_optimizer_state(parts, model_names, convert_layout(model.config, degree), shapes, updated)
-    for model_name, master in saved.masters.items():
+    convert = convert_layout(model.config, degree)
+    moments, masters = sort_optimizer_state(parts, model_names, convert, shapes, updated)
+    for model_name, master in masters.items():
         weight = weights[model_name]
         weight.set_value(paddle.to_tensor(master).astype(weight.dtype))
-    masters = saved.masters
     if masters and not master_weights:
         logger.train("the checkpoint has master weights: this run goes on with them as its weights")
         masters = {}
@@ -151,4 +120,16 @@ def read_optimizer_state(
         for name in updated & parts[0].keys():
             if weights[name].dtype != paddle.float32 and not weights[name].stop_gradient:
                 masters[name] = convert(name, [part[name] for part in parts])
-    return name_optimizer_state(saved, model, masters, updated)
+    # Moments are float32 in every precision, but called by the master weight where there is one.
+    state, named_masters = {}, {}
+    for model_name, weight in weights.items():
+        if model_name not in updated:
+            continue
+        paddle_name = weight.name
+        if model_name in masters:
+            paddle_name = f"{weight.name}_fp32_master_0"  # as the optimizer would call it
+            named_masters[weight.name] = paddle.to_tensor(to_float32(masters[model_name]))
+            named_masters[weight.name].name = paddle_name
+        for kind, moment in moments.get(model_name, {}).items():
+            state[f"{paddle_name}_{kind}"] = moment
+    return {**state, "master_weights": named_masters} if named_masters else state

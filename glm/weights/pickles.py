@@ -107,10 +107,6 @@ def make_array(shape: Any, dtype: np.dtype, data: Any, order: str = "C") -> np.n
 # What a pickle may call. A wrong number of arguments is a TypeError, which the reader turns.
 
 
-def _array(*_):
-    return _Array()  # numpy's own arguments say nothing
-
-
 def _array_of_buffer(data, dtype, shape, order):
     return _Array(make_array(shape, dtype, data, "F" if order == "F" else "C"))
 
@@ -132,10 +128,6 @@ def _tuple(values):
     return values
 
 
-def _ordered_dict():
-    return {}
-
-
 def _tensor(storage, offset, shape, strides, *_):
     if not isinstance(storage, Storage) or not is_size(offset):
         raise ValueError("a tensor in it has no storage")
@@ -145,22 +137,19 @@ def _tensor(storage, offset, shape, strides, *_):
     return Tensor(storage, offset, shape, strides)
 
 
-def _parameter(tensor, *_):
-    return tensor
-
-
 CORES = ("core", "_core")  # before and since numpy 2
 NDARRAY = object()  # the class, which is an argument alone
 KNOWN = {
     ("builtins", "tuple"): _tuple,
     ("__builtin__", "tuple"): _tuple,  # its name in protocol 2
-    ("collections", "OrderedDict"): _ordered_dict,
+    ("collections", "OrderedDict"): lambda: {},
     ("numpy", "ndarray"): NDARRAY,
     ("numpy", "dtype"): _dtype,
     ("torch._utils", "_rebuild_tensor_v2"): _tensor,
-    ("torch._utils", "_rebuild_parameter"): _parameter,
+    ("torch._utils", "_rebuild_parameter"): lambda tensor, *_: tensor,
     **{("torch", name): DTYPES[dtype] for name, dtype in STORAGES.items()},
-    **{(f"numpy.{core}.multiarray", "_reconstruct"): _array for core in CORES},
+    # numpy's own arguments say nothing.
+    **{(f"numpy.{core}.multiarray", "_reconstruct"): lambda *_: _Array() for core in CORES},
     **{(f"numpy.{core}.multiarray", "scalar"): _scalar for core in CORES},
     **{(f"numpy.{core}.numeric", "_frombuffer"): _array_of_buffer for core in CORES},
 }
@@ -246,10 +235,14 @@ class PickleReader:
                 stack.append(tuple(pop_items()))
             elif operation in (pickle.APPEND, pickle.APPENDS):
                 items = [stack.pop()] if operation == pickle.APPEND else pop_items()
-                _extend(stack[-1], items)
+                if type(stack[-1]) is not list:
+                    raise ValueError("it appends to a value that is no list")
+                stack[-1].extend(items)
             elif operation in (pickle.SETITEM, pickle.SETITEMS):
                 items = pop_items() if operation == pickle.SETITEMS else [stack.pop(), stack.pop()][::-1]
-                _set_items(stack[-1], items)
+                if type(stack[-1]) is not dict:
+                    raise ValueError("it sets an item of a value that is no dict")
+                stack[-1].update((check_name(name), value) for name, value in zip(items[::2], items[1::2]))
             elif operation == pickle.BINFLOAT:
                 stack.append(struct.unpack(">d", self._take(8))[0])
             elif operation == pickle.LONG1:
@@ -329,19 +322,6 @@ class PickleReader:
         if number or value is None or type(value) in (bool, float, str):
             return value
         raise ValueError("it holds a value that is no array, no number and no text")
-
-
-def _extend(target, items):
-    if type(target) is not list:
-        raise ValueError("it appends to a value that is no list")
-    target.extend(items)
-
-
-def _set_items(target, items):
-    if type(target) is not dict:
-        raise ValueError("it sets an item of a value that is no dict")
-    for name, value in zip(items[::2], items[1::2]):
-        target[check_name(name)] = value
 
 
 def _items(values, least):

@@ -327,8 +327,8 @@ def make_tokenizer(folder: Path, config: GLMConfig, where: str):
     """
     advice = "copy it from the model that this one was made from"
 
-    def read(file, missing_ok=True):
-        if missing_ok and not os.path.lexists(folder / file):
+    def read(file):
+        if not os.path.lexists(folder / file):
             return {}
         with as_input_error(f"{where}: its tokenizer can't be loaded: {file}", advice):
             return read_json(folder / file)
@@ -336,8 +336,8 @@ def make_tokenizer(folder: Path, config: GLMConfig, where: str):
     for file in ("tokenizer_config.json", SENTENCEPIECE):
         if not os.path.lexists(folder / file):
             raise InputError(f"{where}: its tokenizer can't be loaded: {file} is missing: {advice}")
-    values = read("tokenizer_config.json", missing_ok=False)
-    special_tokens, added_tokens = read("special_tokens_map.json"), read("added_tokens.json")
+    files = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
+    values, special_tokens, added_tokens = map(read, files)
     with as_input_error(f"{where}: its tokenizer can't be loaded", advice):
         check_tokenizer_class(str(values.get("tokenizer_class")), where)
         settings = take_known(values, TOKENIZER_KEYS, GLMChineseTokenizer)

@@ -30,11 +30,7 @@ NOT_PUBLISHED = ("layernorm_epsilon", "use_scaled_init_for_output_weights")
 def export_torch(run_folder: RunFolder, pretrained):
     """Write output_dir/torch/: model.safetensors, config.json and the tokenizer's files.
 
-    The folder is written completely or not at all, by the first process.
-
-    Args:
-        run_folder: output_dir.
-        pretrained (Pretrained): the model. Its adapter is merged.
+    The folder of a Pretrained, its adapter merged, is written completely or not at all, by the first process.
 
     Raises:
         InputError: where the model can't be read.
