@@ -226,6 +226,20 @@ HOSTILE = {
         b"\x80\x03" + text("AAAA") + b"q\0" + (ENCODE + b"(h\0" + text("hex") + b"tRq\0") * 40,
         "it encodes",
     ),
+    # A tuple in the memo that each use would copy: operations without end, though they are few.
+    **{
+        f"long tuple as {use}": (
+            b"\x80\x02(" + start + b"N" * 9000 + b"tq\0" + again * 3 + b".",
+            "a tuple in it has 900\\d values",
+        )
+        for use, start, again in [
+            ("the state of a dtype", b"K\3" + text("<") + b"N", dtype("f4") + b"h\0b"),
+            ("the state of an array", b"K\3NN", MADE + b"h\0b"),
+            ("arguments", b"", named("numpy.core.multiarray", "_reconstruct") + b"h\0R"),
+            ("a call's values", b"", named("builtins", "tuple") + b"h\0R"),
+            ("a storage", text("storage") + named("torch", "FloatStorage") + text("0"), b"h\0Q"),
+        ]
+    },
     "one array a thousand times": (
         b"\x80\x03}("
         + text("w")

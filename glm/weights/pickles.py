@@ -20,6 +20,7 @@ from glm.errors import printable
 
 MOST_OPERATIONS = 1 << 19  # an array takes about forty
 MOST_LEVELS = 8  # of dicts in dicts; an optimizer's state has three
+MOST_ARGUMENTS = 64  # of a call, or parts of a state: each use copies them
 MOST_SHARED = 4  # times the file's size: arrays may share their bytes, as tied weights do
 
 # numpy has no bfloat16: its bits are uint16.
@@ -125,6 +126,8 @@ def _dtype(name, *_):
 def _tuple(values):
     if type(values) is not tuple:
         raise ValueError("it is damaged: it has no tuple where one is needed")
+    if len(values) > MOST_ARGUMENTS:
+        raise ValueError(f"a tuple in it has {len(values)} values, which no array's description has")
     return values
 
 
