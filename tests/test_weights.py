@@ -123,18 +123,41 @@ HOSTILE = [
     ({"master_weights": {W: np.zeros(3, "float32")}}, r"linear_0.w_0 has the shape \[3\]"),
     ({"master_weights": {W: 1}}, "linear_0.w_0 is no array of numbers"),
     ({"master_weights": {W: np.array([np.inf, 1], "float32")}}, "linear_0.w_0 has values that no"),
-    (None, "has no moments of the weights that this run trains"),
+    *(
+        (kinds, f"has no {kind}_0 of dense.weight, which this run trains")
+        for kinds, kind in [
+            *((f"{W}_{kind}_0", kind) for kind in ("moment1", "moment2", "beta1_pow_acc", "beta2_pow_acc")),
+            (W, "beta1_pow_acc"),
+        ]
+    ),
+    ("moment2", "has no moment2_0 of dense.bias"),
+    ("", "has no beta1_pow_acc_0 of dense.bias"),
 ]
 
 
 @pytest.mark.parametrize("changes, message", HOSTILE)
 def test_hostile_optimizer_states(tmp_path, changes, message):
-    model, state = Model("float32"), {} if changes is None else {**moments(False), **changes}
+    """``changes`` of a right state, or what is in the names of those that it lacks."""
+    model, state = Model("float32"), moments(False)
+    if isinstance(changes, dict):
+        state.update(changes)
+    else:
+        state = {name: value for name, value in state.items() if changes not in name}
     paddle.save(state, str(tmp_path / "optimizer.pdopt"))
     adamw = SimpleNamespace(_parameter_list=[model.a, model.b])
     names = {W: "dense.weight", "linear_0.b_0": "dense.bias"}
     with pytest.raises(ValueError, match=message):
         optimizer.read_optimizer_state(tmp_path, adamw, model, names, False)
+
+
+def test_a_master_weight_is_missing(tmp_path):
+    model, state = Model("float16"), moments(True)
+    del state["master_weights"][W]
+    paddle.save(state, str(tmp_path / "optimizer.pdopt"))
+    adamw = SimpleNamespace(_parameter_list=[model.a, model.b])
+    names = {W: "dense.weight", "linear_0.b_0": "dense.bias"}
+    with pytest.raises(ValueError, match="has no master weight of dense.weight, which this run trains"):
+        optimizer.read_optimizer_state(tmp_path, adamw, model, names, True)
 
 
 def test_a_process_gets_the_state_of_the_weights_that_it_updates(tmp_path):

@@ -16,6 +16,7 @@ from glm.errors import printable
 from glm.weights.loading import DTYPES, convert_layout, read_checkpoint, read_parts, to_float32
 
 LARGEST = np.finfo("float32").max
+KINDS = {"moment1_0", "moment2_0", "beta1_pow_acc_0", "beta2_pow_acc_0"}  # what AdamW has of a weight
 BELOW_ONE = np.nextafter(np.float32(1), np.float32(0))  # AdamW divides by what a beta's power lacks of 1
 
 
@@ -41,8 +42,8 @@ def sort_optimizer_state(
         the float32 master weights, none where the run had none.
 
     Raises:
-        ValueError: where a moment or a master weight is none of its weight, or has values that training
-            never gives it.
+        ValueError: where a moment or a master weight is missing, is none of its weight, or has values that
+            training never gives it.
     """
     moments, masters = {}, {}
 
@@ -70,8 +71,10 @@ def sort_optimizer_state(
             continue
         model_name, value = join(match[1], key, lambda part: part, match[2].startswith("beta"))
         moments.setdefault(model_name, {})[match[2]] = value
-    if updated and not moments:
-        raise ValueError("its optimizer has no moments of the weights that this run trains")
+    for model_name in sorted(updated):  # Paddle would miss it in the first step
+        missing = sorted(KINDS - moments.get(model_name, {}).keys())
+        if missing:
+            raise ValueError(f"its optimizer has no {missing[0]} of {model_name}, which this run trains")
     for saved_name in parts[0].get("master_weights", ()):
         model_name, value = join(saved_name, saved_name, lambda part: part.get("master_weights", {}))
         masters[model_name] = value
@@ -101,7 +104,8 @@ def read_optimizer_state(
     parameters = {weight.name for weight in getattr(optimizer, "weights", optimizer._parameter_list)}
     weights = model.state_dict()
     model_names = model_names or {weight.name: name for name, weight in weights.items()}
-    updated = {name for name, weight in weights.items() if weight.name in parameters}
+    trained = {name: weight for name, weight in weights.items() if not weight.stop_gradient}
+    updated = {name for name, weight in trained.items() if weight.name in parameters}
     shapes = {name: weight.shape for name, weight in weights.items()}
 
     parts, degree = read_parts(checkpoint, "optimizer", ".pdopt", model)
@@ -118,8 +122,12 @@ def read_optimizer_state(
         parts, degree = read_checkpoint(checkpoint, model)
         convert = convert_layout(model.config, degree)
         for name in updated & parts[0].keys():
-            if weights[name].dtype != paddle.float32 and not weights[name].stop_gradient:
+            if weights[name].dtype != paddle.float32:
                 masters[name] = convert(name, [part[name] for part in parts])
+    elif masters:
+        for name in sorted(updated - masters.keys()):
+            if weights[name].dtype != paddle.float32:
+                raise ValueError(f"its optimizer has no master weight of {name}, which this run trains")
     # Moments are float32 in every precision, but called by the master weight where there is one.
     state, named_masters = {}, {}
     for model_name, weight in weights.items():
