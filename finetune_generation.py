@@ -50,11 +50,11 @@ from glm.errors import Fault, InputError, error_line, printable
 from glm.files import dump_json
 from glm.outputs.folder import open_run_folder
 from glm.outputs.results import write_results
-from glm.processes import is_first_of_machine, tensor_parallel_part
+from glm.processes import failing_together, is_first_of_machine, tensor_parallel_part
 from glm.records import parse_each_line, read_in_batches, read_lines, read_records
 from glm.templates import choose_templates, get_templates
 from glm.training.memory import estimate_memory
-from glm.watchdog import Peers, watch_launcher
+from glm.watchdog import GRACE, Peers, is_launched, sleep_through_signals, watch_launcher
 from glm.weights.adapters import add_lora, merge_for_decoding, save_merged
 from glm.weights.loading import load_model
 from glm.weights.pretrained import check_lengths, check_trainable, find_pretrained
@@ -83,7 +83,8 @@ def fine_tune(pretrained, folder, model_args, data_args, generation, args):
     check_target_length(pretrained.tokenizer, generation.tgt_length)
     folder.check_contents(checkpoint)
     folder.check_models(pretrained, writes_model=args.do_train or model_args.merge_lora)
-    datasets = read_datasets(pretrained.tokenizer, data_args, generation, args)
+    with failing_together():
+        datasets = read_datasets(pretrained.tokenizer, data_args, generation, args)
     train_dataset, dev_dataset, test_dataset = datasets
     if args.do_train:
         groups = (model_args, data_args, generation, args)
@@ -285,7 +286,8 @@ def run():
             with open_run_folder(args) as folder:
                 if peers:
                     peers.advice = folder.resume_hint
-                pretrained = find_pretrained(model_args)
+                with failing_together():
+                    pretrained = find_pretrained(model_args)
                 fine_tune(pretrained, folder, *groups)
                 logger.eval(f"done: in {folder.path} are {', '.join(sorted(folder.written))}")
         if peers:
@@ -298,13 +300,17 @@ def run():
     except Exception as error:
         if getattr(error, "errno", None) not in UNWRITABLE:
             if peers:
-                peers.wait_to_be_ended()
+                sleep_through_signals(2 * GRACE)  # if another one is gone, the watch ends this one
             raise
         code, reported = 1, True
         message = (
             f"can't write {error.filename or 'a file'}: {error.strerror}: make room or let it be written and "
             "start again, checkpoints and predictions written before are complete"
         )
+    if not (peers or reported) and is_launched():
+        # The first one says it when it has come as far, and then the launcher ends this one.
+        sleep_through_signals(10 * GRACE, may_end=True)
+        reported = True
     if reported:
         with contextlib.suppress(OSError):  # standard error is closed, or on a full disk
             print(error_line(message), file=sys.stderr, flush=True)

@@ -6,11 +6,13 @@ import os
 import signal
 import sys
 import threading
+import time
 
+import paddle.distributed as dist
 from paddlenlp.utils.log import logger
 from tqdm.contrib.logging import logging_redirect_tqdm
 
-from glm.errors import InputError, printable
+from glm.errors import Fault, InputError, printable
 from glm.processes import in_main_thread, restore_signals, set_signals, stop_by_signal
 
 MOST_LINES = 200  # of one log message
@@ -56,7 +58,12 @@ def process_settings():
 
 
 def _raise_fault(number, _):
-    stop_by_signal(number, f"stopped by {signal.Signals(number).name}")
+    try:
+        stop_by_signal(number, f"stopped by {signal.Signals(number).name}")
+    except Fault:
+        # A launcher sends one too where a process is gone: the watch then says so and ends this one.
+        time.sleep(0.3 if dist.get_world_size() > 1 else 0)
+        raise
 
 
 def _end_process(error):

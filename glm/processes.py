@@ -1,5 +1,6 @@
 """The processes of a run: which one this is, what all of them have to know, the signals that end them."""
 
+import contextlib
 import os
 import signal
 import threading
@@ -8,7 +9,7 @@ from signal import SIGHUP, SIGINT, SIGTERM
 
 import paddle.distributed as dist
 
-from glm.errors import Fault
+from glm.errors import Fault, InputError
 
 STOP_SIGNALS = (SIGINT, SIGTERM, SIGHUP)  # those that end a run in good order
 REPEATS = 2  # seconds in which a launcher, or a kernel and a shell, send one signal several times
@@ -54,6 +55,24 @@ def gather_objects(value):
         values = []
         dist.all_gather_object(values, value)
     return values
+
+
+@contextlib.contextmanager
+def failing_together():
+    """Raise an InputError that any process finds within this block in all of them.
+
+    All processes have to enter, and within it none may wait for another.
+    """
+    mistake = None
+    try:
+        yield
+    except InputError as error:
+        mistake = error
+    found = [text for text in gather_objects(mistake and str(mistake)) if text]
+    if mistake:
+        raise mistake
+    if found:
+        raise InputError(found[0])
 
 
 def barrier():

@@ -65,19 +65,11 @@ class Peers:
                 this one has said it.
         """
         self.watching = False
-        time.sleep(GRACE)
+        sleep_through_signals(GRACE)
         for connection, rank in self.ranks.items():
             if rank == 0:
                 with contextlib.suppress(OSError):
                     connection.sendall(reason.encode(errors="replace")[:LONGEST_REASON])
-
-    @staticmethod
-    def wait_to_be_ended():
-        """Wait, after an exception, for the end that this process has if another one is gone."""
-        for number in (signal.SIGINT, signal.SIGTERM):  # the launcher has seen it too
-            with contextlib.suppress(ValueError):  # not in the main thread
-                signal.signal(number, signal.SIG_IGN)
-        time.sleep(GRACE)
 
     def _watch(self):
         connection = wait(list(self.ranks))[0]
@@ -96,6 +88,15 @@ class Peers:
         gone = f"process {rank} is gone{reason}, so this one of {dist.get_world_size()} ends too"
         print(error_line(f"{gone}: {self.advice()}"), file=sys.stderr, flush=True)
         os._exit(1)
+
+
+def sleep_through_signals(seconds: float, may_end: bool = False):
+    """Sleep, while SIGINT and SIGTERM, which a launcher may send now, do nothing or end the process."""
+    action = signal.SIG_DFL if may_end else signal.SIG_IGN
+    for number in (signal.SIGINT, signal.SIGTERM):
+        with contextlib.suppress(ValueError):  # not in the main thread
+            signal.signal(number, action)
+    time.sleep(seconds)
 
 
 def accept(listener, secret):
@@ -164,12 +165,17 @@ def keep_alive(connection):
         connection.setsockopt(socket.IPPROTO_TCP, option, number)
 
 
+def is_launched() -> bool:
+    """Return whether Paddle's launcher has started this process."""
+    return "PADDLE_LOG_DIR" in os.environ  # which it gives to its processes
+
+
 def watch_launcher():
     """Send this process SIGHUP when the launcher that started it is gone, if one did.
 
     Or SIGTERM where SIGHUP is ignored, as by nohup.
     """
-    if "PADDLE_LOG_DIR" not in os.environ:  # which it gives to its processes
+    if not is_launched():
         return
     launcher = os.getppid()
 

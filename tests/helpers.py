@@ -4,6 +4,7 @@ import contextlib
 import json
 import multiprocessing
 import os
+import random
 import signal
 import socket
 import subprocess
@@ -36,6 +37,8 @@ from utils import GLMTrainer
 ROOT = Path(__file__).resolve().parent.parent
 TINY_GLM = ROOT / "tests/fixtures/tiny-glm"
 MINI = ROOT / "tests/fixtures/dureader_qg_mini"
+PORTS = 15_000, 32_000  # below those that Linux gives to connections
+os.environ["PORT_RANGE"] = f"{PORTS[0]}:{PORTS[1]}"  # of Paddle's launcher
 
 
 def flags(**values):
@@ -89,7 +92,7 @@ def run_script(args, log, folder, environment, streams):
     """The script, in a process that was just forked; standard error goes to the file ``log``."""
     os.setsid()
     multiprocessing.set_start_method("fork", force=True)  # as in any other process of the script
-    signal.alarm(180)  # for a test that fails and forgets it
+    signal.alarm(300)  # for a test that fails and forgets it
     os.chdir(folder)
     os.environ.clear()
     os.environ.update(environment)
@@ -124,7 +127,7 @@ class Run:
             assert self.process.is_alive(), self.lines()
             time.sleep(0.01)
 
-    def finish(self, seconds=120):
+    def finish(self, seconds=240):
         """Wait for its end. Returns its exit code, negative for a signal, and its lines of standard error."""
         self.process.join(seconds)
         code = self.process.exitcode
@@ -170,9 +173,12 @@ def main(monkeypatch, capsys, *args):
 
 
 def free_port():
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return s.getsockname()[1]
+    """A port that nobody listens on, and that the system gives to no connection before it is used."""
+    while True:
+        port = random.SystemRandom().randint(*PORTS)
+        with contextlib.suppress(OSError), socket.socket() as s:
+            s.bind(("127.0.0.1", port))
+            return port
 
 
 def run_processes(commands, timeout=240, **environment):
@@ -228,7 +234,7 @@ def run_parallel(processes, *args, code=0, hook=("nothing",), machines=()):
         }
         folder = machines[rank] if machines else ROOT
         runs.append(Run(*args, hook=hook, folder=folder, **common, **own))
-    results = [run.finish(240) for run in runs]
+    results = [run.finish() for run in runs]
     lines = [line for _, lines in results for line in lines]
     codes = [found for found, _ in results]
     assert codes == [code] * processes, f"{codes}\n" + "\n".join(lines[-60:])

@@ -61,7 +61,7 @@ def act(action):
     if action.startswith("SIG"):
         os.kill(os.getpid(), signal.Signals[action])
     elif action == "sleep":
-        time.sleep(20)
+        time.sleep(60)
     elif action == "full disk":
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
     elif action == "Fault":

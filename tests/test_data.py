@@ -238,7 +238,7 @@ def test_batches_of_what_is_there():
     ) <= 8
     batches = read_in_batches(range(100), 8)
     assert next(batches)[0] == 0
-    time.sleep(0.5)
+    time.sleep(2)
     assert len(next(batches)) == 8  # all that are wanted are there by now
     slow = Slow(1, 2, "wait", 3, ValueError("no more"))
     batches, seen = read_in_batches(slow, 8), []

@@ -177,7 +177,7 @@ def test_predictions_appear_whole_or_not_at_all(tmp_path):
 def test_an_exception_in_the_loader_ends_the_run(tmp_path):
     hook = ["fault", "AssertionError", "__call__", 4]
     lines = run(*TRAIN, *flags(output_dir=tmp_path, max_steps=20), hook=hook, code=1)
-    assert lines[-1] == "AssertionError: AssertionError"
+    assert "AssertionError: AssertionError" in lines
 
 
 def test_a_loss_that_is_no_number_stops_the_run(tmp_path):

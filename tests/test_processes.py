@@ -11,8 +11,9 @@ from helpers import main
 
 import finetune_generation
 from glm import processes, watchdog
-from glm.errors import Fault
+from glm.errors import Fault, InputError
 from glm.processes import (
+    failing_together,
     is_first_of_machine,
     is_first_of_run,
     restore_signals,
@@ -20,6 +21,14 @@ from glm.processes import (
     stop_by_signal,
     tensor_parallel_part,
 )
+
+
+@pytest.fixture(autouse=True)
+def handlers():
+    """What a test sets of signals is set back: a run that is forked from here would have it too."""
+    before = {number: signal.getsignal(number) for number in processes.STOP_SIGNALS}
+    yield before
+    restore_signals(before)
 
 
 def test_the_part_of_the_model():
@@ -105,6 +114,52 @@ def test_which_process_is_gone_is_said_to_all_others(monkeypatch, capsys):
     for ours, theirs in pairs.values():
         ours.close()
         theirs.close()
+
+
+def test_a_mistake_of_one_process_is_one_of_all(monkeypatch):
+    """Of two others: one has found the same and one has not come to it. What else is raised is this one's."""
+    others = ["dev.json:3 is no JSON", None]
+    monkeypatch.setattr(processes, "gather_objects", lambda found: [found, *others])
+    for found in ("dev.json:4 is no JSON", None):
+        with pytest.raises(InputError, match=found or others[0]), failing_together():
+            if found:
+                raise InputError(found)
+    others[0] = None
+    with failing_together():
+        pass
+    others[0] = "dev.json:3 is no JSON"
+    with pytest.raises(KeyError), failing_together():
+        raise KeyError
+
+
+def test_a_launchers_signal_does_not_end_a_process_that_says_why_it_leaves(monkeypatch, capsys):
+    """It comes as soon as another process has ended: the exit code stays that of the mistake."""
+    peers, signals = watchdog.Peers.__new__(watchdog.Peers), []
+    peers.ranks = {}
+
+    def sleep(seconds):
+        signals.append(seconds)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(watchdog.time, "sleep", sleep)
+    peers.leave("")
+    assert signals == [watchdog.GRACE] and not peers.watching
+
+
+@pytest.mark.parametrize("launched", [True, False])
+def test_a_process_that_is_not_the_first_leaves_its_mistake_to_it(monkeypatch, capsys, launched):
+    """Until the launcher ends it; and says it itself where the first one has found nothing."""
+    slept = []
+    if launched:
+        monkeypatch.setenv("PADDLE_LOG_DIR", "log")
+    monkeypatch.setattr(finetune_generation, "is_first_of_machine", lambda: False)
+    monkeypatch.setattr(finetune_generation, "watch_launcher", lambda: None)
+    monkeypatch.setattr(
+        watchdog.time, "sleep", lambda seconds: slept.append(signal.getsignal(signal.SIGTERM))
+    )
+    code, lines = main(monkeypatch, capsys, "--no_such_flag", 1)
+    assert code == 2 and slept == [signal.SIG_DFL] * launched
+    assert any("error: " in line and "no_such_flag" in line for line in lines) is launched
 
 
 def test_the_first_process_may_end_while_another_says_why_it_leaves(monkeypatch):

@@ -131,7 +131,7 @@ def serve_curves(command, folder):
     )
     fetch = urllib.request.build_opener(urllib.request.ProxyHandler({})).open
     try:
-        for _ in range(60):
+        for _ in range(480):
             time.sleep(0.5)
             try:
                 tags = fetch(f"http://127.0.0.1:{port}/app/api/scalar/tags", timeout=5).read()

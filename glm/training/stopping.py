@@ -67,6 +67,7 @@ class StopBySignal(TrainerCallback):
 
     def set_handlers(self, args, state):
         """Let signals end the run in good order."""
+        self.restore_handlers()
         first = time.monotonic()
 
         def receive(number, _):
@@ -144,7 +145,8 @@ class StopBySignal(TrainerCallback):
     def on_train_end(self, args, state, control, **kwargs):
         for _ in range(2):  # what was sent before, and what is sent now
             self.exchange(args.world_size)
-        self.restore_handlers()
+        if not (self.signal_number or self.received):  # else the model is written first: see ``writing``
+            self.restore_handlers()
 
     def restore_handlers(self):
         """Let signals do again what they did before training."""
@@ -162,7 +164,7 @@ class StopBySignal(TrainerCallback):
         number = self.signal_number or self.received
         if number:
             stopped = f"stopped by {signal.Signals(number).name} after the last step"
-            raise Fault(f"{stopped}: the trained model is in {args.output_dir}", 128 + number)
+            stop_by_signal(number, f"{stopped}: the trained model is in {args.output_dir}")
 
     def stop(self, number: int, args, state):
         """Raise the Fault that ends the run by the signal ``number``."""

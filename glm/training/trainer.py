@@ -101,7 +101,9 @@ class ResumableTrainer(Trainer):
             logger.train(f"counted in records, what is left to train ends at step {args.max_steps}")
         memory_peak(reset=True)
         try:
-            with self.loading(checkpoint), self.checkpoints.failing_as_fault(args, self.control):
+            # The Trainer begins with an item() of what all send, which keeps Python's lock while it waits.
+            gather_objects(None)
+            with self.checkpoints.failing_as_fault(args, self.control):
                 output = super().train(resume_from_checkpoint=checkpoint and str(checkpoint), **kwargs)
         except Exception as error:
             if self.stop_by_signal.fault:  # which a backward pass has made an exception of Paddle's
@@ -128,8 +130,7 @@ class ResumableTrainer(Trainer):
             count = checkpoint.evaluations_without_better if kept else 0
             self.early_stopping.early_stopping_patience_counter = count
         if checkpoint.evaluation_is_due and self.args.evaluation_strategy != IntervalStrategy.NO:
-            with self.loading(checkpoint):
-                self._load_from_checkpoint(checkpoint)
+            self._load_from_checkpoint(checkpoint)
             self.checkpoints.compare_with_best(self.args, state, self.evaluate(), checkpoint.path)
 
     def count_records(self, checkpoint: Checkpoint, step: int) -> Resume:
@@ -165,26 +166,11 @@ class ResumableTrainer(Trainer):
 
     def load_finished(self) -> TrainOutput:
         """Load the weights of a run that had come to its end: the Trainer would go a step further."""
-        with self.loading(self.resume.checkpoint):
-            if self.args.load_best_model_at_end:
-                self.load_best()
-            if self.weights_step is None and self.cached_metrics is None:  # else they are there
-                self._load_from_checkpoint(self.resume.checkpoint)
+        if self.args.load_best_model_at_end:
+            self.load_best()
+        if self.weights_step is None and self.cached_metrics is None:  # else they are there
+            self._load_from_checkpoint(self.resume.checkpoint)
         return TrainOutput(self.state.global_step, None, {})
-
-    @contextlib.contextmanager
-    def loading(self, checkpoint):
-        """Tell a damaged ``checkpoint`` from a bug: before training begins, by an InputError."""
-        try:
-            yield
-        except Exception as error:
-            begun = bool(self.stop_by_signal.handlers_before)
-            if checkpoint is None or begun or is_out_of_memory(error):
-                raise
-            with as_input_error(
-                f"{checkpoint} can't be loaded", "remove it to go on from the checkpoint before it"
-            ):
-                raise error
 
     # The best checkpoint.
 
@@ -338,7 +324,8 @@ class ResumableTrainer(Trainer):
     # layout alone.
     def _load_from_checkpoint(self, checkpoint=None):
         if checkpoint is not None:
-            load_checkpoint(checkpoint, self.model)
+            with loading(checkpoint):
+                load_checkpoint(checkpoint, self.model)
 
     def _load_optimizer_and_scheduler(self, checkpoint):
         if checkpoint is None or self.args.ignore_load_lr_and_optim:
@@ -346,16 +333,16 @@ class ResumableTrainer(Trainer):
         # multi_precision: O2 trains float32 master weights of the half-precision ones.
         half = self.args.fp16 or self.args.bf16
         master_weights = self.args.fp16_opt_level == "O2" and half
-        names = self.resume.checkpoint.parameters
-        state = read_optimizer_state(checkpoint, self.optimizer, self.model, names, master_weights)
-        # paddle.load would run what these files hold.
-        schedule = read_state(Path(checkpoint, "scheduler.pdparams"), self.lr_scheduler.state_dict())
-        self.optimizer.set_state_dict({"LR_Scheduler": schedule, **state})
+        names, scaler = self.resume.checkpoint.parameters, Path(checkpoint, "scaler.pdparams")
+        with loading(checkpoint):
+            state = read_optimizer_state(checkpoint, self.optimizer, self.model, names, master_weights)
+            # paddle.load would run what these files hold.
+            schedule = read_state(Path(checkpoint, "scheduler.pdparams"), self.lr_scheduler.state_dict())
+            self.optimizer.set_state_dict({"LR_Scheduler": schedule, **state})
+            if self.do_grad_scaling and scaler.exists():
+                self.scaler.load_state_dict(read_state(scaler, self.scaler.state_dict()))
         # Which computes the rate anew, by this run's --learning_rate.
         self.lr_scheduler.step(self.resume.step - self.resume.steps_ahead)
-        scaler = Path(checkpoint, "scaler.pdparams")
-        if self.do_grad_scaling and scaler.exists():
-            self.scaler.load_state_dict(read_state(scaler, self.scaler.state_dict()))
 
     # The schedule is of this run's global batches.
     def create_optimizer_and_scheduler(self, num_training_steps):
@@ -378,3 +365,8 @@ class ResumableTrainer(Trainer):
     # The Trainer's fails where the GPU build runs on a CPU, and SeedEachStep needs no state.
     def _load_rng_state(self, checkpoint):
         """Nothing to load."""
+
+
+def loading(checkpoint):
+    """Return a context that turns an exception of a library into an InputError about the checkpoint."""
+    return as_input_error(f"{checkpoint} can't be loaded", "remove it to go on from the checkpoint before it")
