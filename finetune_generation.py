@@ -81,8 +81,9 @@ def fine_tune(pretrained, folder, model_args, data_args, generation, args):
     checkpoint = folder.find_checkpoint(lora=pretrained.adapter is not None)
     data_args = choose_templates(pretrained.tokenizer, data_args, checkpoint and checkpoint.path)
     check_target_length(pretrained.tokenizer, generation.tgt_length)
-    folder.check_contents(checkpoint)
-    folder.check_models(pretrained, writes_model=args.do_train or model_args.merge_lora)
+    writes_model = args.do_train or model_args.merge_lora
+    folder.check_contents(checkpoint, writes_model or model_args.export_torch)
+    folder.check_models(pretrained, writes_model)
     with failing_together():
         datasets = read_datasets(pretrained.tokenizer, data_args, generation, args)
     train_dataset, dev_dataset, test_dataset = datasets

@@ -23,6 +23,7 @@ from test_pickles import call, named, number, shape, text
 from test_weights import bfloat16_bits
 
 from glm.errors import InputError
+from glm.outputs.layout import EXPORTED
 from glm.weights import adapters as lora
 from glm.weights import formats
 from glm.weights import loading as weights
@@ -339,14 +340,18 @@ def test_to_pytorch_and_back_is_bit_equal(tmp_path, form, dtype):
     config = AutoConfig.from_pretrained(str(folder))
     export.export_torch(run_folder(tmp_path), pretrained_in(folder))
     names = {path.name for path in (tmp_path / "torch").iterdir()}
-    assert names == {
-        "added_tokens.json",
-        "cog-pretrain.model",
-        "config.json",
-        "model.safetensors",
-        "special_tokens_map.json",
-        "tokenizer_config.json",
-    }
+    assert (
+        names
+        == {*EXPORTED}
+        == {
+            "added_tokens.json",
+            "cog-pretrain.model",
+            "config.json",
+            "model.safetensors",
+            "special_tokens_map.json",
+            "tokenizer_config.json",
+        }
+    )
     written = json.loads((tmp_path / "torch/config.json").read_text())
     assert written["torch_dtype"] == dtype and written["architectures"] == ["GLMModel"]
     again = AutoConfig.from_pretrained(str(tmp_path / "torch"))

@@ -75,6 +75,75 @@ def test_what_is_replaced_goes_in_the_same_move(tmp_path, monkeypatch):
     assert not (tmp_path / UNFINISHED).exists()
 
 
+MODEL_FILES = [
+    *("model_state.pdparams", "model_state.tp07.pdparams", "model_state-00001-of-00002.pdparams"),
+    *("model_state.tp00_shard01.pdparams", "model_state.tp01-00001-of-00002.pdparams"),
+    *("model_state.pdparams.index.json", "model_state.pdparams.index.tp00.json", "model.safetensors"),
+    *("model.tp00.safetensors", "model-00002-of-00002.safetensors", "model.safetensors.index.json"),
+    *("pytorch_model.bin", "pytorch_model-00001-of-00003.bin", "pytorch_model.bin.index.json"),
+    *("lora_config.json", "lora_base.json", "lora_model_state.pdparams", "lora_model_state.tp01.pdparams"),
+    *("config.json", "added_tokens.json", "special_tokens_map.json", "eval_results.json"),
+]
+USERS_FILES = [
+    *("model_state_step3.pdparams", "model_state.old.pdparams", "model_backup.safetensors", "models.txt"),
+    *("model_state.tp00_old.pdparams", "model-1.safetensors", "pytorch_model_old.bin", "my.index.json"),
+    *("model_old.index.json", "lora_model_state_old.pdparams", "lora_model_state", "lora_config.json.bak"),
+]
+
+
+def test_the_users_copies_of_a_model_stay(tmp_path):
+    """What PaddleNLP or PyTorch would call a model goes where another takes its place, and nothing else."""
+    write(tmp_path, dict.fromkeys((*MODEL_FILES, *USERS_FILES), "old"))
+    with replace_together(tmp_path, (*MODEL, *RESULTS)) as folder:
+        write(folder, {"model_state.pdparams": "new"})
+    assert read(tmp_path) == {"model_state.pdparams": "new", **dict.fromkeys(USERS_FILES, "old")}
+
+
+def test_nothing_of_the_users_in_torch_goes(tmp_path):
+    """The published *_glm.py stay where it is written again, or goes; what else is there is refused."""
+    torch, export = tmp_path / "torch", {"model.safetensors": "old", "config.json": "old"}
+    torch.mkdir()
+    write(torch, {**export, "cog-pretrain.model": "old", "modeling_glm.py": "mine"})
+    folder = run_folder(tmp_path, overwrite_output_dir=True)
+    folder.check_contents(None)
+    with folder.replacing() as staging:
+        (staging / "torch").mkdir()
+        write(staging / "torch", {"model.safetensors": "new"})
+    assert read(torch) == {"model.safetensors": "new", "modeling_glm.py": "mine"}
+    with folder.replacing((*MODEL, *RESULTS), folder.new_run):
+        pass
+    assert read(torch) == {"modeling_glm.py": "mine"}
+    for name in ("notes", "config.json"):
+        (torch / name).mkdir()
+        write(torch / name, {"keep.txt": "mine"})
+        with pytest.raises(InputError, match=f"torch holds {name}, which no export writes: move it away"):
+            folder.check_contents(None)
+        run_folder(tmp_path, do_train=False).check_contents(None, replaces=False)
+        with pytest.raises(OSError), replace_together(tmp_path) as staging:  # put there meanwhile
+            (staging / "torch").mkdir()
+        assert read(torch / name) == {"keep.txt": "mine"}
+        (torch / name / "keep.txt").unlink()
+        (torch / name).rmdir()
+    shutil.rmtree(torch)
+    torch.write_text("mine")
+    with pytest.raises(InputError, match="torch is no folder: move it away"):
+        folder.check_contents(None)
+
+
+def test_a_file_does_not_replace_a_folder(tmp_path):
+    """Of whatever a run writes; an evaluation writes no model."""
+    for name in ("config.json", "model_state.pdparams", "tokenizer_config.json", "cog-pretrain.model"):
+        (tmp_path / name).mkdir()
+        write(tmp_path / name, {"keep.txt": "mine"})
+        with pytest.raises(InputError, match=f"{name} is no file: move it away"):
+            run_folder(tmp_path, overwrite_output_dir=True).check_contents(None)
+        run_folder(tmp_path, do_train=False).check_contents(None, replaces=False)
+        with pytest.raises(OSError), replace_together(tmp_path) as folder:  # made meanwhile
+            write(folder, {name: "new"})
+        assert read(tmp_path / name) == {"keep.txt": "mine"}
+        shutil.rmtree(tmp_path / name)
+
+
 @pytest.mark.parametrize("event", ["os.rename", "os.remove", "shutil.rmtree"])
 @pytest.mark.parametrize("call", range(1, 6))
 def test_a_run_that_is_killed_leaves_the_old_or_the_new(tmp_path, event, call):
@@ -182,6 +251,8 @@ def test_results_are_of_the_model_beside_them(tmp_path, data):
     """Those of the model before go; those of the current model stay when nothing is left to train."""
     args = [*TRAIN, *flags(output_dir=tmp_path, task_name=data, max_steps=2, save_steps=2)]
     run(*args, "--do_eval")
+    written = {*layout.WRITTEN, *RESULTS, RUN, layout.ARGUMENTS, "runs"}  # nothing else has to make way
+    assert {name for name in names(tmp_path) if not name.startswith("checkpoint-")} <= written
     names_kept = [name for name in RESULTS if name not in ("trainer_state.json", "torch")]
     kept = [name for name in names_kept if (tmp_path / name).exists()]
     results = {name: (tmp_path / name).read_bytes() for name in kept}

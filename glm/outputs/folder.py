@@ -22,7 +22,7 @@ from glm.outputs import layout, resuming
 from glm.outputs.checkpoints import Checkpoint, Run, checkpoint_paths, number_of, open_checkpoint, read_run
 from glm.outputs.layout import ALL_RESULTS, MANIFEST, MODEL, RESULTS, RUN, find
 from glm.outputs.lock import check_writable, hold_together, is_own_output
-from glm.outputs.replace import replace_together
+from glm.outputs.replace import check_replaceable, replace_together
 from glm.outputs.results import read_results
 from glm.processes import barrier, gather_objects, is_first_of_run, tensor_parallel_part
 
@@ -53,19 +53,18 @@ class RunFolder:
 
     # What may be done here.
 
-    def check_contents(self, checkpoint: Optional[Checkpoint]):
+    def check_contents(self, checkpoint: Optional[Checkpoint], replaces: bool = True):
         """Raise InputError where training would be mixed with what is not a run's, or can't be written.
 
         Args:
             checkpoint: the one to resume from, or None.
+            replaces: whether the run writes a model or torch/.
         """
         if not self.path.is_dir():
             return
-        for name in (RUN, layout.ARGUMENTS, *RESULTS):
-            for path in (self.path / name, self.path / f"{name}.tmp"):
-                replaced = path.is_file() or path.is_symlink() or name == layout.TORCH
-                if os.path.lexists(path) and not replaced:
-                    raise InputError(f"{path} is no file: move it away, or give another --output_dir")
+        names = (RUN, layout.ARGUMENTS, *(name for name in RESULTS if name != layout.TORCH))
+        model = (*layout.WRITTEN, layout.TORCH) if replaces else ()
+        check_replaceable(self.path, (*names, *(f"{name}.tmp" for name in names), *model))
         runs = self.path / "runs"
         for path in (runs, Path(getattr(self.args, "logging_dir", None) or runs)):
             if path.is_symlink() and runs in (path, path.parent):

@@ -15,20 +15,30 @@ MANIFEST = ".checkpoint_done"  # a checkpoint's last file: the sizes and checksu
 INCOMPLETE = ".incomplete"  # a checkpoint's first file, until its manifest is written: by which run
 TRAINER_STATE = "trainer_state.json"
 
-# The forms that a model has, as PaddleNLP and PyTorch write them, and what describes one.
-WHOLE_MODEL = (
-    "model_state*.pdparams",
-    "model*.safetensors",
-    "pytorch_model*.bin",
-    "model*.index.json",
-    "pytorch_model*.index.json",
+# The forms that a model has, as PaddleNLP and PyTorch write them: complete, a process's part, shards and
+# their index. A copy under another name is the user's.
+TWO, FIVE = "[0-9]" * 2, "[0-9]" * 5
+PARTS = ("", f".tp{TWO}", f".shard{TWO}", f".tp{TWO}_shard{TWO}")
+FORMS = (("model_state", ".pdparams"), ("model", ".safetensors"), ("pytorch_model", ".bin"))
+WHOLE_MODEL = tuple(
+    pattern
+    for name, kind in FORMS
+    for part in PARTS
+    for pattern in (
+        f"{name}{part}{kind}",
+        f"{name}{part}-{FIVE}-of-{FIVE}{kind}",
+        f"{name}{kind}.index{part}.json",
+    )
 )
-ADAPTER = ("lora_config.json", "lora_base.json", "lora_model_state*")
+ADAPTER = ("lora_config.json", "lora_base.json", *(f"lora_model_state{part}.pdparams" for part in PARTS))
 DESCRIPTIONS = ("config.json", "added_tokens.json", "special_tokens_map.json")
 MODEL = (*WHOLE_MODEL, *ADAPTER, *DESCRIPTIONS)
 
 ALL_RESULTS = "all_results.json"
 TORCH = "torch"  # the folder of --export_torch
+TOKENIZER = ("cog-pretrain.model", "tokenizer_config.json")
+EXPORTED = ("model.safetensors", *DESCRIPTIONS, *TOKENIZER)  # its files
+PUBLISHED = "*_glm.py"  # what a user puts beside them
 RESULTS = (
     *(f"{split}_results.json" for split in ("train", "eval", "test")),
     ALL_RESULTS,
@@ -47,6 +57,15 @@ TRACES = (
     "*_predictions.jsonl*",
     "workerlog.*",
     "*/workerlog.*",
+)
+
+
+# All that a run writes beside its results.
+WRITTEN = (*MODEL, *TOKENIZER, "generation_config.json", "training_args.bin")
+# What a fingerprint is of, as old versions took it.
+WEIGHTS = (
+    *("model_state*.pdparams", "model*.safetensors", "pytorch_model*.bin", "model*.index.json"),
+    *("pytorch_model*.index.json", "lora_config.json", "lora_base.json", "lora_model_state*"),
 )
 
 

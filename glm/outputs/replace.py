@@ -12,18 +12,31 @@ from collections.abc import Collection
 from fnmatch import fnmatch
 from pathlib import Path
 
-from glm.errors import InputError
+from glm.errors import InputError, printable
 from glm.files import check_plain_name, dump_json, open_regular, parse_json, write_atomically
-from glm.outputs.layout import LOCK, MODEL, REPLACED, RESULTS, TORCH, UNFINISHED, find
+from glm.outputs.layout import EXPORTED, LOCK, MODEL, PUBLISHED, REPLACED, RESULTS, TORCH, UNFINISHED, find
 from glm.processes import barrier
 
 
-def remove(path: Path):
-    """Remove a file, a folder, or a link, which is not followed."""
-    if path.is_dir() and not path.is_symlink():
-        shutil.rmtree(path)
-    else:
-        path.unlink(missing_ok=True)
+def check_replaceable(folder: Path, patterns: Collection[str]):
+    """Raise InputError where what matches the ``patterns`` in ``folder`` is nothing that a run may replace.
+
+    That is a file, a link, or torch/ with nothing but what an export and its user put there.
+    """
+    for path in find(folder, patterns):
+        if path.is_symlink():
+            continue
+        problem = None
+        if path.name != TORCH and not path.is_file():
+            problem = "is no file"
+        elif path.name == TORCH and not path.is_dir():
+            problem = "is no folder"
+        elif path.name == TORCH:
+            files = {item for item in find(path, (*EXPORTED, PUBLISHED)) if item.is_file()}
+            if others := sorted({*path.iterdir()} - files):
+                problem = f"holds {printable(others[0].name, 80)}, which no export writes"
+        if problem:
+            raise InputError(f"{path} {problem}: move it away, or give another --output_dir")
 
 
 @contextlib.contextmanager
@@ -38,7 +51,10 @@ def replace_together(folder: Path, patterns: Collection[str] = (), moves: bool =
     """
     staging = Path(folder, UNFINISHED)
     if moves:
-        remove(staging)
+        if staging.is_dir() and not staging.is_symlink():
+            shutil.rmtree(staging)
+        else:
+            staging.unlink(missing_ok=True)
         staging.mkdir(parents=True)
     barrier()
     try:
@@ -76,7 +92,7 @@ def finish_interrupted_replace(folder: Path):
         if not any(fnmatch(check_plain_name(name), pattern) for pattern in (*MODEL, *RESULTS)):
             raise ValueError(f"{name!r} is nothing that a run replaces")
     for path in _staged(staging):
-        file = path.is_file() and not (Path(folder, path.name).is_dir() and path.name != TORCH)
+        file = path.is_file() and not Path(folder, path.name).is_dir()
         if path.is_symlink() or not (file or path.is_dir() and path.name == TORCH):
             raise ValueError(f"{path.name!r} is nothing that a run writes")
     _move(staging, names)
@@ -92,12 +108,25 @@ def _move(staging, names):
     folder = staging.parent
     for path in _staged(staging):
         target = Path(folder, path.name)
-        if path.is_dir() or target.is_dir():  # only a file can be renamed to what is there
-            remove(target)
+        if path.is_dir():  # torch/, in which what its user put there stays
+            for published in [] if target.is_symlink() else find(target, (PUBLISHED,)):
+                published.replace(path / published.name)
+            _remove(target)
         path.replace(target)
     for name in names:
-        remove(Path(folder, name))
+        _remove(Path(folder, name))
     (staging / REPLACED).unlink()
+
+
+def _remove(path):
+    """Remove a file or a link, or of torch/ what an export has written."""
+    if path.name == TORCH and path.is_dir() and not path.is_symlink():
+        for file in find(path, EXPORTED):
+            file.unlink()
+        with contextlib.suppress(OSError):  # its user put something there
+            path.rmdir()
+    else:
+        path.unlink(missing_ok=True)
 
 
 def check_complete(folder: str):

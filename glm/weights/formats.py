@@ -29,7 +29,7 @@ from glm.weights.pickles import PickleReader, Tensor, check_name, is_size, make_
 FORMS = (
     "model_state.pdparams",
     "model_state.pdparams.index.json",
-    "model_state.tp*.pdparams",
+    "model_state.tp[0-9][0-9].pdparams",
     "model.safetensors",
     "model.safetensors.index.json",
     "pytorch_model.bin",

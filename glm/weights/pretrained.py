@@ -25,7 +25,7 @@ from paddlenlp.utils.log import logger
 
 from glm.errors import InputError, as_input_error, printable
 from glm.files import check_text, open_regular, read_json, take_known
-from glm.outputs.layout import ADAPTER, WHOLE_MODEL, find
+from glm.outputs.layout import WEIGHTS, find
 from glm.outputs.replace import check_complete
 from glm.templates import DEFAULTS as TEMPLATES
 from glm.templates import get_templates
@@ -387,7 +387,7 @@ def compute_fingerprint(folders: list[str]) -> Optional[str]:
     """
     digest = hashlib.blake2b(digest_size=16)
     for folder in folders:
-        paths = find(folder, (*WHOLE_MODEL, *ADAPTER))
+        paths = find(folder, WEIGHTS)
         if not paths:
             return None
         for path in paths:
