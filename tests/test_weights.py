@@ -160,6 +160,27 @@ def test_a_master_weight_is_missing(tmp_path):
         optimizer.read_optimizer_state(tmp_path, adamw, model, names, True)
 
 
+COPIES = ["{}_old.{}", "{} (copy).{}", "{}.old.{}", "{}.tp00_old.{}", "{}.tp0.{}", "{}.shard00 (1).{}"]
+
+
+@pytest.mark.parametrize("ranks", [("",), (".tp00", ".tp01"), (".shard00", ".shard01")])
+def test_copies_beside_a_checkpoints_files_are_not_read(tmp_path, ranks):
+    """Only what PaddleNLP calls so is; where that is of one process and of several, nothing is."""
+    model = Model("float32")  # of one process
+    for kind, ending in (("model_state", "pdparams"), ("optimizer", "pdopt")):
+        for number, rank in enumerate(ranks):
+            paddle.save({"w": paddle.full([1], number)}, str(tmp_path / f"{kind}{rank}.{ending}"))
+        for name in COPIES:
+            paddle.save({"w": paddle.full([1], 9)}, str(tmp_path / name.format(kind, ending)))
+        parts, degree = weights.read_parts(tmp_path, kind, f".{ending}", model)
+        found = [part["w"].tolist() for part in parts]
+        assert (found, degree) == (([[0], [1]], 2) if ranks[0] == ".tp00" else ([[len(ranks) - 1]], 1))
+        other = f"{kind}.tp00.{ending}" if degree == 1 else f"{kind}.{ending}"
+        paddle.save({"w": paddle.zeros([1])}, str(tmp_path / other))
+        with pytest.raises(ValueError, match="are not those of all processes"):
+            weights.read_parts(tmp_path, kind, f".{ending}", model)
+
+
 def test_a_process_gets_the_state_of_the_weights_that_it_updates(tmp_path):
     """With sharding: of one of two files, by the names of this run."""
     model = Model("float16")

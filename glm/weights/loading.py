@@ -25,6 +25,7 @@ from paddlenlp.utils.log import logger
 from tqdm import tqdm
 
 from glm.device import on_cpu
+from glm.outputs.layout import PARTS, find
 from glm.processes import tensor_parallel_part
 from glm.quantization import LARGEST, largest_weights, quantize, set_quantized
 from glm.weights.formats import LINEAR, Arrays, read_arrays, release_pages
@@ -296,15 +297,16 @@ def read_parts(checkpoint, kind: str, ending: str, model: PretrainedModel) -> tu
         that of this process alone; the number of processes.
 
     Raises:
-        ValueError: where a process's files are missing.
+        ValueError: where a process's files are missing, or there are those of one process too.
     """
-    parts = {}
-    for path in sorted(Path(checkpoint).glob(f"{kind}*{ending}")):
-        rank = re.search(r"\.tp(\d{1,4})", path.name)
-        parts.setdefault(int(rank[1]) if rank else 0, []).append(path)
-    degree = len(parts)
-    if sorted(parts) != list(range(max(degree, 1))):
+    parts, alone = {}, []
+    for path in find(checkpoint, [f"{kind}{part}{ending}" for part in PARTS]):
+        rank = re.search(r"\.tp(\d\d)", path.name)
+        (parts.setdefault(int(rank[1]), []) if rank else alone).append(path)
+    degree = len(parts) or 1
+    if bool(alone) == bool(parts) or parts.keys() - range(degree):
         raise ValueError(f"its {kind}*{ending} are not those of all processes")
+    parts = parts or {0: alone}
     this_part, this_degree = tensor_parallel_part(model.config)
     if degree == this_degree:
         parts = {0: parts[this_part]}
