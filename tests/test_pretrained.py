@@ -12,6 +12,7 @@ import pytest
 from helpers import TINY_GLM, generation_arguments, lora_config, pretrained_in, random_glm
 from paddlenlp.transformers import GLMTokenizer
 
+from data import split_text
 from glm.decoding.decoder import beam_search
 from glm.errors import InputError
 from glm.weights.adapters import LoRA, add_lora
@@ -201,6 +202,29 @@ def test_published_files_without_added_tokens_are_refused(folder):
     (folder / ADDED).unlink()
     with pytest.raises(InputError, match="copy added_tokens.json"):
         pretrained_in(folder)
+
+
+def test_a_piece_that_is_no_text_is_refused(folder):
+    """sentencepiece takes it, and the first answer that has it would end the run."""
+    path = folder / "cog-pretrain.model"
+    piece = GLMTokenizer.from_pretrained(str(TINY_GLM)).sp_model.IdToPiece(900).encode()
+    data = path.read_bytes()
+    assert data.count(field := b"\x0a" + bytes([len(piece)]) + piece) == 1  # of protobuf, by its length
+    path.write_bytes(data.replace(field, field[:2] + b"\xff" * len(piece)))
+    with pytest.raises(InputError, match="its tokenizer can't be loaded .*utf-8.*: copy it from the model"):
+        pretrained_in(folder)
+
+
+def test_a_table_of_characters_that_is_no_text_is_a_line(folder):
+    """sentencepiece's file says what a character is written as, so that "：" becomes ":"."""
+    path = folder / "cog-pretrain.model"
+    data = path.read_bytes()
+    assert b"\0:\0" in data
+    path.write_bytes(data.replace(b"\0:\0", b"\0\xff\0"))
+    tokenizer = pretrained_in(folder).tokenizer
+    assert split_text(tokenizer, "北京")
+    with pytest.raises(InputError, match="no UTF-8 .*: copy cog-pretrain.model"):
+        split_text(tokenizer, "答案：")
 
 
 @pytest.mark.parametrize("key", ["architectures", "model_type"])

@@ -64,7 +64,6 @@ CONFIG_KEYS = {
 }
 
 TOKENIZER_CLASS = "GLMChineseTokenizer"
-ENGLISH = ("GLMGPT2Tokenizer", "GLMBertTokenizer")
 SENTENCEPIECE = GLMChineseTokenizer.resource_files_names["model_file"]
 LARGEST_SENTENCEPIECE = 1 << 26  # bytes: the published one has a million
 MOST_TOKENS = 1000  # beside the pieces: the published tokenizer has ten
@@ -295,9 +294,8 @@ def read_tokenizer(name: str, config: GLMConfig) -> PretrainedTokenizer:
                 f"{where}: its {role} is {getattr(tokenizer, role)}, and the model was trained with {token}: "
                 "copy tokenizer_config.json and special_tokens_map.json from the model that it was made from"
             )
-    for token in (*PUBLISHED_TOKENS, tokenizer.pad_token):
+    for token, expected in {tokenizer.pad_token: None, **published_ids, **own_ids}.items():
         index = tokenizer.convert_tokens_to_ids(token)
-        expected = own_ids.get(token, published_ids.get(token))
         if index >= pieces and index != expected:
             raise InputError(
                 f"{where}: its tokenizer gives {token} the id {index}, which is not what the model was "
@@ -308,7 +306,7 @@ def read_tokenizer(name: str, config: GLMConfig) -> PretrainedTokenizer:
 
 def check_tokenizer_class(class_name: str, where: str):
     """Raise InputError where a tokenizer's class is an English one, ValueError where it is unknown."""
-    if class_name in ENGLISH:
+    if class_name in ("GLMGPT2Tokenizer", "GLMBertTokenizer"):
         raise InputError(
             f"{where} is an English GLM, whose {class_name} knows no Chinese: give a Chinese one, such as "
             "THUDM/glm-large-chinese"
@@ -359,6 +357,7 @@ def make_tokenizer(folder: Path, config: GLMConfig, where: str):
         if path.stat().st_size > LARGEST_SENTENCEPIECE:
             raise ValueError(f"{path.name} is larger than {LARGEST_SENTENCEPIECE >> 20} MiB")
         tokenizer = GLMChineseTokenizer(model_file=str(path), **settings)
+        tokenizer.sp_model.IdToPiece(list(range(tokenizer.vocab_size)))  # each has to be UTF-8
         for token, index in sorted(added_tokens.items(), key=lambda item: item[1]):
             if index != len(tokenizer):
                 raise ValueError(f"added_tokens.json gives {token!r} the id {index}, not {len(tokenizer)}")
