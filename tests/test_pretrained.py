@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -10,14 +11,15 @@ import numpy as np
 import paddle
 import pytest
 from helpers import TINY_GLM, generation_arguments, lora_config, pretrained_in, random_glm
-from paddlenlp.transformers import GLMTokenizer
+from paddlenlp.transformers import GLMChineseTokenizer, GLMTokenizer
 
 from data import split_text
 from glm.decoding.decoder import beam_search
 from glm.errors import InputError
+from glm.weights import pretrained as module
 from glm.weights.adapters import LoRA, add_lora
 from glm.weights.loading import load_model
-from glm.weights.pretrained import PUBLISHED_TOKENS, check_lengths
+from glm.weights.pretrained import PUBLISHED_TOKENS, check_lengths, read_tokenizer
 from glm.weights.shapes import matches, weight_shapes
 
 PIECES = 1200  # of tiny-glm's sentencepiece model
@@ -202,6 +204,35 @@ def test_published_files_without_added_tokens_are_refused(folder):
     (folder / ADDED).unlink()
     with pytest.raises(InputError, match="copy added_tokens.json"):
         pretrained_in(folder)
+
+
+@pytest.mark.parametrize("taken, refused", [(1, False), (57, False), (58, True), (200, True)])
+def test_a_tokenizer_of_fewer_pieces_is_of_another_model(folder, taken, refused):
+    """The special tokens come behind the pieces: with fewer they have the ids of others.
+
+    The model has 1216 = 19 * 64 rows for 1210 tokens, so that 1153 are the fewest that it can be of.
+    """
+    path = folder / "cog-pretrain.model"
+    data, places = path.read_bytes(), [0]
+    while data[places[-1]] == 0x0A:  # protobuf's first field, of a length under 128: a piece
+        places.append(places[-1] + 2 + data[places[-1] + 1])
+    assert len(places) == PIECES + 1
+    path.write_bytes(data[: places[-1 - taken]] + data[places[-1] :])
+    with pytest.raises(InputError, match="are not of one model: copy") if refused else nullcontext():
+        pretrained_in(folder)
+    if refused:  # a folder that says its ids may have any size
+        tokens = {token: index - taken for token, index in IDS.items()}
+        write(folder, ADDED, tokens)
+        assert len(pretrained_in(folder).tokenizer) == PIECES - taken + 10
+
+
+@pytest.mark.parametrize("vocab_size, tokens", [(50048, 50010), (50176, 50010), (51200, 50010), (1210, 1210)])
+def test_a_vocabulary_may_be_padded(folder, monkeypatch, vocab_size, tokens):
+    """As those that are published, and as those trained on several cards, to multiples of 128 a card."""
+    made = pretrained_in(folder).tokenizer
+    monkeypatch.setattr(module, "make_tokenizer", lambda *args: (made, {}))
+    monkeypatch.setattr(GLMChineseTokenizer, "__len__", lambda tokenizer: tokens)
+    assert read_tokenizer(str(folder), SimpleNamespace(vocab_size=vocab_size))
 
 
 def test_a_piece_that_is_no_text_is_refused(folder):

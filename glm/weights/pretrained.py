@@ -281,10 +281,12 @@ def read_tokenizer(name: str, config: GLMConfig) -> PretrainedTokenizer:
             check_tokenizer_class(type(tokenizer).__name__, where)
     else:
         tokenizer, own_ids = make_tokenizer(Path(name), config, where)
-    if len(tokenizer) > config.vocab_size:
+    # A vocabulary is padded to a multiple of a power of two; else added_tokens.json has to say the ids.
+    size, most = len(tokenizer), config.vocab_size
+    if size > most or (not own_ids and most - size >= most & -most):
         raise InputError(
-            f"{where}: its tokenizer has {len(tokenizer)} entries, its model {config.vocab_size}: "
-            "they are not of one model"
+            f"{where}: its tokenizer has {size} entries, its model {most}: they are not of one model: copy "
+            f"{SENTENCEPIECE} and added_tokens.json from the model that this one was made from"
         )
     pieces = tokenizer.vocab_size
     published_ids = {token: pieces + number for number, token in enumerate(PUBLISHED_TOKENS)}
@@ -339,8 +341,7 @@ def make_tokenizer(folder: Path, config: GLMConfig, where: str):
     with as_input_error(f"{where}: its tokenizer can't be loaded", advice):
         check_tokenizer_class(str(values.get("tokenizer_class")), where)
         settings = take_known(values, TOKENIZER_KEYS, GLMChineseTokenizer)
-        unknown = special_tokens.keys() - TOKEN_KEYS.keys()
-        if unknown:
+        if unknown := special_tokens.keys() - TOKEN_KEYS.keys():
             raise ValueError(f"{min(unknown)!r} in special_tokens_map.json is no special token")
         settings.update(take_known(special_tokens, TOKEN_KEYS))
         for key in settings.keys() & TOKEN_KEYS.keys():
