@@ -83,7 +83,7 @@ def fine_tune(pretrained, folder, model_args, data_args, generation, args):
     check_target_length(pretrained.tokenizer, generation.tgt_length)
     writes_model = args.do_train or model_args.merge_lora
     folder.check_contents(checkpoint, writes_model or model_args.export_torch)
-    folder.check_models(pretrained, writes_model)
+    folder.check_models(pretrained, writes_model, model_args.export_torch)
     with failing_together():
         datasets = read_datasets(pretrained.tokenizer, data_args, generation, args)
     train_dataset, dev_dataset, test_dataset = datasets

@@ -6,6 +6,7 @@ import shutil
 import signal
 import sys
 import unicodedata
+from types import SimpleNamespace
 
 import paddle
 import pytest
@@ -309,6 +310,32 @@ def test_an_adapter_does_not_replace_its_base(tmp_path, data):
     args = flags(model_name_or_path=tmp_path / "base", output_dir=tmp_path / "base", task_name=data)
     lines = run(*TRAIN, *args, "--lora", "True", "--overwrite_output_dir", "--max_steps", 1, code=2)
     assert "holds the model that the adapter belongs to" in lines[-1]
+
+
+def models(name, base, adapter=True):
+    return SimpleNamespace(name=str(name), base=str(base), adapter=adapter)
+
+
+def test_a_run_does_not_take_its_own_model_away(tmp_path, monkeypatch):
+    """One in a checkpoint that training may move aside or remove, or an adapter's base in torch/."""
+    out, other = tmp_path / "out", tmp_path / "other"
+    for path in (out / "checkpoint-3/merged", out / "torch", out / "checkpoints-4", other / "checkpoint-3"):
+        path.mkdir(parents=True)
+    (out / "checkpoint-6").symlink_to(other / "checkpoint-3")
+    (tmp_path / "link").symlink_to(out)
+    monkeypatch.chdir(tmp_path)
+    folder, evaluation = run_folder(out), run_folder(out, do_train=False)
+    for path in ("out/checkpoint-3", "link/checkpoint-3/merged", "out/checkpoint-6", other / "checkpoint-3"):
+        for pair in ((path, path), (path, TINY_GLM), (TINY_GLM, path)):
+            with pytest.raises(InputError, match="lies in .*out/checkpoint-[36], which training into"):
+                folder.check_models(models(*pair), writes_model=True)
+            evaluation.check_models(models(*pair), writes_model=False)
+    for path in (TINY_GLM, "THUDM/glm-large-chinese", out, out / "checkpoints-4"):
+        folder.check_models(models(path, path, adapter=False), writes_model=True)
+    for changes in ({"writes_model": True}, {"writes_model": False, "exports": True}):
+        with pytest.raises(InputError, match="holds the model that the adapter belongs to"):
+            evaluation.check_models(models(other, "link/torch"), **changes)
+    evaluation.check_models(models(other, out), writes_model=False, exports=True)
 
 
 def test_a_kill_between_the_moves_is_made_good_by_who_writes_there(tmp_path, data):

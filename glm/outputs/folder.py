@@ -86,16 +86,28 @@ class RunFolder:
                 "give a folder of its own, or --overwrite_output_dir"
             )
 
-    def check_models(self, pretrained, writes_model: bool):
+    def check_models(self, pretrained, writes_model: bool, exports: bool = False):
         """Warn where results would lie beside a model that they are not of.
 
         Args:
             pretrained (Pretrained): the run's. writes_model: whether it trains or merges one.
+            exports: whether it writes torch/.
 
         Raises:
-            InputError: where what the run writes would replace the base of its adapter.
+            InputError: where the run would take away what its model or the base of its adapter is.
         """
-        if writes_model and pretrained.adapter and self.is_same(pretrained.base):
+        for name in {pretrained.name, pretrained.base} if self.args.do_train else ():
+            model = Path(name).resolve()
+            for path in checkpoint_paths(self.path) if model.is_dir() else ():
+                if model.is_relative_to(path.resolve()):
+                    raise InputError(
+                        f"the model {name} lies in {path}, which training into {self.path} may "
+                        "move aside or remove: give another --output_dir, or copy the model"
+                    )
+        base, torch = pretrained.base, self.path / layout.TORCH
+        replaced = writes_model and self.is_same(base)
+        replaced |= (writes_model or exports) and os.path.realpath(base) == os.path.realpath(torch)
+        if pretrained.adapter and replaced:
             raise InputError(
                 f"--output_dir {self.path} holds the model that the adapter belongs to, and what this "
                 "run writes would replace it: give another folder"
