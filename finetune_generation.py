@@ -62,7 +62,10 @@ from glm.weights.torch_folder import export_torch
 from utils import GLMTrainer, prediction_row, shown_fields
 
 # What the system says where something can't be written, or moved, or removed.
-UNWRITABLE = tuple(getattr(errno, f"E{name}") for name in "NOSPC DQUOT FBIG ROFS ACCES PERM IO".split())
+UNWRITABLE = tuple(
+    getattr(errno, f"E{name}")
+    for name in "NOSPC DQUOT FBIG ROFS ACCES PERM IO BUSY XDEV STALE NOTEMPTY ISDIR".split()
+)
 
 
 def fine_tune(pretrained, folder, model_args, data_args, generation, args):
@@ -304,9 +307,10 @@ def run():
                 sleep_through_signals(2 * GRACE)  # if another one is gone, the watch ends this one
             raise
         code, reported = 1, True
+        path = getattr(error, "filename2", None) or error.filename or "a file"
         message = (
-            f"can't write {error.filename or 'a file'}: {error.strerror}: make room or let it be written and "
-            "start again, checkpoints and predictions written before are complete"
+            f"can't write {path}: {error.strerror}: make room or let it be written and start again, "
+            "checkpoints and predictions written before are complete"
         )
     if not (peers or reported) and is_launched():
         # The first one says it when it has come as far, and then the launcher ends this one.

@@ -498,6 +498,45 @@ def test_what_is_in_a_files_place_is_a_line(tmp_path):
         run_folder(tmp_path, overwrite_output_dir=True).check_contents(None)
 
 
+def test_what_is_mounted_in_a_files_place_is_a_line(tmp_path, monkeypatch):
+    """Such as a file by docker's -v: a rename would fail, after the work."""
+    assert {b"/", b"/proc"} <= {path for path in replace.mount_points() if os.path.ismount(path)}
+    out, mounts = tmp_path / "out dir", tmp_path / "mountinfo"
+    (out / "torch").mkdir(parents=True)
+    (tmp_path / "link").symlink_to(out)
+    monkeypatch.setattr(replace, "MOUNTS", mounts)
+    for name in (
+        "config.json",
+        "model_state.pdparams",
+        "eval_predictions.jsonl",
+        "torch/config.json",
+        "torch",
+    ):
+        path = f"{out}/{name}".replace(" ", "\\040")
+        mounts.write_text(f"36 35 98:0 /a {path} rw - ext4 /dev/root rw\n1 2 0:1 / / rw - tmpfs x rw\n")
+        for place in (out, tmp_path / "link"):
+            folder = run_folder(place, overwrite_output_dir=True)
+            if name != "torch":  # there is no such file
+                folder.check_contents(None)
+                (out / name).write_text("mine")
+            with pytest.raises(InputError, match=f"{name[:5]}.* is mounted, and can't be replaced: move it"):
+                folder.check_contents(None)
+            if name != "torch":
+                (out / name).unlink()
+
+
+def test_another_users_file_in_a_folder_for_all_is_a_line(tmp_path, monkeypatch):
+    folder = run_folder(tmp_path, overwrite_output_dir=True)
+    (tmp_path / "config.json").write_text("mine")
+    monkeypatch.setattr(replace.os, "geteuid", lambda: 4242)
+    folder.check_contents(None)  # who may write to the folder may replace it
+    tmp_path.chmod(0o1777)
+    with pytest.raises(InputError, match="config.json is another user's: move it away"):
+        folder.check_contents(None)
+    monkeypatch.setattr(replace.os, "geteuid", lambda: tmp_path.stat().st_uid)
+    folder.check_contents(None)
+
+
 def test_output_dir_may_be_a_link(tmp_path):
     (tmp_path / "disk").mkdir()
     (tmp_path / "out").symlink_to("disk")

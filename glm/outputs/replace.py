@@ -7,7 +7,9 @@ one that is killed after it are finished by the next run that writes to the fold
 
 import contextlib
 import os
+import re
 import shutil
+import stat
 from collections.abc import Collection
 from fnmatch import fnmatch
 from pathlib import Path
@@ -17,26 +19,39 @@ from glm.files import check_plain_name, dump_json, open_regular, parse_json, wri
 from glm.outputs.layout import EXPORTED, LOCK, MODEL, PUBLISHED, REPLACED, RESULTS, TORCH, UNFINISHED, find
 from glm.processes import barrier
 
+MOUNTS = "/proc/self/mountinfo"  # where the system has one
+
 
 def check_replaceable(folder: Path, patterns: Collection[str]):
-    """Raise InputError where what matches the ``patterns`` in ``folder`` is nothing that a run may replace.
+    """Raise InputError where what matches the ``patterns`` in ``folder`` is nothing that a run can replace.
 
-    That is a file, a link, or torch/ with nothing but what an export and its user put there.
+    It replaces a file, a link, or torch/ with nothing but what an export and its user put there. None of
+    them may be mounted, or another user's in a folder such as /tmp.
     """
+    mounts, of_folder = mount_points(), folder.stat()
     for path in find(folder, patterns):
-        if path.is_symlink():
-            continue
-        problem = None
-        if path.name != TORCH and not path.is_file():
-            problem = "is no file"
-        elif path.name == TORCH and not path.is_dir():
-            problem = "is no folder"
-        elif path.name == TORCH:
-            files = {item for item in find(path, (*EXPORTED, PUBLISHED)) if item.is_file()}
-            if others := sorted({*path.iterdir()} - files):
+        problem, files = None, []
+        if path.name == TORCH and path.is_dir() and not path.is_symlink():
+            files = [item for item in find(path, (*EXPORTED, PUBLISHED)) if item.is_file()]
+            if others := sorted({*path.iterdir()} - {*files}):
                 problem = f"holds {printable(others[0].name, 80)}, which no export writes"
+        elif not (path.is_symlink() or path.is_file() and path.name != TORCH):
+            problem = f"is no {'folder' if path.name == TORCH else 'file'}"
+        if any(os.fsencode(item.parent.resolve() / item.name) in mounts for item in (path, *files)):
+            problem = "is mounted, and can't be replaced"
+        sticky, users = of_folder.st_mode & stat.S_ISVTX, (0, of_folder.st_uid, path.lstat().st_uid)
+        if sticky and os.geteuid() not in users:
+            problem = "is another user's"
         if problem:
             raise InputError(f"{path} {problem}: move it away, or give another --output_dir")
+
+
+def mount_points():
+    """Return the paths, bytes, on which something is mounted: folders, and files as docker does it."""
+    with contextlib.suppress(OSError):
+        paths = (line.split()[4] for line in Path(MOUNTS).read_bytes().splitlines())
+        return {re.sub(rb"\\(\d{3})", lambda byte: bytes([int(byte[1], 8)]), path) for path in paths}
+    return set()
 
 
 @contextlib.contextmanager
