@@ -3,6 +3,7 @@
 import errno
 import hashlib
 import json
+import math
 import os
 import shutil
 import signal
@@ -280,6 +281,24 @@ def test_a_best_belongs_to_its_metric_and_direction(tmp_path, metric, greater, r
     again = TrainerState(log_history=[], best_metric=6.5)  # as the Trainer reads it
     callback.on_train_begin(args, again, None)
     assert (again.best_model_checkpoint, again.best_metric, again.log_history) == (*found, history)
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, pytest.param(10**400, id="huge"), True])
+@pytest.mark.parametrize("greater", [True, False])
+def test_what_is_no_number_is_no_best(tmp_path, value, greater):
+    """Nothing would be better than NaN, or than infinity."""
+    callback, _ = saver(tmp_path)
+    write_checkpoint(tmp_path, 3)
+    resumed = callback.folder.resumed = open_checkpoint(
+        write_checkpoint(tmp_path, 6, best_of=["loss", False])
+    )
+    wrong = value if greater or value is True else -value
+    history = [{"step": 3, "eval_rougel": wrong}, {"step": 6, "eval_rougel": 0.2 if greater else 2.0}]
+    state = TrainerState(log_history=history, best_metric=6.5, best_model_checkpoint="old/checkpoint-3")
+    args = SimpleNamespace(metric_for_best_model="rougel", greater_is_better=greater)
+    callback.settle_best(args, state, resumed)
+    assert state.best_model_checkpoint == str(tmp_path / "checkpoint-6")
+    assert state.best_metric == history[1]["eval_rougel"]
 
 
 def test_the_best_of_the_run_before_the_last_is_found(tmp_path, monkeypatch):

@@ -24,6 +24,8 @@ from glm.outputs.folder import RunFolder
 from glm.outputs.layout import CHECKPOINT, INCOMPLETE, MANIFEST, TRAINER_STATE
 from glm.processes import barrier
 
+LARGEST = 1e300  # as a state's best_metric may be
+
 
 class SaveCheckpoints(TrainerCallback):
     """Give a checkpoint a last file, the manifest, that says what the others are; then remove old ones.
@@ -67,7 +69,7 @@ class SaveCheckpoints(TrainerCallback):
             state.best_model_checkpoint = best and str(best)
             return True
         name, best = f"eval_{metric[0]}", None
-        rows = [row for row in state.log_history if isinstance(row.get(name), (int, float))]
+        rows = [row for row in state.log_history if _is_number(row.get(name))]
         state.best_metric = state.best_model_checkpoint = None
         for row in sorted(rows, key=lambda row: row[name], reverse=metric[1]):
             path = checkpoint.path.parent / f"checkpoint-{row.get('step')}"
@@ -201,6 +203,11 @@ def _is_best_of(metric, state, checkpoint):
     rows = [row for row in state.log_history if step == f"checkpoint-{row.get('step')}" and name in row]
     values = [row[name] for row in rows]
     return (not values or state.best_metric in values) and metric[1] == (metric[0] != "loss")
+
+
+def _is_number(value):
+    """Return whether a value of a log's row can be compared: a file may hold NaN, or true for 1."""
+    return type(value) in (int, float) and abs(value) <= LARGEST
 
 
 def _is_evaluation_due(args, state):
