@@ -1,6 +1,10 @@
 """GLMTrainer: the loss and the evaluation inside the Trainer; a row of the predictions file."""
 
+import hashlib
+import json
 import time
+from dataclasses import fields
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -116,6 +120,29 @@ class GLMTrainer(ResumableTrainer):
         return self.lr_scheduler
 
     # evaluation
+
+    @cached_property
+    def measures(self):
+        """Fingerprints of what an evaluation's values depend on: see Checkpoint.measures.
+
+        The loss depends on the features and its smoothing. What is generated, and its metrics, depend on
+        the features, the references and the rules of beam search.
+        """
+        if not self.eval_dataset:
+            return {}
+        loss, templates = hashlib.blake2b(digest_size=16), get_templates(self.tokenizer)
+        for item in self.eval_dataset:
+            loss.update(json.dumps([item["source_length"], item["input_ids"].tolist()]).encode())
+        text = loss.copy()
+        loss.update(json.dumps(self.args.label_smoothing).encode())
+        for item in self.eval_dataset:
+            text.update(json.dumps(templates.get_reference(item["record"])).encode())
+        # A rule that is added one day changes nothing at its default.
+        rules = {item.name: getattr(self.generation, item.name) for item in fields(self.generation)}
+        changed = {item.name for item in fields(self.generation) if rules[item.name] != item.default}
+        changed.discard("num_return_sequences")  # which shows more of the same
+        text.update(json.dumps({name: rules[name] for name in sorted(changed)}).encode())
+        return {"loss": loss.hexdigest(), "text": text.hexdigest()}
 
     def prediction_step(self, model, inputs, prediction_loss_only=None, ignore_keys=None):
         """Put beam search and loss of a batch into ``self.outputs``, for ``evaluation_loop``."""

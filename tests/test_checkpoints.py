@@ -274,13 +274,40 @@ def test_a_best_belongs_to_its_metric_and_direction(tmp_path, metric, greater, r
     ]
     state = TrainerState(log_history=history, best_metric=6.5, best_model_checkpoint="old/checkpoint-3")
     args = SimpleNamespace(metric_for_best_model=metric, greater_is_better=greater)
-    kept = callback.settle_best(args, state, resumed)
+    kept = callback.settle_best(args, state, resumed, {"loss": "x", "text": "y"})  # the file says neither
     assert kept == ((step, value) == (3, 6.5))
     found = (state.best_model_checkpoint, state.best_metric)
     assert found == (step and str(tmp_path / f"checkpoint-{step}"), value)
     again = TrainerState(log_history=[], best_metric=6.5)  # as the Trainer reads it
     callback.on_train_begin(args, again, None)
     assert (again.best_model_checkpoint, again.best_metric, again.log_history) == (*found, history)
+
+
+@pytest.mark.parametrize(
+    "metric, now, step",
+    [
+        ("loss", {"loss": "l", "text": "t"}, 3),
+        ("loss", {"loss": "l", "text": "other"}, 3),
+        ("loss", {"loss": "other", "text": "t"}, None),
+        ("loss", {}, 3),
+        ("rougel", {"loss": "other", "text": "t"}, 6),
+        ("rougel", {"loss": "l", "text": "other"}, None),
+    ],
+)
+def test_a_best_is_of_comparable_evaluations(tmp_path, metric, now, step):
+    callback, _ = saver(tmp_path)
+    write_checkpoint(tmp_path, 3)
+    manifest = {"best_of": ["loss", False], "measures": {"loss": "l", "text": "t"}}
+    resumed = callback.folder.resumed = open_checkpoint(write_checkpoint(tmp_path, 6, **manifest))
+    history = [
+        {"step": 3, "eval_loss": 6.5, "eval_rougel": 0.1},
+        {"step": 6, "eval_loss": 7, "eval_rougel": 1},
+    ]
+    state = TrainerState(log_history=history, best_metric=6.5, best_model_checkpoint="old/checkpoint-3")
+    args = SimpleNamespace(metric_for_best_model=metric, greater_is_better=metric != "loss")
+    assert callback.settle_best(args, state, resumed, now) == (step == 3)
+    assert state.best_model_checkpoint == (step and str(tmp_path / f"checkpoint-{step}"))
+    assert (state.best_metric is None) == (step is None)
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, pytest.param(10**400, id="huge"), True])
@@ -296,7 +323,7 @@ def test_what_is_no_number_is_no_best(tmp_path, value, greater):
     history = [{"step": 3, "eval_rougel": wrong}, {"step": 6, "eval_rougel": 0.2 if greater else 2.0}]
     state = TrainerState(log_history=history, best_metric=6.5, best_model_checkpoint="old/checkpoint-3")
     args = SimpleNamespace(metric_for_best_model="rougel", greater_is_better=greater)
-    callback.settle_best(args, state, resumed)
+    callback.settle_best(args, state, resumed, {})
     assert state.best_model_checkpoint == str(tmp_path / "checkpoint-6")
     assert state.best_metric == history[1]["eval_rougel"]
 
@@ -470,6 +497,7 @@ MANIFESTS = {
     **{f"run {value!r}": {"run": value} for value in ({"base": 5}, {"records": -1}, {"texts": 5})},
     **{f"patience {value!r}": {"evaluations_without_better": value} for value in ("x", 10**30, -1)},
     "best_run": {"best_run": 5},
+    **{f"measures {value!r}": {"measures": value} for value in (5, ["x"], {"loss": 5}, {"text": None})},
     **{f"best_of {value!r}": {"best_of": value} for value in (5, ["loss"], ["loss", 0], [True, True])},
 }
 STATES = {

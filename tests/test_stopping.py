@@ -151,8 +151,10 @@ def evaluating_trainer(folder, monkeypatch, **changes):
     settings.update(evaluation_strategy="steps", do_train=True, dataloader_num_workers=0, **changes)
     trainer = make_trainer(folder, random_glm(num_layers=1), **settings)
     monkeypatch.setattr(FakeTokenizer, "save_pretrained", lambda self, folder: None, raising=False)
+    monkeypatch.setattr(FakeTokenizer, "init_kwargs", {}, raising=False)
     trainer.tokenizer, trainer.data_collator = FakeTokenizer(), DataCollator(0)
-    trainer.train_dataset = trainer.eval_dataset = [{**item, "index": i} for i, item in enumerate(features)]
+    records = [{**item, "index": i, "record": {"question": f"{i}"}} for i, item in enumerate(features)]
+    trainer.train_dataset = trainer.eval_dataset = records
     return trainer
 
 
@@ -202,6 +204,70 @@ def test_an_evaluation_that_is_made_up_ends_training_before_a_step(tmp_path, mon
     evaluated = [row["eval_loss"] for row in trainer.state.log_history if "eval_loss" in row]
     assert evaluated == [loss, 3.0, 2.0][:steps]
     assert trainer.state.best_metric == (4.5 if steps == 1 else 4.0)  # of those that are saved
+
+
+@pytest.mark.parametrize(
+    "changes, steps, kept",
+    [
+        ({}, 3, True),
+        ({"logging_steps": 2, "seed": 5}, 3, True),
+        ({"label_smoothing": 0.2}, 3, False),
+        ({"label_smoothing": 0.2}, 2, True),  # nothing is left to train, and the best is not compared
+    ],
+)
+def test_a_best_belongs_to_what_it_was_measured_on(tmp_path, monkeypatch, changes, steps, kept):
+    """With the same arguments and records nothing changes; by other losses the best begins anew."""
+    settings = {"save_strategy": "steps", "save_steps": 1, "eval_steps": 1, "load_best_model_at_end": True}
+    settings.update(metric_for_best_model="loss", greater_is_better=False, max_steps=2)
+
+    def train(losses, checkpoint=None, **changes):
+        trainer, values = evaluating_trainer(tmp_path, monkeypatch, **{**settings, **changes}), iter(losses)
+        trainer.folder.run = trainer.folder.new_run = trainer.folder.new_run._replace(id="a")
+        loop = lambda *args, **kw: SimpleNamespace(metrics={"eval_loss": next(values)}, num_samples=3)  # noqa: E731
+        monkeypatch.setattr(trainer, "evaluation_loop", loop)
+        trainer.train(resume_from_checkpoint=checkpoint)
+        return trainer
+
+    train([2.0, 3.0])
+    checkpoint = open_checkpoint(tmp_path / "checkpoint-2")
+    trainer = train([4.0], checkpoint, **{"max_steps": steps, **changes})
+    best = 1 if kept else 3
+    assert trainer.state.best_model_checkpoint == str(tmp_path / f"checkpoint-{best}")
+    assert trainer.state.best_metric == (2.0 if kept else 4.0)
+    assert trainer.current_step == best
+    # What it goes on with is its own.
+    again = open_checkpoint(tmp_path / f"checkpoint-{steps}").measures
+    assert (again == checkpoint.measures) == (kept or steps == 2)
+
+
+def test_what_an_evaluation_depends_on(tmp_path, monkeypatch):
+    def measure(change=None, **changes):
+        trainer = evaluating_trainer(tmp_path, monkeypatch)
+        if change:
+            change(trainer.eval_dataset)
+        for name, value in changes.items():
+            setattr(trainer.args if name == "label_smoothing" else trainer.generation, name, value)
+        return trainer.measures["loss"], trainer.measures["text"]
+
+    def other_token(dataset):
+        ids = dataset[0]["input_ids"].copy()
+        ids[0] += 1
+        dataset[0]["input_ids"] = ids
+
+    loss, text = measure()
+    assert measure() == (loss, text) and loss != text
+    assert measure(num_return_sequences=2) == (loss, text)
+    assert measure(lambda dataset: dataset[0]["record"].update(id=7, where="a:7")) == (loss, text)
+    for change in (list.pop, other_token, lambda dataset: dataset[0].update(source_length=8)):
+        assert not {*measure(change)} & {loss, text}
+    found = measure(label_smoothing=0.2)
+    assert found[0] != loss and found[1] == text
+    found = measure(lambda dataset: dataset[0]["record"].update(question="another"))
+    assert found[0] == loss and found[1] != text
+    rules = {"num_beams": 2, "tgt_length": 9, "min_tgt_length": 1, "length_penalty": 1, "select_topk": False}
+    for name, value in {**rules, "no_repeat_ngram_size": 2, "top_k": 3}.items():
+        found = measure(**{name: value})
+        assert found[0] == loss and found[1] != text
 
 
 @pytest.mark.parametrize("same_metric, count", [(True, 2), (False, 0)])

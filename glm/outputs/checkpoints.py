@@ -88,6 +88,8 @@ class Checkpoint:
         evaluation_is_due: whether a signal ended the run before the evaluation of this step.
         best_of: the metric by which the best checkpoint is chosen, and whether more of it is better, list
             of str and bool; or None.
+        measures: fingerprints of what the value of an evaluation's "loss" and of its "text" depends on
+            beside the model; those that are not known are not in it.
         steps_ahead: how many more updates are counted than its records take at this global batch size.
         best_run: the id of the run that wrote the best checkpoint up to this one, or None.
     """
@@ -103,6 +105,7 @@ class Checkpoint:
     evaluations_without_better: int = 0
     evaluation_is_due: bool = False
     best_of: Optional[list] = None
+    measures: dict = field(default_factory=dict)
     steps_ahead: int = 0
     best_run: Optional[str] = None
 
@@ -204,6 +207,9 @@ def open_checkpoint(path: Path, named: bool = False) -> Checkpoint:
     best_of = get_typed(values, "best_of", list)
     if best_of is not None and [type(value) for value in best_of] != [str, bool]:
         raise ValueError("'best_of' is no metric and direction")
+    measures = get_typed(values, "measures", dict, {})
+    if not all(isinstance(measure, str) for measure in measures.values()):
+        raise ValueError("'measures' is no dict of fingerprints")
     return Checkpoint(
         path,
         get_typed(values, "step", int, step, least=0, most=MOST),
@@ -216,6 +222,7 @@ def open_checkpoint(path: Path, named: bool = False) -> Checkpoint:
         evaluations_without_better=get_typed(values, "evaluations_without_better", int, 0, 0, MOST),
         evaluation_is_due=get_typed(values, "evaluation_is_due", bool, False),
         best_of=best_of,
+        measures=measures,
         steps_ahead=get_typed(values, "steps_ahead", int, 0, least=-MOST, most=MOST),
         best_run=get_typed(values, "best_run", str),
     )

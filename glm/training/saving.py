@@ -50,26 +50,31 @@ class SaveCheckpoints(TrainerCallback):
             for name in ("best_metric", "best_model_checkpoint", "log_history"):
                 setattr(state, name, getattr(self.resumed_state, name))
 
-    def settle_best(self, args, state: TrainerState, checkpoint: Checkpoint) -> bool:
+    def settle_best(self, args, state: TrainerState, checkpoint: Checkpoint, measures: dict) -> bool:
         """Find the best checkpoint up to the one that a run goes on from. All processes have to call it.
 
         A best belongs to its metric and direction. By another one it is the best of those that were
-        evaluated before and are still there.
+        evaluated before and are still there. It also belongs to what it was measured on: of evaluations
+        of other records, or by other rules, none is comparable, and the best begins anew.
 
         Args:
             state: of the ``checkpoint``; on_train_begin lets the Trainer's have what is found.
+            measures: of this run, as a Checkpoint has them; none where it does not evaluate.
 
         Returns:
-            whether it is by the same metric as before.
+            whether it is by the same metric and measure as before.
         """
         self.resumed_state = state
         metric, recorded = best_of(args), state.best_model_checkpoint
-        if not metric or recorded and _is_best_of(metric, state, checkpoint):
+        kind = "loss" if metric and metric[0] == "loss" else "text"
+        measure, before = measures.get(kind), checkpoint.measures.get(kind)  # None: not known
+        comparable = measure == before or None in (measure, before)
+        if not metric or recorded and comparable and _is_best_of(metric, state, checkpoint):
             best = recorded and self.folder.find_best(recorded)
             state.best_model_checkpoint = best and str(best)
             return True
         name, best = f"eval_{metric[0]}", None
-        rows = [row for row in state.log_history if _is_number(row.get(name))]
+        rows = [row for row in state.log_history if comparable and _is_number(row.get(name))]
         state.best_metric = state.best_model_checkpoint = None
         for row in sorted(rows, key=lambda row: row[name], reverse=metric[1]):
             path = checkpoint.path.parent / f"checkpoint-{row.get('step')}"
@@ -79,7 +84,8 @@ class SaveCheckpoints(TrainerCallback):
                 break
         if recorded:
             now = f"the {'most' if metric[1] else 'least'} {metric[0]}: {best or 'none of those before'}"
-            logger.train(f"the best checkpoint was chosen by another metric, and is now chosen by {now}")
+            other = "by another metric" if comparable else "on other records or by other rules of evaluation"
+            logger.train(f"the best checkpoint was chosen {other}, and is now chosen by {now}")
         return not recorded
 
     def compare_with_best(self, args, state, metrics: dict, path: Path):

@@ -125,7 +125,9 @@ class ResumableTrainer(Trainer):
         state = self.state = checkpoint.read_state()
         state.is_world_process_zero = self.is_world_process_zero()
         self.resume = self.count_records(checkpoint, state.global_step)
-        kept = self.checkpoints.settle_best(self.args, state, checkpoint)
+        # Where nothing is left to train, nothing is compared with the best any more.
+        measures = self.measures if self.resume.step < self.last_step() else {}
+        kept = self.checkpoints.settle_best(self.args, state, checkpoint, measures)
         if self.early_stopping:
             count = checkpoint.evaluations_without_better if kept else 0
             self.early_stopping.early_stopping_patience_counter = count
@@ -174,9 +176,15 @@ class ResumableTrainer(Trainer):
 
     # The best checkpoint.
 
+    @property
+    def measures(self) -> dict:
+        """What the values of an evaluation depend on: see Checkpoint.measures."""
+        return {}
+
     def describe(self) -> dict:
         """Return what the manifest of a checkpoint says of this run's progress."""
-        values = {"steps_ahead": self.resume.steps_ahead, "best_of": best_of(self.args)}
+        values = {"steps_ahead": self.resume.steps_ahead}
+        values.update(best_of=best_of(self.args), measures=self.measures)
         if self.early_stopping:
             values["evaluations_without_better"] = self.early_stopping.early_stopping_patience_counter
         return values
