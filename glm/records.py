@@ -29,7 +29,7 @@ READ_BY = {
 
 
 class BlankLine(InputError):
-    """A line without a record. It is a mistake in a pipe alone."""
+    """A line without a record, such as a blank one. It is a mistake in a pipe alone."""
 
 
 class Unanswered(InputError):
@@ -158,7 +158,7 @@ def parse_each_line(lines, name, require_target=True, templates=DEFAULT_TEMPLATE
 
     Yields:
         dict or InputError: for each line its record (or those of its questions), or what is wrong with
-        it; that may be that it is blank, or has no answer.
+        it; that may be that it is blank, holds no question, or has no answer.
     """
     count = 0
     for number, line in enumerate(lines, start=1):
@@ -176,9 +176,12 @@ def parse_each_line(lines, name, require_target=True, templates=DEFAULT_TEMPLATE
         if not text:
             yield BlankLine(f"{where}: the line is blank")
             continue
+        count_before = count
         for question, place in flatten(row, where) if templates.ask else [(row, where)]:
             yield parse_record(question, place, count, require_target, templates)
             count += 1
+        if count == count_before:
+            yield BlankLine(f"{where}: it holds no question")
 
 
 def describe_json_error(error):

@@ -11,7 +11,7 @@ import pytest
 from data import build_dataset
 from glm import records
 from glm.errors import InputError
-from glm.records import parse_each_line, parse_lines, read_lines, read_records
+from glm.records import BlankLine, parse_each_line, parse_lines, read_lines, read_records
 
 CONTEXT = "明霜峰高1205米。爬明霜峰大约需要11小时。"
 QAS = [
@@ -194,6 +194,20 @@ def test_places_in_a_nested_file(tmp_path):
     (tmp_path / "dev.json").write_text(json.dumps({"data": [{"paragraphs": [{"qas": [3]}]}]}))
     with pytest.raises(InputError, match=r"dev.json:1 data\[0\].paragraphs\[0\].qas\[0\]: a int"):
         read_records(str(tmp_path), "dev")
+
+
+@pytest.mark.parametrize(
+    "empty", [{"data": []}, {"qas": [], "context": "x"}, {"data": [{"paragraphs": []}, {"paragraphs": []}]}]
+)
+def test_a_document_without_a_question(tmp_path, empty):
+    """A pipe says so, for each line has its answer; in a file it is as a blank line."""
+    record = {"context": "c", "answer": "a", "question": "q"}
+    lines = [json.dumps(row).encode() for row in (record, empty, record)]
+    first, wrong, last = parse_each_line(lines, "pipe")
+    assert (first["id"], last["id"]) == (0, 1)
+    assert isinstance(wrong, BlankLine) and str(wrong) == "pipe:2: it holds no question"
+    (tmp_path / "dev.json").write_bytes(b"\n".join(lines))
+    assert [record["id"] for record in read_records(str(tmp_path), "dev")] == [0, 1]
 
 
 def test_lines_with_paragraphs_of_their_own():
