@@ -364,6 +364,12 @@ def check_processes(values):
             f"--device {values.device} puts all {processes} processes on one card: leave "
             "it out, and choose cards by --gpus of python -m paddle.distributed.launch"
         )
+    split = "tensor_parallel_degree" if degree > 1 else "sharding"
+    if values.save_on_each_node and (degree > 1 or values.sharding):
+        raise InputError(
+            f"--save_on_each_node keeps what each machine's first process has, and with --{split} that is a "
+            "part: leave it out, and let the machines share --output_dir"
+        )
     if degree > 1 and processes % degree:
         number = "one process" if processes == 1 else f"{processes} processes"
         raise InputError(

@@ -96,6 +96,8 @@ MISTAKES = [
     ("--weight_quantize_algo weight_only_int8", None, "weights in int8 can't be trained, but an adapter"),
     ("--tensor_parallel_degree 3", None, "--tensor_parallel_degree 3 does not divide the one process"),
     ("--sharding stage2", None, "--sharding"),
+    ("--save_on_each_node --tensor_parallel_degree 2", None, "--save_on_each_node keeps"),
+    ("--save_on_each_node --sharding stage1", None, "and with --sharding that is a part"),
     ("--past_index 0", None, "--past_index"),
     ("--hybrid_parallel_topo_order up", None, "hybrid_parallel_topo_order"),
     ("--do_train maybe", None, "maybe"),

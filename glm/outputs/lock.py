@@ -58,7 +58,7 @@ def hold_together(folder: Path, own: bool, writes: bool):
             if not (shared or own):
                 problem = (
                     f"is not the folder that the first of this run has locked ({owner}): give one that all "
-                    "machines share, or --save_on_each_node, by which each has its own"
+                    "machines share, or, where none holds a part of the model, --save_on_each_node"
                 )
             elif shared and own and are_several_machines():
                 problem = "is one folder for all machines: leave --save_on_each_node out"
