@@ -26,6 +26,7 @@ from helpers import (
 from paddlenlp.trainer.trainer_callback import TrainerState
 
 from glm.errors import Fault, InputError
+from glm.files import dump_json
 from glm.outputs.checkpoints import Run, compute_checksums, open_checkpoint, read_run
 from glm.outputs.layout import INCOMPLETE, MANIFEST, RUN, TRAINER_STATE
 from glm.outputs.resuming import compare_training, describe_training, keep_global_batch_size
@@ -504,7 +505,7 @@ STATES = {
     "list": "[]",
     "deep": DEEP,
     "no step": {"global_step": None},
-    **{f"step {value!r}": {"global_step": value} for value in ("x", -5, 10**30, 2.5)},
+    **{f"step {value!r}": {"global_step": value} for value in ("x", -5, 10**30, 2.5, 2**31)},
     **{f"history {value!r}": {"log_history": value} for value in (5, None, [5], [{"loss": [1]}])},
     **{f"best {value!r:.20}": {"best_model_checkpoint": value} for value in (5, "a\0b", "x" * 5000)},
     **{f"metric {value!r:.20}": {"best_metric": value} for value in ("x", float("nan"), 10**400)},
@@ -539,6 +540,24 @@ def test_a_trainer_state_of_another_shape_is_a_line(tmp_path, content):
     put(path / TRAINER_STATE, content)
     with pytest.raises(InputError, match=f"{path} can't be loaded .its {TRAINER_STATE}: "):
         run_folder(tmp_path).find_checkpoint(lora=False)
+
+
+@pytest.mark.parametrize("run", ["a", None])
+def test_no_step_is_taken_over_that_a_later_run_would_refuse(tmp_path, run):
+    """In .run.json it would stand as the model's, or as the last one of the run before."""
+    for step in (2**31 - 1, 2**31):
+        path = write_checkpoint(tmp_path / str(step), step, run)
+        values = {"step": 3} if run else {}
+        put(path / MANIFEST, {**json.loads((path / MANIFEST).read_text()), **values})
+        put(path / TRAINER_STATE, {"global_step": 3})
+        folder = run_folder(tmp_path / str(step), resume_from_checkpoint=str(path))
+        if step < 2**31:
+            folder.run, _ = folder._choose_run(folder.find_checkpoint(lora=False))
+            (folder.path / RUN).write_text(dump_json(folder.run._asdict()))
+            assert read_run(folder.path) == folder.run
+        else:
+            with pytest.raises(InputError, match="its number is that of no step"):
+                folder.find_checkpoint(lora=False)
 
 
 def test_steps_that_no_run_has_done_are_a_line(tmp_path):

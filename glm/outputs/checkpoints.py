@@ -143,9 +143,9 @@ class Checkpoint:
             unknown = [name for name in values if name not in known]
             if unknown:
                 raise ValueError(f"{unknown[0]!r} is nothing of a Trainer's state")
-            for name in ("global_step", "max_steps", "num_train_epochs", "consumed_samples"):
+            for name in ("max_steps", "num_train_epochs", "consumed_samples"):
                 get_typed(values, name, int, least=0)
-            if values.get("global_step") is None:
+            if get_typed(values, "global_step", int, least=0, most=MOST) is None:
                 raise ValueError("it has no 'global_step'")
             if values["global_step"] < self.steps_ahead:  # what is left to train would have no end
                 raise ValueError(f"its 'global_step' is under the 'steps_ahead' in its {MANIFEST}")
@@ -181,6 +181,8 @@ def open_checkpoint(path: Path, named: bool = False) -> Checkpoint:
         path = path.resolve()
     name, manifest = CHECKPOINT.fullmatch(path.name), path / MANIFEST
     step = int(name[1]) if name else None
+    if step is not None and step > MOST:
+        raise ValueError("its number is that of no step")
     if not os.path.lexists(manifest):
         return Checkpoint(path, step)
     # An old version's is empty.
