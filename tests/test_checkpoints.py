@@ -214,6 +214,32 @@ def test_a_copy_without_its_manifest_is_not_begun_anew(tmp_path):
     assert last_checkpoint(tmp_path) is None
 
 
+def test_a_checkpoint_of_another_user_is_not_begun_anew(tmp_path, monkeypatch):
+    """A folder that can't be searched, as the system tells everyone but root."""
+    path, before = write_checkpoint(tmp_path, 6), write_checkpoint(tmp_path, 3)
+
+    def refuse(name, stat):
+        def refusing(asked, **options):
+            if str(asked).startswith(f"{path}/"):
+                raise PermissionError(errno.EACCES, "Permission denied", str(asked))
+            return stat(asked, **options)
+
+        monkeypatch.setattr(os, name, refusing)
+
+    for name in ("stat", "lstat"):
+        refuse(name, getattr(os, name))
+    assert last_checkpoint(tmp_path) == str(before)
+    folder = run_folder(tmp_path)
+    [(skipped, reason, meant)] = folder.list_checkpoints()[1]
+    assert skipped == path and meant and "Permission denied" in reason
+    given = run_folder(tmp_path, resume_from_checkpoint=str(path))
+    with pytest.raises(InputError, match=f"{path}: its {MANIFEST} can't be read .*Permission denied"):
+        given.find_checkpoint(lora=False)
+    shutil.rmtree(before)
+    with pytest.raises(InputError, match="holds checkpoint-6, which can't be gone on with"):
+        folder.find_checkpoint(lora=False)
+
+
 def test_the_resume_hint_names_the_flags_that_would_do_otherwise(tmp_path):
     def hint(began=True, **changes):
         folder = run_folder(tmp_path, **changes)

@@ -183,7 +183,9 @@ def open_checkpoint(path: Path, named: bool = False) -> Checkpoint:
     step = int(name[1]) if name else None
     if step is not None and step > MOST:
         raise ValueError("its number is that of no step")
-    if not os.path.lexists(manifest):
+    try:
+        os.lstat(manifest)
+    except (FileNotFoundError, NotADirectoryError):
         return Checkpoint(path, step)
     # An old version's is empty.
     values = {} if manifest.is_file() and manifest.stat().st_size == 0 else read_json(manifest)

@@ -20,7 +20,7 @@ from glm.errors import InputError, as_input_error, printable
 from glm.files import dump_json, parse_json, write_atomically
 from glm.outputs import layout, resuming
 from glm.outputs.checkpoints import Checkpoint, Run, checkpoint_paths, number_of, open_checkpoint, read_run
-from glm.outputs.layout import ALL_RESULTS, MANIFEST, MODEL, RESULTS, RUN, find
+from glm.outputs.layout import ALL_RESULTS, MANIFEST, MODEL, RESULTS, RUN, TRAINER_STATE, find
 from glm.outputs.lock import check_writable, hold_together, is_own_output
 from glm.outputs.replace import check_replaceable, replace_together
 from glm.outputs.results import read_results
@@ -98,7 +98,7 @@ class RunFolder:
         """
         for name in {pretrained.name, pretrained.base} if self.args.do_train else ():
             model = Path(name).resolve()
-            for path in checkpoint_paths(self.path) if model.is_dir() else ():
+            for path in checkpoint_paths(self.path) if os.path.isdir(model) else ():
                 if model.is_relative_to(path.resolve()):
                     raise InputError(
                         f"the model {name} lies in {path}, which training into {self.path} may "
@@ -173,7 +173,7 @@ class RunFolder:
                 own.append(checkpoint)
             elif checkpoint.complete:
                 others.append((path, "which another run wrote", False))
-            elif (path / layout.INCOMPLETE).exists() or not (path / layout.TRAINER_STATE).exists():
+            elif os.path.lexists(path / layout.INCOMPLETE) or not os.path.lexists(path / TRAINER_STATE):
                 others.append((path, "which was not written to its end", False))
             else:
                 others.append((path, f"which has no {MANIFEST}, as a copy without it", True))
