@@ -335,11 +335,11 @@ def check_steps(values):
             f"{values.logging_steps} steps: give --eval_steps"
         )
     checkpoint = values.resume_from_checkpoint
-    if checkpoint is not None and not Path(checkpoint).is_dir():
-        raise InputError(
-            f"--resume_from_checkpoint {checkpoint}: there is no such folder: give a "
-            "run's checkpoint-N, or leave it out to go on from the last in --output_dir"
-        )
+    advice = "give a run's checkpoint-N, or leave it out to go on from the last in --output_dir"
+    with as_input_error(f"--resume_from_checkpoint {checkpoint} can't be read", advice, OSError):
+        missing = checkpoint is not None and not Path(checkpoint).is_dir()
+    if missing:
+        raise InputError(f"--resume_from_checkpoint {checkpoint}: there is no such folder: {advice}")
     if values.early_stopping_patience and not values.load_best_model_at_end:
         raise InputError(
             "--early_stopping_patience needs --load_best_model_at_end and --evaluation_strategy: add them"

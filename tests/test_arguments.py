@@ -121,6 +121,12 @@ def test_a_limit_itself_is_allowed(monkeypatch, name, value):
     assert getattr(found, name) == float(value)
 
 
+def test_a_checkpoint_that_can_t_be_looked_for_is_a_line(monkeypatch):
+    path = "x" * 300  # which no file system takes
+    with pytest.raises(InputError, match=f"^--resume_from_checkpoint {path} can't be read .*: give a run's"):
+        parse(monkeypatch, f"--output_dir unused --do_train --resume_from_checkpoint {path}")
+
+
 def test_the_edges_of_what_fits_a_model():
     def check(heads=4, vocab_size=100, positions=168, src_length=160, tgt_length=8, num_beams=100, degree=2):
         config = GLMConfig(num_attention_heads=heads, vocab_size=vocab_size, max_sequence_length=positions)
