@@ -263,9 +263,10 @@ def test_machines_have_folders_of_their_own(data, tmp_path):
     on_two_machines(tmp_path, data, "--save_on_each_node", "--max_steps", 2)
     on_two_machines(tmp_path, data, "--save_on_each_node", "--max_steps", 3)
     one, two = names(tmp_path / "one/out"), names(tmp_path / "two/out")
-    assert all(f"checkpoint-{step}/{MANIFEST}" in two for step in (1, 2, 3)) and two < one
+    assert all(f"checkpoint-{step}/{MANIFEST}" in two for step in (1, 2, 3))
+    assert all("saved_signal" in name for name in two - one)  # PaddleNLP 3: each process has one
     results = {"all_results.json", "eval_predictions.jsonl", "eval_results.json", "train_results.json"}
-    assert {name for name in one - two if not name.startswith("runs")} == results
+    assert {name for name in one - two if "saved_signal" not in name and name[:4] != "runs"} == results
     model, other = (tmp_path / machine / "out/model_state.pdparams" for machine in ("one", "two"))
     assert model.read_bytes() == other.read_bytes()
 
