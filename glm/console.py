@@ -1,9 +1,11 @@
 """What a run sets in its process, and sets back: streams, log lines, signals, exceptions in threads."""
 
 import contextlib
+import fcntl
 import logging
 import os
 import signal
+import stat
 import sys
 import threading
 import time
@@ -87,9 +89,18 @@ def open_closed_streams():
 
 @contextlib.contextmanager
 def standard_output():
-    """Yield the standard output as a text stream. What else is printed goes to standard error meanwhile."""
-    if sys.__stdin__ is None or sys.__stdout__ is None:
-        raise InputError("--predict_file -: standard input or output is closed: open both")
+    """Yield the standard output as a text stream. What else is printed goes to standard error meanwhile.
+
+    Raises:
+        InputError: where standard input can't be read, or standard output can't be written to.
+    """
+    streams = ((sys.__stdin__, "input", "reading", os.O_WRONLY), (sys.__stdout__, "output", "writing", 0))
+    for number, (stream, name, use, unfit) in enumerate(streams):
+        closed = stream is None or fcntl.fcntl(number, fcntl.F_GETFL) & os.O_ACCMODE == unfit
+        if closed or stat.S_ISDIR(os.fstat(number).st_mode):
+            raise InputError(
+                f"--predict_file -: standard {name} is not open for {use}: give a file or a pipe"
+            )
     # The run ends quietly when the reader of the pipe does.
     before = signal.signal(signal.SIGPIPE, signal.SIG_DFL) if in_main_thread() else None
     sys.stdout.flush()

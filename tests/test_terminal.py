@@ -1,5 +1,6 @@
 """What a run shows and reads, as a user starts it: bars, lines, and a pipe that is answered line by line."""
 
+import contextlib
 import fcntl
 import json
 import os
@@ -14,6 +15,9 @@ import termios
 
 import pytest
 from helpers import MINI, ROOT, TRAIN, flags, pipe, read_jsonl, run
+
+from glm.console import standard_output
+from glm.errors import InputError
 
 SCRIPT = [sys.executable, "finetune_generation.py"]
 
@@ -131,11 +135,41 @@ def test_closed_streams(tmp_path, closed):
     assert (tmp_path / "eval_results.json").exists()
 
 
-@pytest.mark.parametrize("closed", ["0<&-", "1>&-"])
-def test_a_pipe_without_an_end(closed):
-    command = shlex.join(map(str, [*SCRIPT, *PREDICT, "-"])) + f" {closed}"
+def test_a_pipe_without_an_end():
+    command = shlex.join(map(str, [*SCRIPT, *PREDICT, "-"])) + " 0<&-"
     found = subprocess.run(command, shell=True, cwd=ROOT, capture_output=True, stdin=subprocess.DEVNULL)
-    assert found.returncode == 2 and b"standard input or output is closed" in found.stderr.splitlines()[-1]
+    assert found.returncode == 2 and b"input is not open for reading" in found.stderr.splitlines()[-1]
+
+
+@pytest.mark.parametrize(
+    "stdin, stdout, wrong",
+    [
+        (os.O_RDONLY, os.O_WRONLY, None),
+        (os.O_RDWR, os.O_RDWR, None),  # a terminal
+        (os.O_WRONLY, os.O_WRONLY, "input is not open for reading"),
+        (os.O_DIRECTORY, os.O_WRONLY, "input is not open for reading"),
+        (os.O_RDONLY, os.O_RDONLY, "output is not open for writing"),
+        (os.O_RDONLY, os.O_DIRECTORY, "output is not open for writing"),
+        (os.O_RDONLY, None, "output is not open for writing"),
+    ],
+)
+def test_what_a_pipe_can_t_use_is_a_line(tmp_path, monkeypatch, stdin, stdout, wrong):
+    """Before the model is loaded."""
+    before = [os.dup(number) for number in (0, 1)]
+    try:
+        for number, (name, mode) in enumerate((("stdin", stdin), ("stdout", stdout))):
+            monkeypatch.setattr(sys, f"__{name}__", mode if mode is None else sys.stderr)
+            if mode is not None:
+                opened = os.open(tmp_path if mode == os.O_DIRECTORY else os.devnull, mode)
+                os.dup2(opened, number)
+                os.close(opened)
+        with pytest.raises(InputError, match=f"standard {wrong}") if wrong else contextlib.nullcontext():
+            with standard_output() as output:
+                print("x", file=output)
+    finally:
+        for number, kept in enumerate(before):
+            os.dup2(kept, number)
+            os.close(kept)
 
 
 def test_packages_import_after_paddle():
