@@ -91,6 +91,7 @@ def fine_tune(pretrained, folder, model_args, data_args, generation, args):
         datasets = read_datasets(pretrained.tokenizer, data_args, generation, args)
     train_dataset, dev_dataset, test_dataset = datasets
     if args.do_train:
+        check_accumulation(args, len(train_dataset), checkpoint and checkpoint.global_batch_size)
         groups = (model_args, data_args, generation, args)
         folder.prepare_run(groups, pretrained, [item["record"] for item in train_dataset], checkpoint)
     memory = estimate_memory(args, pretrained, generation, train_dataset, dev_dataset + test_dataset)
@@ -173,7 +174,6 @@ def read_datasets(tokenizer, data_args, generation, args):
     train_dataset, dev_dataset, test_dataset = [], [], []
     if args.do_train:
         train_dataset = read("train", data_args.task_name, data_args.max_train_samples)
-        check_accumulation(args, len(train_dataset))
     if args.do_eval:
         dev_dataset = read("dev", data_args.task_name, data_args.max_eval_samples)
     if args.do_predict and data_args.predict_file != "-":

@@ -23,6 +23,7 @@ from glm.templates import DEFAULTS
 
 METRICS = ("loss", "rouge1", "rouge2", "rougel", "bleu4")
 LARGEST_FILE = 1 << 20  # bytes of an argument file
+MOST_REPEATED = 64  # times that a step goes over the records where it is of more than there are
 # The linears of a layer that can get an adapter.
 LORA_MODULES = ("query_key_value", "dense", "dense_h_to_4h", "dense_4h_to_h")
 
@@ -378,10 +379,15 @@ def check_processes(values):
         )
 
 
-def check_accumulation(args, records):
-    """Raise InputError where the last passes of a step could only repeat ``records``."""
+def check_accumulation(args, records, size_before=None):
+    """Raise InputError where the last passes of a step could only repeat ``records``.
+
+    A run that goes on with steps of as many records as before, ``size_before``, repeats them as that did:
+    a few times, for its batch was larger than all of them.
+    """
     passes = -(-records * args.gradient_accumulation_steps // args.global_batch_size)
-    if args.gradient_accumulation_steps > max(passes, 1):
+    as_before = args.global_batch_size == size_before and size_before <= MOST_REPEATED * records
+    if args.gradient_accumulation_steps > max(passes, 1) and not as_before:
         raise InputError(
             f"--gradient_accumulation_steps {args.gradient_accumulation_steps}: the "
             f"{records} records are seen in {passes} passes: give at most as many"

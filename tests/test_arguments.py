@@ -2,12 +2,14 @@
 
 import json
 import sys
+from contextlib import nullcontext
+from types import SimpleNamespace
 
 import pytest
 from paddlenlp.transformers import GLMConfig
 
 from glm import arguments
-from glm.arguments import GenerationArguments, GLMTrainingArguments
+from glm.arguments import GenerationArguments, GLMTrainingArguments, check_accumulation
 from glm.errors import InputError
 from glm.weights.pretrained import Pretrained, check_lengths
 
@@ -125,6 +127,29 @@ def test_a_checkpoint_that_can_t_be_looked_for_is_a_line(monkeypatch):
     path = "x" * 300  # which no file system takes
     with pytest.raises(InputError, match=f"^--resume_from_checkpoint {path} can't be read .*: give a run's"):
         parse(monkeypatch, f"--output_dir unused --do_train --resume_from_checkpoint {path}")
+
+
+@pytest.mark.parametrize(
+    "batch_size, passes, size_before, refused",
+    [
+        (1, 4, None, False),
+        (1, 5, None, True),
+        (2, 2, None, False),
+        (2, 3, None, True),
+        (8, 1, None, False),
+        # Steps of 8 go on in smaller passes, and repeat the 4 records as they did.
+        (1, 8, 8, False),
+        (2, 4, 8, False),
+        (1, 8, 6, True),
+        (1, 256, 256, False),
+        (1, 2**31, 2**31, True),  # a manifest may say any number
+    ],
+)
+def test_passes_that_would_only_repeat_records(batch_size, passes, size_before, refused):
+    args = SimpleNamespace(max_steps=3, gradient_accumulation_steps=passes)
+    args.global_batch_size = batch_size * passes
+    with pytest.raises(InputError, match="4 records are seen in") if refused else nullcontext():
+        check_accumulation(args, 4, size_before)
 
 
 def test_the_edges_of_what_fits_a_model():
