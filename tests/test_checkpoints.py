@@ -422,6 +422,21 @@ def test_a_checkpoint_that_can_t_be_moved_aside_is_a_line(tmp_path, monkeypatch)
         begin(tmp_path, None)
 
 
+def test_a_later_checkpoint_that_can_t_be_moved_is_a_line_before_the_work(tmp_path, monkeypatch):
+    """A run that skipped it writes another one in its place."""
+    paths = [write_checkpoint(tmp_path, step) for step in (3, 6, 9)]
+    monkeypatch.setattr(os, "access", lambda path, mode: path != paths[1])  # root may all
+    folder = run_folder(tmp_path)
+    folder.check_contents(open_checkpoint(paths[2]))
+    folder.check_contents(open_checkpoint(paths[1]))
+    run_folder(tmp_path, do_train=False).check_contents(None, replaces=False)
+    with pytest.raises(InputError, match="checkpoint-6 may not be written to, and can't be moved: move it"):
+        folder.check_contents(open_checkpoint(paths[0]))
+    paths[1].rename(tmp_path / "elsewhere")
+    paths[1].symlink_to("elsewhere")
+    folder.check_contents(open_checkpoint(paths[0]))
+
+
 def test_a_run_of_an_old_version_is_gone_on_with(tmp_path):
     """Its checkpoints tell no run, and stay those that the folder's run goes on from."""
     write_checkpoint(tmp_path, 3, run=None)

@@ -64,7 +64,10 @@ class RunFolder:
             return
         names = (RUN, layout.ARGUMENTS, *(name for name in RESULTS if name != layout.TORCH))
         model = (*layout.WRITTEN, layout.TORCH) if replaces else ()
-        check_replaceable(self.path, (*names, *(f"{name}.tmp" for name in names), *model))
+        step = (checkpoint and checkpoint.step) or 0
+        later = checkpoint_paths(self.path) if self.args.do_train else ()  # this run writes them anew
+        later = [path.name for path in later if number_of(path) > step]
+        check_replaceable(self.path, (*names, *(f"{name}.tmp" for name in names), *model, *later))
         runs = self.path / "runs"
         for path in (runs, Path(getattr(self.args, "logging_dir", None) or runs)):
             if path.is_symlink() and runs in (path, path.parent):

@@ -16,7 +16,18 @@ from pathlib import Path
 
 from glm.errors import InputError, printable
 from glm.files import check_plain_name, dump_json, open_regular, parse_json, write_atomically
-from glm.outputs.layout import EXPORTED, LOCK, MODEL, PUBLISHED, REPLACED, RESULTS, TORCH, UNFINISHED, find
+from glm.outputs.layout import (
+    CHECKPOINT,
+    EXPORTED,
+    LOCK,
+    MODEL,
+    PUBLISHED,
+    REPLACED,
+    RESULTS,
+    TORCH,
+    UNFINISHED,
+    find,
+)
 from glm.processes import barrier
 
 MOUNTS = "/proc/self/mountinfo"  # where the system has one
@@ -25,8 +36,8 @@ MOUNTS = "/proc/self/mountinfo"  # where the system has one
 def check_replaceable(folder: Path, patterns: Collection[str]):
     """Raise InputError where what matches the ``patterns`` in ``folder`` is nothing that a run can replace.
 
-    It replaces a file, a link, or torch/ with nothing but what an export and its user put there. None of
-    them may be mounted, or another user's in a folder such as /tmp.
+    It replaces a file, a link, or torch/ with nothing but what an export and its user put there, and moves
+    checkpoints aside. None of them may be mounted, or another user's in a folder such as /tmp.
     """
     mounts, of_folder = mount_points(), folder.stat()
     for path in find(folder, patterns):
@@ -35,6 +46,9 @@ def check_replaceable(folder: Path, patterns: Collection[str]):
             files = [item for item in find(path, (*EXPORTED, PUBLISHED)) if item.is_file()]
             if others := sorted({*path.iterdir()} - {*files}):
                 problem = f"holds {printable(others[0].name, 80)}, which no export writes"
+        elif CHECKPOINT.fullmatch(path.name):
+            if path.is_dir() and not path.is_symlink() and not os.access(path, os.W_OK):
+                problem = "may not be written to, and can't be moved"
         elif not (path.is_symlink() or path.is_file() and path.name != TORCH):
             problem = f"is no {'folder' if path.name == TORCH else 'file'}"
         if any(os.fsencode(item.parent.resolve() / item.name) in mounts for item in (path, *files)):
