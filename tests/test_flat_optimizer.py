@@ -116,6 +116,19 @@ def test_as_the_paper(clip):
         np.testing.assert_allclose(after[name], weight, rtol=2e-5, atol=2e-6, err_msg=name)
 
 
+def test_a_weights_own_rate_is_kept():
+    """As LoRA+ has one: PaddleNLP's adapters take it from a file."""
+    plain, flat = make_model(), make_model()
+    for model in (plain, flat):
+        model[2].weight.optimize_attr["learning_rate"] = 4.0
+    theirs, ours = make_optimizer(plain), FlatAdamW(make_optimizer(flat), flat)
+    assert len(ours._parameter_list) == 3
+    train(plain, theirs, range(3))
+    train(flat, ours, range(3))
+    for name, value in values(plain).items():
+        np.testing.assert_array_equal(values(flat)[name], value, err_msg=name)
+
+
 @pytest.mark.parametrize("flat_first", [True, False])
 def test_state_goes_from_one_to_the_other(flat_first):
     reference, model = make_model(), make_model()

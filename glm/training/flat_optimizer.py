@@ -58,7 +58,7 @@ def _make_group(weights: list[Tensor], copy_dtype: Optional[str]) -> Group:
     starts, dtype = _starts(weights), weights[0].dtype
     zero = paddle.nn.initializer.Constant(0.0)
     flat = paddle.create_parameter([starts[-1]], dtype, default_initializer=zero)
-    flat.is_distributed = weights[0].is_distributed
+    flat.is_distributed, flat.optimize_attr = weights[0].is_distributed, weights[0].optimize_attr
     flat.grad = paddle.zeros([1], dtype)
     gradient = flat._grad_ivar()
     flat.clear_gradient(False)
@@ -100,7 +100,8 @@ class FlatAdamW(paddle.optimizer.AdamW):
         copied = {weight.name for layer in linears for weight in layer.parameters()}
         for weight in self.weights:
             dtype = product_dtype if weight.name in copied else None
-            kind = decays(weight.name), dtype, weight.is_distributed, weight.dtype
+            rate = weight.optimize_attr["learning_rate"]  # a factor: LoRA+ has another one for its B
+            kind = decays(weight.name), dtype, weight.is_distributed, weight.dtype, rate
             kinds.setdefault(kind, []).append(weight)
         self.groups = [_make_group(weights, dtype) for (_, dtype, *_), weights in kinds.items()]
         decayed = {group.flat.name for group, kind in zip(self.groups, kinds) if kind[0]}
