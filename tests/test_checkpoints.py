@@ -430,7 +430,7 @@ def test_a_later_checkpoint_that_can_t_be_moved_is_a_line_before_the_work(tmp_pa
     folder.check_contents(open_checkpoint(paths[2]))
     folder.check_contents(open_checkpoint(paths[1]))
     run_folder(tmp_path, do_train=False).check_contents(None, replaces=False)
-    with pytest.raises(InputError, match="checkpoint-6 may not be written to, and can't be moved: move it"):
+    with pytest.raises(InputError, match="checkpoint-6 may not be moved by this user: move it"):
         folder.check_contents(open_checkpoint(paths[0]))
     paths[1].rename(tmp_path / "elsewhere")
     paths[1].symlink_to("elsewhere")

@@ -525,6 +525,22 @@ def test_what_is_mounted_in_a_files_place_is_a_line(tmp_path, monkeypatch):
                 (out / name).unlink()
 
 
+@pytest.mark.parametrize("name", ["", "torch"])
+def test_a_folder_that_may_not_be_read_is_a_line(tmp_path, monkeypatch, name):
+    (tmp_path / "torch").mkdir()
+
+    listdir = os.listdir
+
+    def refuse(path):
+        if os.fspath(path) == str(tmp_path / name):
+            raise PermissionError(13, "Permission denied", os.fspath(path))
+        return listdir(path)
+
+    monkeypatch.setattr(os, "listdir", refuse)  # root may read all
+    with pytest.raises(InputError, match=f"--output_dir {tmp_path} can't be read .*: give another one"):
+        run_folder(tmp_path).check_contents(None)
+
+
 def test_another_users_file_in_a_folder_for_all_is_a_line(tmp_path, monkeypatch):
     folder = run_folder(tmp_path, overwrite_output_dir=True)
     (tmp_path / "config.json").write_text("mine")

@@ -67,14 +67,16 @@ class RunFolder:
         step = (checkpoint and checkpoint.step) or 0
         later = checkpoint_paths(self.path) if self.args.do_train else ()  # this run writes them anew
         later = [path.name for path in later if number_of(path) > step]
-        check_replaceable(self.path, (*names, *(f"{name}.tmp" for name in names), *model, *later))
+        with as_input_error(f"--output_dir {self.path} can't be read", "give another one", OSError):
+            check_replaceable(self.path, (*names, *(f"{name}.tmp" for name in names), *model, *later))
+            files = os.listdir(self.path) if self.args.do_train else []
         runs = self.path / "runs"
         for path in (runs, Path(getattr(self.args, "logging_dir", None) or runs)):
             if path.is_symlink() and runs in (path, path.parent):
                 raise InputError(f"{path} is a link: remove it, or give what it leads to by --logging_dir")
         if not self.args.do_train or self.args.overwrite_output_dir:
             return
-        names = [name for name in os.listdir(self.path) if not name.startswith(layout.LOCK)]
+        names = [name for name in files if not name.startswith(layout.LOCK)]
         if layout.UNFINISHED in names:  # a run of this folder was killed while it saved
             return
         if checkpoint is None and find(self.path, (*layout.WHOLE_MODEL, *layout.ADAPTER)):

@@ -44,11 +44,11 @@ def check_replaceable(folder: Path, patterns: Collection[str]):
         problem, files = None, []
         if path.name == TORCH and path.is_dir() and not path.is_symlink():
             files = [item for item in find(path, (*EXPORTED, PUBLISHED)) if item.is_file()]
-            if others := sorted({*path.iterdir()} - {*files}):
-                problem = f"holds {printable(others[0].name, 80)}, which no export writes"
+            if others := sorted({*os.listdir(path)} - {item.name for item in files}):
+                problem = f"holds {printable(others[0], 80)}, which no export writes"
         elif CHECKPOINT.fullmatch(path.name):
             if path.is_dir() and not path.is_symlink() and not os.access(path, os.W_OK):
-                problem = "may not be written to, and can't be moved"
+                problem = "may not be moved by this user"
         elif not (path.is_symlink() or path.is_file() and path.name != TORCH):
             problem = f"is no {'folder' if path.name == TORCH else 'file'}"
         if any(os.fsencode(item.parent.resolve() / item.name) in mounts for item in (path, *files)):
