@@ -23,17 +23,11 @@ def encode_text(tokenizer, text):
 
 
 def split_text(tokenizer, text):
-    """Returns the pieces of ``text`` alone, list[str]. Raises InputError where one is no UTF-8."""
+    """Returns the pieces of ``text`` alone, list[str]."""
     if getattr(tokenizer, "do_lower_case", False):
         text = text.lower()
-    try:
-        # tokenizer.tokenize would turn a passage's own "[gMASK]" into the mask itself.
-        return tokenizer._tokenize(text)
-    except UnicodeDecodeError as error:  # sentencepiece writes a character as its file's table says
-        raise InputError(
-            f"the model's tokenizer makes of a text what is no UTF-8 ({error}): copy cog-pretrain.model from "
-            "the model that this one was made from"
-        ) from error
+    # tokenizer.tokenize would turn a passage's own "[gMASK]" into the mask itself.
+    return tokenizer._tokenize(text)
 
 
 def encode_source(tokenizer, record, src_length, truncation="end"):

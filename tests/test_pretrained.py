@@ -13,12 +13,12 @@ import pytest
 from helpers import TINY_GLM, generation_arguments, lora_config, pretrained_in, random_glm
 from paddlenlp.transformers import GLMChineseTokenizer, GLMTokenizer
 
-from data import split_text
 from glm.decoding.decoder import beam_search
 from glm.errors import InputError
 from glm.weights import pretrained as module
 from glm.weights.adapters import LoRA, add_lora
 from glm.weights.loading import load_model
+from glm.weights.pieces import find_fields
 from glm.weights.pretrained import PUBLISHED_TOKENS, check_lengths, read_tokenizer
 from glm.weights.shapes import matches, weight_shapes
 
@@ -246,16 +246,26 @@ def test_a_piece_that_is_no_text_is_refused(folder):
         pretrained_in(folder)
 
 
-def test_a_table_of_characters_that_is_no_text_is_a_line(folder):
+@pytest.mark.parametrize("joined, expected", [(False, "utf-8"), (True, "a character as more than 200 bytes")])
+def test_a_table_of_characters_that_is_no_text_is_refused(folder, joined, expected):
     """sentencepiece's file says what a character is written as, so that "：" becomes ":"."""
     path = folder / "cog-pretrain.model"
-    data = path.read_bytes()
-    assert b"\0:\0" in data
-    path.write_bytes(data.replace(b"\0:\0", b"\0\xff\0"))
-    tokenizer = pretrained_in(folder).tokenizer
-    assert split_text(tokenizer, "北京")
-    with pytest.raises(InputError, match="no UTF-8 .*: copy cog-pretrain.model"):
-        split_text(tokenizer, "答案：")
+    before, colon, after = path.read_bytes().rpartition(b"\0:\0")
+    if joined:  # what stands behind it, too
+        path.write_bytes(before + colon[:2] + b"," + after[:1000].replace(b"\0", b",") + after[1000:])
+    else:
+        path.write_bytes(before + b"\0\xff\0" + after)
+    with pytest.raises(InputError, match=f"its tokenizer can't be loaded .*{expected}"):
+        pretrained_in(folder)
+
+
+def test_fields_of_protobuf():
+    message = b"\x08\x96\x01\x12\2hi\x1d1234\x21" + bytes(8) + b"\x12\0\x1a\1x"
+    assert [*find_fields(message, (2,))] == [b"hi", b""]
+    assert [*find_fields(message, (3, 4))] == [b"x"]
+    for damaged in (b"\x08", b"\x08" + b"\x80" * 10 + b"\1", b"\x80"):
+        with pytest.raises(ValueError, match="it is damaged"):
+            list(find_fields(damaged, (2,)))
 
 
 @pytest.mark.parametrize("key", ["architectures", "model_type"])

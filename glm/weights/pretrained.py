@@ -32,6 +32,7 @@ from glm.templates import get_templates
 from glm.weights.adapters import Adapter, check_base, read_adapter_weights, resolve_adapter
 from glm.weights.formats import check_pointer, find_forms, read_file
 from glm.weights.loading import check_weights
+from glm.weights.pieces import check_pieces
 
 SAMPLES, SAMPLE_SIZE = 256, 1 << 16  # of a file of weights: how many parts are read, and their bytes
 ADVICE = (
@@ -78,10 +79,6 @@ TOKENIZER_KEYS = {
     "padding_side": (str,),
     "truncation_side": (str,),
     **dict.fromkeys(TEMPLATES, (str,)),
-}
-ADDED_TOKEN_KEYS = {
-    "content": (str,),
-    **dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), (bool,)),
 }
 # The published tokens beside the pieces: the first one's id is the number of pieces.
 PUBLISHED_TOKENS = (
@@ -358,7 +355,7 @@ def make_tokenizer(folder: Path, config: GLMConfig, where: str):
         if path.stat().st_size > LARGEST_SENTENCEPIECE:
             raise ValueError(f"{path.name} is larger than {LARGEST_SENTENCEPIECE >> 20} MiB")
         tokenizer = GLMChineseTokenizer(model_file=str(path), **settings)
-        tokenizer.sp_model.IdToPiece(list(range(tokenizer.vocab_size)))  # each has to be UTF-8
+        check_pieces(tokenizer.sp_model)
         for token, index in sorted(added_tokens.items(), key=lambda item: item[1]):
             if index != len(tokenizer):
                 raise ValueError(f"added_tokens.json gives {token!r} the id {index}, not {len(tokenizer)}")
@@ -373,7 +370,8 @@ def as_token(value, key: str):
     if isinstance(value, list):
         return [as_token(item, key) for item in value]
     if isinstance(value, dict):
-        value = AddedToken(**take_known(value, ADDED_TOKEN_KEYS))
+        flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), (bool,))
+        value = AddedToken(**take_known(value, {"content": (str,), **flags}))
     text = getattr(value, "content", value)
     if not (isinstance(text, str) and 0 < len(check_text(text, key)) <= LONGEST_TOKEN):
         raise ValueError(f"{key!r} is no text of a token")
