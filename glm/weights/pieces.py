@@ -2,6 +2,9 @@
 
 sentencepiece loads any bytes as a piece, and any as what a character is written as. The first text that
 has one would end the run; a character that becomes a million takes a passage's memory.
+
+The file is a message of protobuf. The readers of it that sentencepiece and PaddleNLP bring want another
+protobuf than the one that Paddle needs, so the few fields are found here.
 """
 
 from collections.abc import Iterator
