@@ -19,10 +19,10 @@ TRAINER_STATE = "trainer_state.json"
 # their index. A copy under another name is the user's.
 TWO, FIVE = "[0-9]" * 2, "[0-9]" * 5
 PARTS = ("", f".tp{TWO}", f".shard{TWO}", f".tp{TWO}_shard{TWO}")
-FORMS = (("model_state", ".pdparams"), ("model", ".safetensors"), ("pytorch_model", ".bin"))
+WEIGHT_FILES = (("model_state", ".pdparams"), ("model", ".safetensors"), ("pytorch_model", ".bin"))
 WHOLE_MODEL = tuple(
     pattern
-    for name, kind in FORMS
+    for name, kind in WEIGHT_FILES
     for part in PARTS
     for pattern in (
         f"{name}{part}{kind}",
